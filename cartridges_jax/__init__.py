@@ -1,0 +1,18 @@
+"""Cartridges in JAX: small trained KV caches that stand in for a long text.
+
+    import cartridges_jax as cj
+    model = cj.load_model("smollm2-135m-instruct")
+    cartridge = cj.load_cartridge("runs/quickstart/cartridge")
+    cj.generate(model, ["Who keeps lost property?"], prefix=cartridge, max_tokens=64)
+"""
+import importlib
+
+__version__ = "0.1.0"
+__all__ = ["compose", "generate", "load_cartridge", "load_model", "logits", "prefill"]
+
+
+def __getattr__(name: str):
+    # Deferred, so that importing one light part does not start JAX.
+    if name in __all__:
+        return getattr(importlib.import_module("cartridges_jax.api"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

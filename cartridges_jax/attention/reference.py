@@ -1,0 +1,37 @@
+"""The oracle of the tests: one dense softmax over concatenated keys, in NumPy float64."""
+from __future__ import annotations
+
+import numpy as np
+
+
+def dense_attention(queries, keys, values, mask, prefix=None) -> np.ndarray:
+    """Same contract as `attention.attend`, one query at a time in float64.
+
+    Args:
+      queries: [B, T, N, H]; keys, values: [B, K, S, H]; mask: [B, T, S] bool;
+      prefix: (keys [K, P, H], values [K, P, H], bias [K, P] or None) or None.
+
+    Returns:
+      [B, T, N, H] float64.
+    """
+    queries, keys, values = (np.asarray(x, np.float64) for x in (queries, keys, values))
+    num_rows, num_tokens, num_heads, head_dim = queries.shape
+    queries_per_kv = num_heads // keys.shape[1]
+    out = np.zeros(queries.shape)
+    for b in range(num_rows):
+        for n in range(num_heads):
+            k = n // queries_per_kv
+            for t in range(num_tokens):
+                seen = np.asarray(mask)[b, t]
+                all_keys, all_values = keys[b, k][seen], values[b, k][seen]
+                bias = np.zeros(len(all_keys))
+                if prefix is not None:
+                    front_keys, front_values, front_bias = prefix
+                    all_keys = np.concatenate([np.asarray(front_keys, np.float64)[k], all_keys])
+                    all_values = np.concatenate([np.asarray(front_values, np.float64)[k], all_values])
+                    front = np.zeros(front_keys.shape[1]) if front_bias is None else np.asarray(front_bias)[k]
+                    bias = np.concatenate([front, bias])
+                scores = all_keys @ queries[b, t, n] / np.sqrt(head_dim) + bias
+                weights = np.exp(scores - scores.max())
+                out[b, t, n] = weights @ all_values / weights.sum()
+    return out

@@ -1,0 +1,186 @@
+"""Self-study conversations on disk: one row of a Parquet shard each.
+
+The columns are those of the reference's published datasets (HazyResearch/cartridges),
+so that either side reads the other's; `metadata` carries more in ours.
+"""
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cartridges_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class TopLogprobs:
+    """The teacher's most likely tokens, sparse: n entries over a message's T tokens.
+
+    Attributes:
+      token_idx: [n] int32, which of the message's own tokens an entry belongs to.
+      token_id: [n] int32, the vocabulary entry.
+      logprobs: [n] float32, its log-probability (temperature 1, whole vocabulary).
+      shape: (T, k).
+    """
+
+    token_idx: np.ndarray
+    token_id: np.ndarray
+    logprobs: np.ndarray
+    shape: tuple[int, int]
+
+    @staticmethod
+    def from_dense(ids: np.ndarray, logprobs: np.ndarray) -> TopLogprobs:
+        """From ids and log-probabilities, each [T, k]."""
+        num_tokens, k = ids.shape
+        return TopLogprobs(
+            token_idx=np.repeat(np.arange(num_tokens, dtype=np.int32), k),
+            token_id=ids.astype(np.int32).reshape(-1),
+            logprobs=logprobs.astype(np.float32).reshape(-1),
+            shape=(num_tokens, k),
+        )
+
+    def dense(self) -> tuple[np.ndarray, np.ndarray]:
+        """ids [T, k] and log-probabilities [T, k]; -inf where a token has fewer entries."""
+        num_tokens, k = self.shape
+        ids = np.zeros((num_tokens, k), np.int32)
+        logprobs = np.full((num_tokens, k), -np.inf, np.float32)
+        order = np.argsort(self.token_idx, kind="stable")
+        row = self.token_idx[order]
+        column = np.arange(len(row)) - np.searchsorted(row, row)
+        ids[row, column] = self.token_id[order]
+        logprobs[row, column] = self.logprobs[order]
+        return ids, logprobs
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """One turn. `token_ids` are the ids as generated (end-of-turn included) or rendered."""
+
+    role: str
+    content: str
+    token_ids: list[int]
+    top_logprobs: TopLogprobs | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """One self-study conversation.
+
+    Attributes:
+      messages: user and assistant turns; without the system message.
+      system_prompt: what the teacher had in front (may be empty: see chunk_span).
+      metadata: id, document, chunk_span, teacher, stop_reason, seed, seed_prompt,
+        seed_prompt_type, and what the writer adds.
+      type: the kind of conversation, e.g. "self_study".
+    """
+
+    messages: list[Message]
+    metadata: dict[str, Any]
+    system_prompt: str = ""
+    type: str = "self_study"
+
+
+_TOP = pa.struct([
+    ("token_idx", pa.list_(pa.int32())),
+    ("token_id", pa.list_(pa.int32())),
+    ("logprobs", pa.list_(pa.float32())),
+    ("shape", pa.list_(pa.int64())),
+])
+_MESSAGE = pa.struct([
+    ("role", pa.string()),
+    ("content", pa.string()),
+    ("token_ids", pa.list_(pa.int32())),
+    ("top_logprobs", _TOP),
+])
+
+
+def _to_row(conversation: Conversation) -> dict[str, Any]:
+    messages = []
+    for message in conversation.messages:
+        top = message.top_logprobs
+        messages.append({
+            "role": message.role,
+            "content": message.content,
+            "token_ids": message.token_ids,
+            "top_logprobs": None if top is None else {
+                "token_idx": top.token_idx,
+                "token_id": top.token_id,
+                "logprobs": top.logprobs,
+                "shape": list(top.shape),
+            },
+        })
+    return {
+        "messages": messages,
+        "system_prompt": conversation.system_prompt,
+        "metadata": conversation.metadata,
+        "type": conversation.type,
+    }
+
+
+def _from_row(row: dict[str, Any]) -> Conversation:
+    messages = []
+    for message in row["messages"]:
+        top = message.get("top_logprobs")
+        messages.append(Message(
+            role=message["role"],
+            content=message["content"],
+            token_ids=list(message["token_ids"] or []),
+            top_logprobs=None if top is None else TopLogprobs(
+                token_idx=np.asarray(top["token_idx"], np.int32),
+                token_id=np.asarray(top["token_id"], np.int32),
+                logprobs=np.asarray(top["logprobs"], np.float32),
+                shape=tuple(top["shape"]),
+            ),
+        ))
+    return Conversation(
+        messages=messages,
+        metadata=dict(row["metadata"] or {}),
+        system_prompt=row.get("system_prompt") or "",
+        type=row.get("type") or "",
+    )
+
+
+def write_shard(path: Path, conversations: Iterable[Conversation]) -> None:
+    """Writes one Parquet shard whole or not at all."""
+    rows = [_to_row(conversation) for conversation in conversations]
+    columns = {
+        "messages": pa.array([row["messages"] for row in rows], pa.list_(_MESSAGE)),
+        "system_prompt": pa.array([row["system_prompt"] for row in rows], pa.string()),
+        # The metadata's own keys decide its type, as in the published datasets.
+        "metadata": pa.array([row["metadata"] for row in rows]),
+        "type": pa.array([row["type"] for row in rows], pa.string()),
+    }
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            pq.write_table(pa.table(columns), file, compression="zstd")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_shard(path: Path) -> list[Conversation]:
+    """Reads one shard.
+
+    Raises:
+      UserError: the file is truncated, damaged or not such a shard.
+    """
+    try:
+        rows = pq.read_table(path).to_pylist()
+        return [_from_row(row) for row in rows]
+    except (pa.ArrowException, OSError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{path} is not a readable conversation shard ({reason}): "
+            "delete this file and run again, it alone is made anew"
+        ) from error

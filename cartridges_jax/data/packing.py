@@ -1,0 +1,217 @@
+"""Conversations to train batches: rows of fixed length, several conversations a row.
+
+The order is a pure function of (examples, settings, seed): a resumed run finds its place
+from the step number alone.
+"""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import grain.python as grain
+import numpy as np
+
+from cartridges_jax.data.conversations import Conversation
+from cartridges_jax.errors import UserError
+from cartridges_jax.text.chat import ChatTemplate
+
+# How far ahead of the queue a row may look for a conversation that fills it.
+_LOOKAHEAD = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One conversation, rendered to stand behind a prefix, with its targets.
+
+    Attributes:
+      tokens: [T] int32.
+      rows: [M] int32, position of the predicted token minus 1.
+      ids: [M, k] int32, the teacher's most likely tokens.
+      logprobs: [M, k] float32, -inf padded.
+    """
+
+    tokens: np.ndarray
+    rows: np.ndarray
+    ids: np.ndarray
+    logprobs: np.ndarray
+
+
+def render_example(conversation: Conversation, chat: ChatTemplate, *, targets: str = "assistant") -> Example:
+    """Renders a conversation behind a prefix.
+
+    Args:
+      targets: "assistant" trains on B's tokens; "all" also on A's, wherever
+        the conversation stores the teacher's log-probabilities for them.
+    """
+    if targets not in ("assistant", "all"):
+        raise UserError(f"targets {targets!r}: choose 'assistant' or 'all'")
+    tokens: list[int] = []
+    rows, ids, logprobs = [], [], []
+
+    def add_targets(message, start):
+        if message.top_logprobs is None:
+            return
+        top_ids, top = message.top_logprobs.dense()
+        rows.append(start - 1 + np.arange(len(top_ids), dtype=np.int32))
+        ids.append(top_ids)
+        logprobs.append(top)
+
+    for user, assistant in zip(conversation.messages[::2], conversation.messages[1::2], strict=True):
+        turn = chat.render_continuation(
+            [{"role": user.role, "content": user.content}], add_generation_prompt=True
+        )
+        if targets == "all":
+            add_targets(user, len(tokens) + turn.spans[0][0])
+        tokens += turn.token_ids
+        add_targets(assistant, len(tokens))
+        tokens += assistant.token_ids
+    if not rows:
+        raise UserError(f"conversation {conversation.metadata.get('id')} has no teacher log-probabilities")
+    return Example(
+        tokens=np.asarray(tokens, np.int32),
+        rows=np.concatenate(rows),
+        ids=np.concatenate(ids),
+        logprobs=np.concatenate(logprobs),
+    )
+
+
+class TrainBatch(NamedTuple):
+    """One optimizer step's data: A micro-batches of B rows of T tokens.
+
+    Attributes:
+      tokens, positions, segment_ids: [A, B, T] int32; positions count from 0 within a
+        segment (the model adds the prefix's); segment 0 is padding.
+      rows: [A, M] int32, index into the B*T flattened tokens of a micro-batch.
+      ids: [A, M, k] int32; logprobs: [A, M, k] float32, -inf padded.
+      weight: [A, M] float32, 1 for a target, 0 for padding.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    segment_ids: np.ndarray
+    rows: np.ndarray
+    ids: np.ndarray
+    logprobs: np.ndarray
+    weight: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class PackingPlan:
+    """Which example goes where, for every step of a run.
+
+    Attributes:
+      steps: per step, per row (A*B of them), the indices of the examples in it.
+      num_targets: M, target rows of the fullest micro-batch, rounded up.
+      efficiency: real tokens over all tokens.
+    """
+
+    examples: Sequence[Example]
+    steps: list[list[list[int]]]
+    micro_batches: int
+    row_tokens: int
+    num_targets: int
+    efficiency: float
+    epochs: float
+
+    def batch(self, step: int) -> TrainBatch:
+        """The batch of one step."""
+        rows = self.steps[step]
+        micro, per_micro = self.micro_batches, len(rows) // self.micro_batches
+        shape = (micro, per_micro, self.row_tokens)
+        k = self.examples[0].ids.shape[1]
+        tokens, positions, segment_ids = (np.zeros(shape, np.int32) for _ in range(3))
+        target_rows = np.zeros((micro, self.num_targets), np.int32)
+        ids = np.zeros((micro, self.num_targets, k), np.int32)
+        logprobs = np.full((micro, self.num_targets, k), -np.inf, np.float32)
+        weight = np.zeros((micro, self.num_targets), np.float32)
+        filled = [0] * micro
+        for row, members in enumerate(rows):
+            a, b = divmod(row, per_micro)
+            at = 0
+            for segment, index in enumerate(members, start=1):
+                example = self.examples[index]
+                size = len(example.tokens)
+                tokens[a, b, at : at + size] = example.tokens
+                positions[a, b, at : at + size] = np.arange(size)
+                segment_ids[a, b, at : at + size] = segment
+                where = slice(filled[a], filled[a] + len(example.rows))
+                target_rows[a, where] = b * self.row_tokens + at + example.rows
+                ids[a, where] = example.ids
+                logprobs[a, where] = example.logprobs
+                weight[a, where] = 1.0
+                filled[a] += len(example.rows)
+                at += size
+        return TrainBatch(tokens, positions, segment_ids, target_rows, ids, logprobs, weight)
+
+
+def _endless_order(num_examples: int, seed: int) -> Iterator[int]:
+    order = grain.MapDataset.range(num_examples).shuffle(seed=seed).repeat()
+    position = 0
+    while True:
+        yield int(order[position])
+        position += 1
+
+
+def plan_packing(
+    examples: Sequence[Example],
+    *,
+    num_steps: int,
+    rows_per_step: int,
+    row_tokens: int,
+    micro_batches: int,
+    seed: int,
+) -> PackingPlan:
+    """Assigns examples to the rows of every step, epoch after epoch, each shuffled.
+
+    A step's rows are filled best-fit from the head of the queue; a conversation that
+    does not fit stays at the head for the next step.
+
+    Raises:
+      UserError: no examples, one longer than a row, or rows that the micro-batches do
+        not divide.
+    """
+    if not examples:
+        raise UserError("there are no conversations to train on: raise study.conversations")
+    longest = max(len(example.tokens) for example in examples)
+    if longest > row_tokens:
+        raise UserError(
+            f"a conversation of {longest} tokens does not fit a row of {row_tokens}: raise train.row_tokens"
+        )
+    if rows_per_step % micro_batches:
+        raise UserError(f"{rows_per_step} rows a step are not divisible into {micro_batches} micro-batches")
+    order = _endless_order(len(examples), seed)
+    queue: list[int] = []
+    steps, used, placed = [], 0, 0
+    fullest = 0
+    for _ in range(num_steps):
+        rows: list[list[int]] = [[] for _ in range(rows_per_step)]
+        room = [row_tokens] * rows_per_step
+        at = 0
+        while at < _LOOKAHEAD:
+            while len(queue) <= at:
+                queue.append(next(order))
+            size = len(examples[queue[at]].tokens)
+            fitting = [row for row in range(rows_per_step) if room[row] >= size]
+            if fitting:
+                best = min(fitting, key=lambda row: room[row])
+                rows[best].append(queue.pop(at))
+                room[best] -= size
+                placed += 1
+            else:
+                at += 1
+        per_micro = rows_per_step // micro_batches
+        for first in range(0, rows_per_step, per_micro):
+            members = [index for row in rows[first : first + per_micro] for index in row]
+            fullest = max(fullest, sum(len(examples[index].rows) for index in members))
+        used += rows_per_step * row_tokens - sum(room)
+        steps.append(rows)
+    return PackingPlan(
+        examples=examples,
+        steps=steps,
+        micro_batches=micro_batches,
+        row_tokens=row_tokens,
+        num_targets=-(-fullest // 64) * 64,
+        efficiency=used / (num_steps * rows_per_step * row_tokens),
+        epochs=placed / len(examples),
+    )

@@ -1,0 +1,164 @@
+"""The distillation step: a cartridge learns, the model is frozen."""
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from cartridges_jax.cartridge import KVPrefix
+from cartridges_jax.data.packing import TrainBatch
+from cartridges_jax.distill.loss import divergence_per_token
+from cartridges_jax.models import Decoder, ModelConfig, lm_logits
+
+# (params, frozen, trainable) -> (params, prefix): what is trained and where it goes.
+Combine = Callable[[Any, Any, Any], tuple[Any, KVPrefix]]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything a run needs to go on.
+
+    Attributes:
+      step: steps taken, refused ones included; it fixes the data position.
+      trainable: what learns, float32; for a cartridge {"keys", "values": [L, K, P, H]}.
+      opt_state: the optimizer's.
+      refused: steps refused so far for a loss or gradient that was not finite.
+      refused_in_a_row: how many of the last steps were.
+    """
+
+    step: Array
+    trainable: Any
+    opt_state: Any
+    refused: Array
+    refused_in_a_row: Array
+
+
+def cartridge_trainable(prefix: KVPrefix) -> dict[str, Array]:
+    """The slots of a prefix as float32 parameters."""
+    return {"keys": prefix.keys.astype(jnp.float32), "values": prefix.values.astype(jnp.float32)}
+
+
+def combine_cartridge(params: Any, frozen: KVPrefix, trainable: dict[str, Array]) -> tuple[Any, KVPrefix]:
+    """The trained slots in the place of the frozen prefix's."""
+    return params, frozen.replace(keys=trainable["keys"], values=trainable["values"])
+
+
+def learning_mask(num_slots: int, num_frozen: int) -> Array:
+    """[P] float32: 0 for the first `num_frozen` slots (the attention sink), 1 behind."""
+    return (jnp.arange(num_slots) >= num_frozen).astype(jnp.float32)
+
+
+def init_state(trainable: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    # Every scalar its own buffer: the step donates the state.
+    return TrainState(
+        step=jnp.array(0, jnp.int32),
+        trainable=jax.tree.map(jnp.array, trainable),
+        opt_state=optimizer.init(trainable),
+        refused=jnp.array(0, jnp.int32),
+        refused_in_a_row=jnp.array(0, jnp.int32),
+    )
+
+
+def batch_loss(
+    config: ModelConfig, params: Any, prefix: KVPrefix, batch: TrainBatch, *, tail: str, remat: bool = False
+) -> Array:
+    """Sum of the divergences over one micro-batch's targets, in nats.
+
+    Args:
+      batch: without the leading micro-batch axis.
+    """
+    hidden, _, _ = Decoder(config, remat=remat).apply(
+        {"params": params},
+        batch.tokens,
+        prefix.next_position + batch.positions,
+        batch.segment_ids,
+        prefix=prefix,
+    )
+    rows = hidden.reshape(-1, hidden.shape[-1])[batch.rows]
+    divergence = divergence_per_token(lm_logits(params, config, rows), batch.ids, batch.logprobs, tail)
+    return jnp.sum(divergence * batch.weight)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "optimizer", "combine", "tail", "remat"),
+    donate_argnames=("state",),
+)
+def train_step(
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    combine: Combine,
+    params: Any,
+    frozen: Any,
+    mask: Any,
+    state: TrainState,
+    batch: TrainBatch,
+    *,
+    tail: str = "class",
+    remat: bool = False,
+) -> tuple[TrainState, dict[str, Array]]:
+    """One optimizer step over all micro-batches.
+
+    The loss is the mean over the target tokens of the whole step: one denominator for
+    all micro-batches, so that how they are cut does not matter.
+
+    Args:
+      mask: broadcasts against every trainable leaf; 0 keeps an entry as it is.
+
+    Returns:
+      The state (unchanged but for its counters where loss or gradient was not finite),
+      and metrics: loss (nats a token), grad_norm, num_targets, refused (0 or 1).
+    """
+    num_targets = batch.weight.sum()
+
+    def mean_loss(trainable, micro):
+        joined, prefix = combine(params, frozen, trainable)
+        return batch_loss(config, joined, prefix, micro, tail=tail, remat=remat) / num_targets
+
+    def accumulate(carry, micro):
+        loss, grads = jax.value_and_grad(mean_loss)(state.trainable, micro)
+        return jax.tree.map(jnp.add, carry, (loss, grads)), None
+
+    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trainable))
+    (loss, grads), _ = jax.lax.scan(accumulate, zero, batch)
+    grads = jax.tree.map(lambda grad: grad * mask, grads)
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+    trainable = optax.apply_updates(state.trainable, updates)
+
+    def keep_if_finite(new, old):
+        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+    refused = (~finite).astype(jnp.int32)
+    state = TrainState(
+        step=state.step + 1,
+        trainable=keep_if_finite(trainable, state.trainable),
+        opt_state=keep_if_finite(opt_state, state.opt_state),
+        refused=state.refused + refused,
+        refused_in_a_row=jnp.where(finite, 0, state.refused_in_a_row + 1),
+    )
+    metrics = {"loss": loss, "grad_norm": grad_norm, "num_targets": num_targets, "refused": refused}
+    return state, metrics
+
+
+@functools.partial(jax.jit, static_argnames=("config", "combine", "tail"))
+def eval_step(
+    config: ModelConfig, combine: Combine, params: Any, frozen: Any, trainable: Any, batch: TrainBatch, *, tail: str = "class"
+) -> tuple[Array, Array]:
+    """(sum of divergences, number of targets) over a batch, without learning."""
+    joined, prefix = combine(params, frozen, trainable)
+
+    def add(total, micro):
+        return total + batch_loss(config, joined, prefix, micro, tail=tail), None
+
+    total, _ = jax.lax.scan(add, jnp.float32(0), batch)
+    return total, batch.weight.sum()

@@ -1,0 +1,1 @@
+"""Model files: the GGUF format, and where files come from."""

@@ -1,0 +1,132 @@
+"""Reading GGUF model files: metadata and dequantised tensors.
+
+A thin layer over the `gguf` package (https://github.com/ggml-org/llama.cpp/tree/master/gguf-py) that
+gives tensors in numpy's row-major shape and turns every damaged file into one clear error.
+"""
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from cartridges_jax.errors import UserError
+
+_MAGIC = b"GGUF"
+# What GGUFReader raises on damaged input; it has no exception type of its own.
+_DAMAGE = (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError)
+
+
+class GGUFFile:
+    """One GGUF file, memory-mapped; tensors are dequantised when they are read.
+
+    Attributes:
+      path: the file.
+      metadata: key to Python value (str, bool, int, float or list), decoded on first use.
+      tensor_names: the names of the tensors, in file order.
+
+    Raises:
+      UserError: the file is missing, is not a GGUF, or is truncated or damaged.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        reader = _open(self.path)
+        self.metadata: Mapping[str, Any] = _Metadata(self.path, reader.fields)
+        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+
+    @property
+    def tensor_names(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of tensor `name`, row-major: a linear layer's weight is [out, in]."""
+        # GGUF lists the fastest-varying axis first, numpy last.
+        return tuple(int(size) for size in reversed(self._tensor(name).shape))
+
+    def read(self, name: str) -> np.ndarray:
+        """Tensor `name` dequantised to float32, in the shape that `shape(name)` gives.
+
+        Raises:
+          UserError: there is no such tensor, or its quantisation is not supported.
+        """
+        tensor = self._tensor(name)
+        try:
+            values = gguf.quants.dequantize(np.asarray(tensor.data), tensor.tensor_type)
+        except NotImplementedError as error:
+            raise UserError(
+                f"{self.path}: tensor {name!r} is stored as {tensor.tensor_type.name}, which cannot be "
+                "dequantised; use a file in F32, F16, BF16, Q8_0 or another common quantisation"
+            ) from error
+        # A copy even for float32, so that no array keeps the file mapped.
+        return np.array(values, dtype=np.float32).reshape(self.shape(name))
+
+    def sha256(self) -> str:
+        """The SHA-256 of the whole file, in hex."""
+        return sha256_of_file(self.path)
+
+    def _tensor(self, name: str) -> gguf.ReaderTensor:
+        try:
+            return self._tensors[name]
+        except KeyError:
+            raise UserError(
+                f"{self.path}: no tensor named {name!r}; `tensor_names` lists the {len(self._tensors)} there are"
+            ) from None
+
+
+def sha256_of_file(path: str | Path) -> str:
+    """The SHA-256 of a file, in hex, read in blocks."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _Metadata(Mapping):
+    """The metadata as a read-only mapping; a vocabulary is decoded only when it is asked for."""
+
+    def __init__(self, path: Path, fields: Mapping[str, gguf.ReaderField]):
+        self._path = path
+        self._fields = fields
+        self._decoded: dict[str, Any] = {}
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self._decoded:
+            field = self._fields[key]
+            try:
+                self._decoded[key] = field.contents()
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{self._path}: metadata {key!r} is not valid UTF-8; fetch or convert the file again"
+                ) from error
+        return self._decoded[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fields)
+
+    def __len__(self) -> int:
+        return len(self._fields)
+
+
+def _open(path: Path) -> gguf.GGUFReader:
+    if not path.is_file():
+        raise UserError(f"{path}: no such GGUF file; check the path")
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(len(_MAGIC))
+        if magic != _MAGIC:
+            raise UserError(f"{path}: not a GGUF file (it starts with {magic!r}, not {_MAGIC!r}); check the path")
+        return gguf.GGUFReader(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error
+    except _DAMAGE as error:
+        size = path.stat().st_size
+        raise UserError(
+            f"{path}: truncated or damaged GGUF file of {size:,} bytes "
+            f"({type(error).__name__}: {_one_line(error)}); fetch it again"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

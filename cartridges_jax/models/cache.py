@@ -1,0 +1,45 @@
+"""A conversation's own keys and values while it is decoded."""
+from __future__ import annotations
+
+import flax.struct
+import jax.numpy as jnp
+from jax import Array
+
+from cartridges_jax import cartridge
+from cartridges_jax.models.config import ModelConfig
+
+
+@flax.struct.dataclass
+class Cache:
+    """Per-row keys and values, filled from slot 0 on.
+
+    Attributes:
+      keys: [L, B, K, S, H], after RoPE.
+      values: [L, B, K, S, H].
+      lengths: [B] int32, tokens held by each row; slots behind are unread.
+    """
+
+    keys: Array
+    values: Array
+    lengths: Array
+
+    @property
+    def num_slots(self) -> int:
+        return self.keys.shape[3]
+
+
+def empty_cache(config: ModelConfig, num_rows: int, num_slots: int, dtype) -> Cache:
+    """A cache of B rows and S slots that holds nothing."""
+    shape = (config.num_layers, num_rows, config.num_kv_heads, num_slots, config.head_dim)
+    return Cache(
+        keys=jnp.zeros(shape, dtype),
+        values=jnp.zeros(shape, dtype),
+        lengths=jnp.zeros((num_rows,), jnp.int32),
+    )
+
+
+def row_as_prefix(cache: Cache, row: int, num_tokens: int) -> cartridge.KVPrefix:
+    """The first `num_tokens` slots of one row as a prefix at positions 0..num_tokens-1."""
+    return cartridge.from_plain_tokens(
+        cache.keys[:, row, :, :num_tokens], cache.values[:, row, :, :num_tokens]
+    )

@@ -1,0 +1,245 @@
+"""The synthesis run: plan, let A write, let B answer, keep the shards (paper section 4.1).
+
+One batch is one chunk: its conversations share one prefill. A batch is a Parquet shard,
+written whole when it is done; a run that was stopped goes on with the next batch and
+ends with the same shards as one that was not.
+"""
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cartridges_jax import sampling
+from cartridges_jax.cartridge import KVPrefix
+from cartridges_jax.corpus.documents import Document
+from cartridges_jax.data.conversations import Conversation, Message, TopLogprobs, read_shard, write_shard
+from cartridges_jax.data.decontaminate import normalise
+from cartridges_jax.errors import UserError
+from cartridges_jax.models import Model
+from cartridges_jax.selfstudy.plan import BatchPlan, plan_batches
+from cartridges_jax.selfstudy.writer import Request, Writer
+
+CONTEXTS = ("chunk", "document")
+
+# A chunk may yield fewer conversations than were asked for; so many times the batches
+# that would do if all were kept are planned before the run gives up.
+_SPARE = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class SynthesisSettings:
+    """How a document is studied.
+
+    Attributes:
+      conversations: how many are kept; the run ends with the batch that reaches it.
+      requests_per_batch: messages A writes per chunk.
+      chunk_min_tokens, chunk_max_tokens: uniform chunk length (paper: 512 to 4,096).
+      teacher_context: what B has in front, the "chunk" (paper) or the whole "document".
+      writer: how A is prompted, "completion" or "chat" (see `writer`).
+      families: seed family to weight.
+      writer_temperature, writer_top_p, writer_max_tokens: how A's messages are drawn.
+      answer_temperature, answer_max_tokens: how B's answers are (paper: temperature 0).
+      top_logprobs: k, log-probabilities kept per answered token (paper: 20).
+      seed: determines plan and draws.
+    """
+
+    conversations: int
+    requests_per_batch: int
+    chunk_min_tokens: int
+    chunk_max_tokens: int
+    teacher_context: str
+    writer: str
+    families: dict[str, float]
+    writer_temperature: float
+    writer_top_p: float
+    writer_max_tokens: int
+    answer_temperature: float
+    answer_max_tokens: int
+    top_logprobs: int
+    seed: int
+
+    def check(self) -> None:
+        """Raises UserError for a value that no run could use."""
+        for name in ("conversations", "requests_per_batch", "writer_max_tokens", "answer_max_tokens", "top_logprobs"):
+            if getattr(self, name) < 1:
+                raise UserError(f"study.{name}={getattr(self, name)}: must be 1 or more")
+        if not 1 <= self.chunk_min_tokens <= self.chunk_max_tokens:
+            raise UserError(
+                f"study.chunk_min_tokens={self.chunk_min_tokens} and chunk_max_tokens={self.chunk_max_tokens}: "
+                "need 1 <= minimum <= maximum"
+            )
+        if self.teacher_context not in CONTEXTS:
+            raise UserError(f"study.teacher_context {self.teacher_context!r}: choose one of {', '.join(CONTEXTS)}")
+        for name in ("writer_temperature", "answer_temperature"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"study.{name}={getattr(self, name)}: must be 0 or more")
+        if not 0 < self.writer_top_p <= 1:
+            raise UserError(f"study.writer_top_p={self.writer_top_p}: must be in (0, 1]")
+
+
+def shard_path(directory: Path, batch: int) -> Path:
+    """Where the conversations of one batch lie."""
+    return directory / f"shard-{batch:05d}.parquet"
+
+
+def degenerates(token_ids: Sequence[int], *, span: int = 4, times: int = 3) -> bool:
+    """Whether an answer repeats itself: one run of `span` tokens occurs `times` times."""
+    runs = Counter(tuple(token_ids[i : i + span]) for i in range(len(token_ids) - span + 1))
+    return max(runs.values(), default=0) >= times
+
+
+def is_about(message: str, sentence: str) -> bool:
+    """Whether at least half of the message's content words come from the sentence it is about.
+
+    Small models drift off; a question about nothing in the text is answered with an
+    invention that the cartridge would have to learn.
+    """
+    words = _content_words(message)
+    return bool(words) and len(words & _content_words(sentence)) * 2 >= len(words)
+
+
+def _content_words(text: str) -> set[str]:
+    # Stems of five letters, so that "opens" and "open", "repaired" and "repairs" meet.
+    return {word[:5] for word in re.findall(r"\w+", normalise(text))}
+
+
+def synthesise(
+    model: Model,
+    document: Document,
+    directory: Path,
+    settings: SynthesisSettings,
+    *,
+    on_progress: Callable[[int, int], None] = lambda done, wanted: None,
+) -> list[Conversation]:
+    """Runs self-study to its end, skipping the batches that are on disk.
+
+    Args:
+      directory: holds this run's shards and no other's.
+      on_progress: called with (conversations kept, conversations wanted).
+
+    Returns:
+      At most `settings.conversations` conversations, in the order they were made.
+
+    Raises:
+      UserError: bad settings, a damaged shard, a document that the model's context does
+        not hold, or a model that hardly ever writes a usable message.
+    """
+    settings.check()
+    batches = plan_batches(
+        document.text,
+        model.tokenizer,
+        num_batches=_SPARE * -(-settings.conversations // settings.requests_per_batch),
+        requests_per_batch=settings.requests_per_batch,
+        chunk_min_tokens=settings.chunk_min_tokens,
+        chunk_max_tokens=settings.chunk_max_tokens,
+        families=settings.families,
+        seed=settings.seed,
+    )
+    studio = _Studio(model, document, settings)
+    conversations: list[Conversation] = []
+    asked: set[str] = set()
+    for number, batch in enumerate(batches):
+        path = shard_path(directory, number)
+        if path.exists():
+            made = read_shard(path)
+        else:
+            made = studio.converse(batch, number, asked)
+            write_shard(path, made)
+        conversations += made
+        asked |= {normalise(conversation.messages[0].content) for conversation in made}
+        on_progress(min(len(conversations), settings.conversations), settings.conversations)
+        if len(conversations) >= settings.conversations:
+            return conversations[: settings.conversations]
+    if 4 * len(conversations) < settings.conversations:
+        raise UserError(
+            f"self-study kept only {len(conversations)} of {settings.conversations} conversations: the model "
+            "writes too few usable messages; try another study.writer or raise study.writer_temperature"
+        )
+    return conversations
+
+
+class _Studio:
+    """Model, writer and teacher prefixes of one run."""
+
+    def __init__(self, model: Model, document: Document, settings: SynthesisSettings):
+        self._model = model
+        self._document = document
+        self._settings = settings
+        self._document_prefix: KVPrefix | None = None
+        self._writer = Writer(
+            model,
+            style=settings.writer,
+            max_tokens=settings.writer_max_tokens,
+            sampling_settings=sampling.Sampling(settings.writer_temperature, top_p=settings.writer_top_p),
+        )
+
+    def converse(self, batch: BatchPlan, number: int, asked: set[str]) -> list[Conversation]:
+        """One batch of conversations; `asked` are the messages of earlier batches."""
+        settings = self._settings
+        seed = settings.seed * 100_003 + number
+        chunk_prefix = None
+        if settings.writer == "chat" or settings.teacher_context == "chunk":
+            chunk_prefix = self._prefill(batch.text)
+        written = self._writer.write(batch.requests, chunk_prefix, seed=seed)
+        kept: dict[str, tuple[Request, str]] = {}
+        for request, message in zip(batch.requests, written):
+            if message is None or not is_about(message, request.sentence if settings.writer == "completion" else batch.text):
+                continue
+            key = normalise(message)
+            if key not in asked:
+                kept.setdefault(key, (request, message))
+
+        teacher_prefix = chunk_prefix if settings.teacher_context == "chunk" else self._whole_document()
+        turns = [
+            self._model.chat.render_continuation([{"role": "user", "content": message}])
+            for _, message in kept.values()
+        ]
+        answers = sampling.generate_tokens(
+            self._model,
+            [turn.token_ids for turn in turns],
+            teacher_prefix,
+            max_tokens=settings.answer_max_tokens,
+            sampling=sampling.Sampling(settings.answer_temperature),
+            seed=seed,
+            top_logprobs=settings.top_logprobs,
+        )
+        conversations = []
+        for place, ((request, message), turn, answer) in enumerate(zip(kept.values(), turns, answers)):
+            if degenerates(answer.token_ids):
+                continue
+            begin, end = turn.spans[0]
+            conversations.append(Conversation(
+                messages=[
+                    Message("user", message, turn.token_ids[begin:end]),
+                    Message(
+                        "assistant",
+                        self._model.tokenizer.decode(answer.token_ids),
+                        answer.token_ids,
+                        TopLogprobs.from_dense(answer.top_ids, answer.top_logprobs),
+                    ),
+                ],
+                metadata={
+                    "id": f"{number:05d}-{place:04d}",
+                    "document": self._document.name,
+                    "chunk_span": [batch.chunk.start, batch.chunk.end],
+                    "teacher": self._model.name,
+                    "teacher_context": settings.teacher_context,
+                    "stop_reason": answer.stop_reason,
+                    "seed": seed,
+                    "seed_prompt": request.sentence,
+                    "seed_prompt_type": request.family,
+                    "sentence_index": request.sentence_index,
+                },
+            ))
+        return conversations
+
+    def _prefill(self, text: str) -> KVPrefix:
+        return sampling.prefill(self._model, self._model.chat.system_prefix(text).token_ids)
+
+    def _whole_document(self) -> KVPrefix:
+        if self._document_prefix is None:
+            self._document_prefix = self._prefill(self._document.text)
+        return self._document_prefix

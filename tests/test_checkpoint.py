@@ -18,6 +18,7 @@ import pytest
 
 from cartridges_jax import checkpoint
 from cartridges_jax.cartridge import compose, from_plain_tokens
+from cartridges_jax.checkpoint import cartridges
 from cartridges_jax.errors import UserError
 
 L, K, P, H = 2, 3, 16, 8
@@ -190,7 +191,7 @@ def test_a_byte_that_orbax_lets_through_is_found_by_the_arrays_own_checksum(
     save(tmp_path / "c", random_prefix(rng))
     path = data_file(tmp_path / "c")
     flip_byte(path, path.stat().st_size // 2)
-    monkeypatch.setattr(checkpoint, "_verify_files", lambda *_: None)
+    monkeypatch.setattr(cartridges, "verify_files", lambda *_: None)
     with pytest.raises(UserError, match="does not match its checksum|unreadable"):
         checkpoint.load_cartridge(tmp_path / "c")
 
@@ -217,7 +218,7 @@ def test_a_hand_edited_record_is_found_out(tmp_path, rng):
 
 def test_a_newer_format_is_refused_and_an_older_one_migrated(tmp_path, rng, monkeypatch):
     prefix = random_prefix(rng)
-    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 2)
+    monkeypatch.setattr(cartridges, "FORMAT_VERSION", 2)
     save(tmp_path / "newer", prefix)
     monkeypatch.undo()
     with pytest.raises(UserError, match="version 2.*up to 1; update"):
@@ -227,10 +228,10 @@ def test_a_newer_format_is_refused_and_an_older_one_migrated(tmp_path, rng, monk
         return {**record, "model_name": "renamed"}, {**arrays, "values": -arrays["values"]}
 
     save(tmp_path / "older", prefix)
-    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 2)
+    monkeypatch.setattr(cartridges, "FORMAT_VERSION", 2)
     with pytest.raises(UserError, match="no longer reads"):
         checkpoint.load_cartridge(tmp_path / "older")
-    monkeypatch.setattr(checkpoint, "MIGRATIONS", {1: rename_and_negate})
+    monkeypatch.setattr(cartridges, "MIGRATIONS", {1: rename_and_negate})
     loaded = checkpoint.load_cartridge(tmp_path / "older")
     assert loaded.metadata.model_name == "renamed"
     assert_same(loaded.prefix.values, -prefix.values)
@@ -277,8 +278,8 @@ def test_a_crash_at_either_rename_leaves_a_cartridge_that_loads_and_can_be_repla
         real(*paths)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, "rename", crash)
-        patch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)  # nothing tidies up
+        patch.setattr(os, "rename", crash)
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # nothing tidies up
         with pytest.raises(KeyboardInterrupt):
             save(tmp_path / "c", second)
     assert_same(checkpoint.load_cartridge(tmp_path / "c").prefix, first)
@@ -301,7 +302,7 @@ def test_a_disk_that_fills_up_midway_gives_the_same_words(tmp_path, rng, monkeyp
     def full(*_):
         raise ValueError("RESOURCE_EXHAUSTED: Failed to write: No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write_arrays", full)
+    monkeypatch.setattr(cartridges, "_write_arrays", full)
     with pytest.raises(UserError, match="free some space"):
         save(tmp_path / "c", random_prefix(rng))
     assert os.listdir(tmp_path) == []
@@ -534,7 +535,7 @@ def test_a_process_killed_while_saving_leaves_a_whole_cartridge_and_checkpoint(t
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, "JAX_PLATFORMS": "cpu"},
-            cwd=pathlib.Path(checkpoint.__file__).parents[1],
+            cwd=pathlib.Path(checkpoint.__file__).parents[2],
         )
         try:
             known = int(process.stdout.readline())

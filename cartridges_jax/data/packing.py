@@ -6,6 +6,7 @@ from the step number alone.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -156,16 +157,23 @@ def _endless_order(num_examples: int, seed: int) -> Iterator[int]:
 def plan_packing(
     examples: Sequence[Example],
     *,
-    num_steps: int,
+    num_steps: int | None,
     rows_per_step: int,
     row_tokens: int,
     micro_batches: int,
-    seed: int,
+    seed: int = 0,
 ) -> PackingPlan:
     """Assigns examples to the rows of every step, epoch after epoch, each shuffled.
 
     A step's rows are filled best-fit from the head of the queue; a conversation that
     does not fit stays at the head for the next step.
+
+    Args:
+      num_steps: how many; None takes every example once, in the order given.
+      rows_per_step: A * B.
+      row_tokens: T.
+      micro_batches: A.
+      seed: of the shuffles.
 
     Raises:
       UserError: no examples, one longer than a row, or rows that the micro-batches do
@@ -180,17 +188,19 @@ def plan_packing(
         )
     if rows_per_step % micro_batches:
         raise UserError(f"{rows_per_step} rows a step are not divisible into {micro_batches} micro-batches")
-    order = _endless_order(len(examples), seed)
+    order = iter(range(len(examples))) if num_steps is None else _endless_order(len(examples), seed)
     queue: list[int] = []
     steps, used, placed = [], 0, 0
     fullest = 0
-    for _ in range(num_steps):
+    while len(steps) < num_steps if num_steps is not None else placed < len(examples):
         rows: list[list[int]] = [[] for _ in range(rows_per_step)]
         room = [row_tokens] * rows_per_step
         at = 0
         while at < _LOOKAHEAD:
-            while len(queue) <= at:
-                queue.append(next(order))
+            if len(queue) <= at:
+                queue += itertools.islice(order, at + 1 - len(queue))
+            if len(queue) <= at:
+                break
             size = len(examples[queue[at]].tokens)
             fitting = [row for row in range(rows_per_step) if room[row] >= size]
             if fitting:
@@ -212,6 +222,6 @@ def plan_packing(
         micro_batches=micro_batches,
         row_tokens=row_tokens,
         num_targets=-(-fullest // 64) * 64,
-        efficiency=used / (num_steps * rows_per_step * row_tokens),
+        efficiency=used / (len(steps) * rows_per_step * row_tokens),
         epochs=placed / len(examples),
     )

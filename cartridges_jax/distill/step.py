@@ -114,7 +114,7 @@ def train_step(
 
     Returns:
       The state (unchanged but for its counters where loss or gradient was not finite),
-      and metrics: loss (nats a token), grad_norm, num_targets, refused (0 or 1).
+      and metrics: loss (nats a token), grad_norm, num_targets, refused_in_a_row.
     """
     num_targets = batch.weight.sum()
 
@@ -146,7 +146,12 @@ def train_step(
         refused=state.refused + refused,
         refused_in_a_row=jnp.where(finite, 0, state.refused_in_a_row + 1),
     )
-    metrics = {"loss": loss, "grad_norm": grad_norm, "num_targets": num_targets, "refused": refused}
+    metrics = {
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "num_targets": num_targets,
+        "refused_in_a_row": state.refused_in_a_row,
+    }
     return state, metrics
 
 

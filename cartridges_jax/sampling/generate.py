@@ -1,6 +1,7 @@
 """Batched generation behind one shared prefix: prefill, then jitted decode steps.
 
-Shapes are bucketed (rows to a power of two, prompts and slots to multiples of 16), so
+Shapes are bucketed (rows to a power of two or a multiple of 32, prompts and slots to
+multiples of 16), so
 that few programs are compiled. Several decode steps run per dispatch; the host looks at
 what has ended only between dispatches.
 """
@@ -171,6 +172,10 @@ def generate_tokens(
     return [results[i] for i in range(len(prompts))]
 
 
+def _row_bucket(num_rows: int) -> int:
+    return round_up(num_rows, 32) if num_rows > 32 else 1 << (num_rows - 1).bit_length()
+
+
 def _generate_batch(
     model: Model,
     prompts: list[Sequence[int]],
@@ -182,7 +187,7 @@ def _generate_batch(
     seed: int,
     top_logprobs: int,
 ) -> list[Generation]:
-    num_rows = 1 << (len(prompts) - 1).bit_length()
+    num_rows = _row_bucket(len(prompts))
     num_tokens = round_up(max(map(len, prompts)), 16)
     tokens = np.zeros((num_rows, num_tokens), np.int32)
     lengths = np.ones((num_rows,), np.int32)

@@ -43,7 +43,6 @@ class SynthesisSettings:
       writer_temperature, writer_top_p, writer_max_tokens: how A's messages are drawn.
       answer_temperature, answer_max_tokens: how B's answers are (paper: temperature 0).
       top_logprobs: k, log-probabilities kept per answered token (paper: 20).
-      seed: determines plan and draws.
     """
 
     conversations: int
@@ -59,7 +58,6 @@ class SynthesisSettings:
     answer_temperature: float
     answer_max_tokens: int
     top_logprobs: int
-    seed: int
 
     def check(self) -> None:
         """Raises UserError for a value that no run could use."""
@@ -112,12 +110,14 @@ def synthesise(
     directory: Path,
     settings: SynthesisSettings,
     *,
+    seed: int,
     on_progress: Callable[[int, int], None] = lambda done, wanted: None,
 ) -> list[Conversation]:
     """Runs self-study to its end, skipping the batches that are on disk.
 
     Args:
       directory: holds this run's shards and no other's.
+      seed: determines plan and draws.
       on_progress: called with (conversations kept, conversations wanted).
 
     Returns:
@@ -136,9 +136,9 @@ def synthesise(
         chunk_min_tokens=settings.chunk_min_tokens,
         chunk_max_tokens=settings.chunk_max_tokens,
         families=settings.families,
-        seed=settings.seed,
+        seed=seed,
     )
-    studio = _Studio(model, document, settings)
+    studio = _Studio(model, document, settings, seed)
     conversations: list[Conversation] = []
     asked: set[str] = set()
     for number, batch in enumerate(batches):
@@ -164,7 +164,8 @@ def synthesise(
 class _Studio:
     """Model, writer and teacher prefixes of one run."""
 
-    def __init__(self, model: Model, document: Document, settings: SynthesisSettings):
+    def __init__(self, model: Model, document: Document, settings: SynthesisSettings, seed: int):
+        self._seed = seed
         self._model = model
         self._document = document
         self._settings = settings
@@ -179,7 +180,7 @@ class _Studio:
     def converse(self, batch: BatchPlan, number: int, asked: set[str]) -> list[Conversation]:
         """One batch of conversations; `asked` are the messages of earlier batches."""
         settings = self._settings
-        seed = settings.seed * 100_003 + number
+        seed = self._seed * 100_003 + number
         chunk_prefix = None
         if settings.writer == "chat" or settings.teacher_context == "chunk":
             chunk_prefix = self._prefill(batch.text)

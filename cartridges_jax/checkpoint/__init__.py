@@ -1,0 +1,49 @@
+"""Cartridges and train state on disk: orbax arrays beside a checked JSON record.
+
+Orbax does not notice every flipped byte in the arrays' data, and what it then restores is
+garbage without an error. So the record holds a SHA-256 of every array, and one of itself,
+and nothing is handed out that does not agree with them. Files have checksums too, checked
+before orbax opens them: on damage that it does notice, it prints hundreds of lines.
+
+One process: on several hosts, gather the state and call from the first.
+
+    <cartridge>/cartridge.json        format version, model, corpus, config, checksums
+    <cartridge>/arrays/               keys, values, positions, group, (bias)
+    <checkpoints>/<step>/state/       the train state's leaves by name
+    <checkpoints>/<step>/record/      the caller's JSON and the arrays' checksums
+    <checkpoints>/<step>/files.json   the files' checksums
+
+Orbax is imported where it is used: it adds half a second to programs that only read text.
+"""
+from cartridges_jax.checkpoint.cartridges import (
+    FORMAT_VERSION,
+    MIGRATIONS,
+    RECORD,
+    Cartridge,
+    load_cartridge,
+    save_cartridge,
+)
+from cartridges_jax.checkpoint.metadata import (
+    EXPLICIT_POSITIONS,
+    PLAIN_POSITIONS,
+    CartridgeMetadata,
+    CorpusSource,
+    check_compatible,
+)
+from cartridges_jax.checkpoint.train_state import FILES, TrainCheckpoints
+
+__all__ = [
+    "EXPLICIT_POSITIONS",
+    "FILES",
+    "FORMAT_VERSION",
+    "MIGRATIONS",
+    "PLAIN_POSITIONS",
+    "RECORD",
+    "Cartridge",
+    "CartridgeMetadata",
+    "CorpusSource",
+    "TrainCheckpoints",
+    "check_compatible",
+    "load_cartridge",
+    "save_cartridge",
+]

@@ -1,0 +1,258 @@
+"""The training run: steps, held-out loss, checkpoints, and the ways a run can end.
+
+Knows nothing of tasks or files of text: it is given examples and gives back a prefix.
+"""
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from cartridges_jax.cartridge import KVPrefix
+from cartridges_jax.checkpoint import TrainCheckpoints
+from cartridges_jax.data.packing import Example, PackingPlan, plan_packing
+from cartridges_jax.distill.loss import TAILS
+from cartridges_jax.distill.step import (
+    cartridge_trainable, combine_cartridge, eval_step, init_state, learning_mask, train_step,
+)
+from cartridges_jax.errors import UserError
+from cartridges_jax.models import Model
+
+SCHEDULES = ("constant", "cosine")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """How a cartridge is trained.
+
+    Attributes:
+      steps: optimizer steps.
+      learning_rate: Adam's, after the warm-up (paper: 2e-2 at about 65,000 tokens a step).
+      schedule: "constant" (paper) or "cosine", down to `final_fraction` of the rate.
+      warmup_steps: steps of linear warm-up.
+      final_fraction: of the learning rate, at the end of the cosine.
+      clip_norm: global gradient norm above which a gradient is scaled down; 0 is off.
+      rows_per_step, row_tokens: packed rows in a step and their length in tokens.
+      micro_batches: the step's rows are computed in so many parts, to save memory.
+      targets: "assistant" trains on B's tokens, "all" also on A's where stored.
+      tail: what becomes of the probability outside the stored top-k (see `loss`).
+      remat: recompute layers in the backward pass, to save memory.
+      eval_every: steps between held-out losses.
+      checkpoint_every: steps between checkpoints.
+      keep_checkpoints: how many are kept.
+      max_refused_in_a_row: so many refused steps in a row end the run.
+    """
+
+    steps: int
+    learning_rate: float
+    schedule: str
+    warmup_steps: int
+    final_fraction: float
+    clip_norm: float
+    rows_per_step: int
+    row_tokens: int
+    micro_batches: int
+    targets: str
+    tail: str
+    remat: bool
+    eval_every: int
+    checkpoint_every: int
+    keep_checkpoints: int
+    max_refused_in_a_row: int
+
+    def check(self) -> None:
+        """Raises UserError for a value that no run could use."""
+        for name in (
+            "steps", "rows_per_step", "row_tokens", "micro_batches", "eval_every", "checkpoint_every",
+            "keep_checkpoints", "max_refused_in_a_row",
+        ):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name}={getattr(self, name)}: must be 1 or more")
+        for name in ("warmup_steps", "clip_norm"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"train.{name}={getattr(self, name)}: must be 0 or more")
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise UserError(f"train.learning_rate={self.learning_rate}: must be above 0")
+        if not 0 <= self.final_fraction <= 1:
+            raise UserError(f"train.final_fraction={self.final_fraction}: must be between 0 and 1")
+        for name, choices in (("schedule", SCHEDULES), ("tail", TAILS), ("targets", ("assistant", "all"))):
+            if getattr(self, name) not in choices:
+                raise UserError(f"train.{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}")
+        if self.rows_per_step % self.micro_batches:
+            raise UserError(
+                f"train.rows_per_step={self.rows_per_step} is not divisible by train.micro_batches={self.micro_batches}"
+            )
+
+
+def make_optimizer(settings: TrainSettings) -> optax.GradientTransformation:
+    """Adam with the settings' schedule and clipping (paper appendix: Adam)."""
+    warmup = min(settings.warmup_steps, settings.steps - 1)
+    if settings.schedule == "cosine":
+        rate = optax.warmup_cosine_decay_schedule(
+            init_value=0.0 if warmup else settings.learning_rate,
+            peak_value=settings.learning_rate,
+            warmup_steps=warmup,
+            decay_steps=settings.steps,
+            end_value=settings.learning_rate * settings.final_fraction,
+        )
+    else:
+        rate = optax.schedules.join_schedules(
+            [
+                optax.linear_schedule(0.0, settings.learning_rate, max(warmup, 1)),
+                optax.constant_schedule(settings.learning_rate),
+            ],
+            [warmup],
+        )
+    clip = [optax.clip_by_global_norm(settings.clip_norm)] if settings.clip_norm else []
+    return optax.chain(*clip, optax.adam(rate))
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """A finished run.
+
+    Attributes:
+      prefix: the trained cartridge, float32.
+      history: {"train": [{"step", "loss"}], "heldout": [{"step", "loss"}]}, nats a token.
+      refused: steps refused for a loss or gradient that was not finite.
+      packing_efficiency: real tokens over all tokens of the packed rows.
+      epochs: passes over the examples.
+    """
+
+    prefix: KVPrefix
+    history: dict[str, list[dict[str, float]]]
+    refused: int
+    packing_efficiency: float
+    epochs: float
+
+
+class StopRequested(Exception):
+    """The run was asked to stop; its state is saved and the same call goes on from it."""
+
+
+def heldout_loss(model: Model, prefix: KVPrefix, trainable, plan: PackingPlan, tail: str) -> float:
+    """Mean divergence a token over all held-out examples, in nats."""
+    total, count = 0.0, 0.0
+    for step in range(len(plan.steps)):
+        loss, targets = eval_step(
+            model.config, combine_cartridge, model.params, prefix, trainable, plan.batch(step), tail=tail
+        )
+        total, count = total + float(loss), count + float(targets)
+    return total / count
+
+
+def train(
+    model: Model,
+    initial: KVPrefix,
+    examples: Sequence[Example],
+    heldout: Sequence[Example],
+    settings: TrainSettings,
+    directory: Path,
+    *,
+    num_frozen: int,
+    seed: int,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> TrainResult:
+    """Trains a cartridge, from the newest checkpoint in `directory` if there is one.
+
+    Args:
+      initial: P slots to start from, in any float dtype.
+      examples: what is learned from.
+      heldout: what the held-out loss is measured on; may be empty.
+      directory: where checkpoints of this run, and no other's, are kept.
+      num_frozen: first slots that never change (paper: the attention sink).
+      seed: of the data order.
+      on_step: called with (steps taken, loss of the latest step that is known).
+      should_stop: asked after every step.
+
+    Returns:
+      The same result, bit for bit, however often the run was interrupted.
+
+    Raises:
+      StopRequested: `should_stop` said so; the state is saved.
+      UserError: bad settings or examples, or too many refused steps in a row; the last
+        good state is saved.
+    """
+    settings.check()
+    plan = plan_packing(
+        examples, num_steps=settings.steps, rows_per_step=settings.rows_per_step,
+        row_tokens=settings.row_tokens, micro_batches=settings.micro_batches, seed=seed,
+    )
+    heldout_plan = None
+    if heldout:
+        heldout_plan = plan_packing(
+            heldout, num_steps=None, rows_per_step=settings.rows_per_step // settings.micro_batches,
+            row_tokens=settings.row_tokens, micro_batches=1,
+        )
+    optimizer = make_optimizer(settings)
+    mask = learning_mask(initial.num_slots, num_frozen)[:, None]
+    state = init_state(cartridge_trainable(initial), optimizer)
+    history: dict[str, list[dict[str, float]]] = {"train": [], "heldout": []}
+    checkpoints = TrainCheckpoints(directory, settings.keep_checkpoints)
+    if checkpoints.latest_step() is not None:
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+        state, extra = checkpoints.restore(abstract)
+        history = extra["history"]
+    done = int(state.step)
+
+    def measure_heldout(step: int) -> None:
+        if heldout_plan is not None:
+            loss = heldout_loss(model, initial, state.trainable, heldout_plan, settings.tail)
+            history["heldout"].append({"step": step, "loss": loss})
+
+    def record(step: int, metrics) -> int:
+        loss = float(metrics["loss"])
+        history["train"].append({"step": step, "loss": loss if math.isfinite(loss) else None})
+        on_step(step, loss)
+        return int(metrics["refused_in_a_row"])
+
+    def save(step: int) -> None:
+        if checkpoints.latest_step() != step:
+            checkpoints.save(step, state, {"history": history})
+
+    try:
+        if done == 0:
+            measure_heldout(0)
+        pending = None
+        for step in range(done + 1, settings.steps + 1):
+            state, metrics = train_step(
+                model.config, optimizer, combine_cartridge, model.params, initial, mask, state,
+                plan.batch(step - 1), tail=settings.tail, remat=settings.remat,
+            )
+            # Fetched one step late: the device works on this step while the host reads the last.
+            refused_in_a_row = record(*pending) if pending else 0
+            pending = (step, metrics)
+            last, stopping = step == settings.steps, should_stop()
+            saving = last or stopping or step % settings.checkpoint_every == 0
+            if saving or refused_in_a_row >= settings.max_refused_in_a_row:
+                refused_in_a_row = record(*pending)
+                pending = None
+            if last or step % settings.eval_every == 0:
+                measure_heldout(step)
+            if saving or refused_in_a_row >= settings.max_refused_in_a_row:
+                save(step)
+            if refused_in_a_row >= settings.max_refused_in_a_row:
+                raise UserError(
+                    f"training stopped at step {step}: {refused_in_a_row} steps in a row had a loss or gradient "
+                    f"that was not finite; lower train.learning_rate={settings.learning_rate} "
+                    f"(the last good state is in {directory})"
+                )
+            if stopping and not last:
+                raise StopRequested
+    finally:
+        checkpoints.close()
+    trained = jax.tree.map(np.asarray, state.trainable)
+    return TrainResult(
+        prefix=initial.replace(keys=jnp.asarray(trained["keys"]), values=jnp.asarray(trained["values"])),
+        history=history,
+        refused=int(state.refused),
+        packing_efficiency=plan.efficiency,
+        epochs=plan.epochs,
+    )

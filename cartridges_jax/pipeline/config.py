@@ -1,0 +1,178 @@
+"""The typed configuration of a run, and its way in and out of `ml_collections`."""
+from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import Any
+
+import ml_collections
+
+from cartridges_jax.distill.trainer import TrainSettings
+from cartridges_jax.errors import UserError
+from cartridges_jax.evaluation.evaluate import EvaluationSettings
+from cartridges_jax.models.model import DTYPES
+from cartridges_jax.selfstudy.synthesis import SynthesisSettings
+
+# The document that ships with the package.
+QUICKSTART = "quickstart"
+
+
+@dataclasses.dataclass(frozen=True)
+class CartridgeSettings:
+    """The cartridge's size.
+
+    Attributes:
+      num_slots: P.
+      num_frozen: first slots that are not trained (paper: 1, the attention sink).
+    """
+
+    num_slots: int
+    num_frozen: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything that determines a run.
+
+    Attributes:
+      model: registry name, directory or GGUF file.
+      dtype: "float32" or "bfloat16", of the model.
+      seed: determines every draw and the data order.
+      corpus: a UTF-8 text or Markdown file, a SQuAD JSON file (with `article`), or
+        "quickstart" for the document that ships with the package.
+      article: title of the article in a SQuAD file.
+      max_tokens: of a SQuAD article, keep so many; 0 keeps all.
+      questions: JSONL of {"question", "answers"}; "" for none. A SQuAD article brings
+        its own; "quickstart" has one too.
+      heldout: self-study conversations that are kept out of training.
+    """
+
+    model: str
+    dtype: str
+    seed: int
+    corpus: str
+    article: str
+    max_tokens: int
+    questions: str
+    heldout: int
+    cartridge: CartridgeSettings
+    study: SynthesisSettings
+    train: TrainSettings
+    evaluation: EvaluationSettings
+
+    def check(self) -> None:
+        """Raises UserError for a value that no run could use, before anything is loaded."""
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype={self.dtype!r}: choose one of {', '.join(DTYPES)}")
+        if self.seed < 0:
+            raise UserError(f"seed={self.seed}: must be 0 or more")
+        if self.heldout < 0:
+            raise UserError(f"heldout={self.heldout}: must be 0 or more")
+        if self.heldout >= self.study.conversations:
+            raise UserError(
+                f"heldout={self.heldout} leaves nothing of study.conversations={self.study.conversations} to train on"
+            )
+        if self.cartridge.num_frozen < 0:
+            raise UserError(f"cartridge.num_frozen={self.cartridge.num_frozen}: must be 0 or more")
+        if self.cartridge.num_slots <= self.cartridge.num_frozen:
+            raise UserError(
+                f"cartridge.num_slots={self.cartridge.num_slots} with cartridge.num_frozen="
+                f"{self.cartridge.num_frozen} leaves no slot to train: raise num_slots"
+            )
+        self.study.check()
+        self.train.check()
+        self.evaluation.check()
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """The defaults that experiments override: sized for a small model on a CPU."""
+    return ml_collections.ConfigDict(dataclasses.asdict(RunConfig(
+        model="smollm2-135m-instruct",
+        dtype="float32",
+        seed=0,
+        corpus=QUICKSTART,
+        article="",
+        max_tokens=0,
+        questions="",
+        heldout=24,
+        cartridge=CartridgeSettings(num_slots=128, num_frozen=1),
+        study=SynthesisSettings(
+            conversations=512,
+            requests_per_batch=128,
+            chunk_min_tokens=512,
+            chunk_max_tokens=4096,
+            teacher_context="document",
+            writer="completion",
+            families={
+                "qa": 0.7, "question": 0.1, "use_case": 0.08, "summarization": 0.06,
+                "structuring": 0.03, "creative": 0.03, "generic": 0.0,
+            },
+            writer_temperature=0.6,
+            writer_top_p=1.0,
+            writer_max_tokens=24,
+            answer_temperature=0.0,
+            answer_max_tokens=40,
+            top_logprobs=20,
+        ),
+        train=TrainSettings(
+            steps=160,
+            learning_rate=2e-2,
+            schedule="cosine",
+            warmup_steps=10,
+            final_fraction=0.05,
+            clip_norm=1.0,
+            rows_per_step=4,
+            row_tokens=128,
+            micro_batches=1,
+            targets="assistant",
+            tail="class",
+            remat=False,
+            eval_every=40,
+            checkpoint_every=20,
+            keep_checkpoints=2,
+            max_refused_in_a_row=5,
+        ),
+        evaluation=EvaluationSettings(max_answer_tokens=48, max_questions=0),
+    )))
+
+
+def from_config_dict(config: ml_collections.ConfigDict) -> RunConfig:
+    """The typed, checked config.
+
+    Raises:
+      UserError: a field that is unknown, missing or of the wrong type, or a value that
+        no run could use.
+    """
+    run = _build(RunConfig, config.to_dict(), "config")
+    run.check()
+    return run
+
+
+def _build(cls: type, values: dict[str, Any], path: str) -> Any:
+    types = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(types))
+    if unknown:
+        raise UserError(f"{path} has no field {unknown[0]!r}: its fields are {', '.join(types)}")
+    missing = sorted(set(types) - set(values))
+    if missing:
+        raise UserError(f"{path} lacks the field {missing[0]!r}: start from pipeline.config.default_config()")
+    built = {}
+    for name, kind in types.items():
+        value = values[name]
+        if dataclasses.is_dataclass(kind):
+            value = _build(kind, value, f"{path}.{name}")
+        else:
+            value = _typed(kind, value, f"{path}.{name}")
+        built[name] = value
+    return cls(**built)
+
+
+def _typed(kind: Any, value: Any, path: str) -> Any:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    plain = typing.get_origin(kind) or kind
+    if not isinstance(value, plain) or (plain is int and isinstance(value, bool)):
+        raise UserError(f"{path}={value!r} is a {type(value).__name__}: give a {plain.__name__}")
+    if plain is dict:
+        return {key: _typed(float, item, f"{path}.{key}") for key, item in value.items()}
+    return value

@@ -1,0 +1,55 @@
+"""Fixtures that several files share. Torch computes on one thread: the tests run in parallel processes."""
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    # With `-n`, tests of one `xdist_group` stay in one process, so that the real model is loaded once.
+    if getattr(config.option, "dist", None) == "load":
+        config.option.dist = "loadgroup"
+
+
+@pytest.fixture
+def rng(request) -> np.random.Generator:
+    """Fresh inputs in every run; the seed is printed when the test fails (set TEST_SEED to repeat it)."""
+    seed = int(os.environ.get("TEST_SEED") or secrets.randbits(32))
+    print(f"TEST_SEED={seed}")
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tmp_path_factory) -> Path:
+    """The file of a tiny random model with a tokenizer and chat template; 512 positions."""
+    from tiny import write_tiny_gguf
+
+    return write_tiny_gguf(tmp_path_factory.mktemp("tiny") / "tiny.gguf")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_gguf):
+    """That file, loaded in float32."""
+    from cartridges_jax.models import load_model
+
+    return load_model(str(tiny_gguf))
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(tiny_model):
+    """`tiny_model` and the same model in transformers: a `tiny.TinyPair`."""
+    import torch
+    from tiny import TinyPair, random_weights, tiny_config, twin_of
+
+    torch.set_num_threads(1)
+    config = tiny_config()
+    return TinyPair(tiny_model, twin_of(random_weights(config, seed=0), config))

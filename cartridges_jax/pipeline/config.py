@@ -143,7 +143,12 @@ def from_config_dict(config: ml_collections.ConfigDict) -> RunConfig:
       UserError: a field that is unknown, missing or of the wrong type, or a value that
         no run could use.
     """
-    run = _build(RunConfig, config.to_dict(), "config")
+    try:
+        values = config.to_dict()
+    except OSError as error:
+        # A config flag reports a file that it could not load when its value is first read.
+        raise UserError(f"the config file cannot be loaded: {str(error).splitlines()[-1].strip()}") from None
+    run = _build(RunConfig, values, "config")
     run.check()
     return run
 

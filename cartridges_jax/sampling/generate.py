@@ -172,6 +172,17 @@ def generate_tokens(
     return [results[i] for i in range(len(prompts))]
 
 
+@jax.jit
+def _take_rows(state: DecodeState, rows: Array) -> DecodeState:
+    """The batch of these rows only."""
+    cache = Cache(
+        keys=jnp.take(state.cache.keys, rows, axis=1),
+        values=jnp.take(state.cache.values, rows, axis=1),
+        lengths=state.cache.lengths[rows],
+    )
+    return state.replace(cache=cache, logits=state.logits[rows], keys=state.keys[rows], done=state.done[rows])
+
+
 def _row_bucket(num_rows: int) -> int:
     return round_up(num_rows, 32) if num_rows > 32 else 1 << (num_rows - 1).bit_length()
 
@@ -207,24 +218,31 @@ def _generate_batch(
         num_generated=jnp.int32(0),
         done=jnp.arange(num_rows) >= len(prompts),
     )
-    emitted, top_ids, top = [], [], []
-    taken = 0
-    while taken < max_tokens:
+    shape = (round_up(max_tokens, STEPS_PER_DISPATCH), num_rows)
+    emitted = np.full(shape, -1, np.int32)
+    top_ids = np.zeros((*shape, top_logprobs), np.int32)
+    top = np.zeros((*shape, top_logprobs), np.float32)
+    prompt_of = np.arange(num_rows)
+    for begin in range(0, max_tokens, STEPS_PER_DISPATCH):
         state, outputs = decode_steps(
             model.config, model.params, prefix, state, stop_ids,
             sampling=sampling, top_logprobs=top_logprobs, num_steps=STEPS_PER_DISPATCH,
         )
-        for parts, output in zip((emitted, top_ids, top), outputs):
-            parts.append(np.asarray(output))
-        taken += STEPS_PER_DISPATCH
-        if bool(np.all(np.asarray(state.done))):
+        for collected, output in zip((emitted, top_ids, top), outputs):
+            collected[begin : begin + STEPS_PER_DISPATCH, prompt_of] = np.asarray(output)
+        active = np.flatnonzero(~np.asarray(state.done))
+        if not len(active):
             break
+        if 2 * len(active) <= len(prompt_of):
+            # Rows that have ended cost as much as others: go on with half of them.
+            ended = np.flatnonzero(np.asarray(state.done))
+            kept = np.concatenate([active, ended])[: len(prompt_of) // 2]
+            state, prompt_of = _take_rows(state, kept), prompt_of[kept]
 
-    emitted, top_ids, top = (np.concatenate(parts)[:max_tokens] for parts in (emitted, top_ids, top))
     stops = set(np.asarray(stop_ids).tolist())
     generations = []
     for row in range(len(prompts)):
-        count = int(np.sum(emitted[:, row] >= 0))
+        count = int(np.sum(emitted[:max_tokens, row] >= 0))
         ids = emitted[:count, row].tolist()
         generations.append(
             Generation(

@@ -90,13 +90,14 @@ def degenerates(token_ids: Sequence[int], *, span: int = 4, times: int = 3) -> b
 
 
 def is_about(message: str, sentence: str) -> bool:
-    """Whether at least half of the message's content words come from the sentence it is about.
+    """Whether a message keeps to its sentence: it shares two content words, or half of its own.
 
     Small models drift off; a question about nothing in the text is answered with an
     invention that the cartridge would have to learn.
     """
     words = _content_words(message)
-    return bool(words) and len(words & _content_words(sentence)) * 2 >= len(words)
+    shared = len(words & _content_words(sentence))
+    return shared >= 2 or 0 < len(words) <= 2 * shared
 
 
 def _content_words(text: str) -> set[str]:

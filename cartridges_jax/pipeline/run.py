@@ -1,0 +1,340 @@
+"""A run: study, train, evaluate, report. Each stage is skipped when its inputs' hash is unchanged."""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cartridges_jax.checkpoint import (
+    Cartridge, CartridgeMetadata, CorpusSource, load_cartridge, save_cartridge,
+)
+from cartridges_jax.corpus.chunks import Chunk, token_coverage
+from cartridges_jax.corpus.documents import Document
+from cartridges_jax.corpus.questions import Question, questions_hash
+from cartridges_jax.data.conversations import Conversation
+from cartridges_jax.data.decontaminate import split_contaminated
+from cartridges_jax.data.packing import render_example
+from cartridges_jax.distill.initialise import first_tokens, initialise_from_first_tokens
+from cartridges_jax.distill.trainer import StopRequested, train
+from cartridges_jax.errors import UserError
+from cartridges_jax.evaluation.conditions import conditions
+from cartridges_jax.evaluation.evaluate import evaluate
+from cartridges_jax.evaluation.report import print_summary, write_report
+from cartridges_jax.models import Model, load_model
+from cartridges_jax.pipeline.config import RunConfig
+from cartridges_jax.pipeline.inputs import check_paths, freeze_questions, read_inputs
+from cartridges_jax.pipeline.progress import progress
+from cartridges_jax.pipeline.signals import StopSignals
+from cartridges_jax.pipeline.workdir import Stage, Workdir, code_hash
+from cartridges_jax.selfstudy.plan import askable_sentences
+from cartridges_jax.selfstudy.synthesis import synthesise
+
+# The source files that a stage's outcome depends on.
+_MODEL_CODE = ("cartridge.py", "rope.py", "attention", "models", "formats", "text", "sampling")
+_STUDY_CODE = (*_MODEL_CODE, "corpus", "data", "selfstudy")
+_TRAIN_CODE = (*_STUDY_CODE, "distill", "checkpoint")
+_EVALUATE_CODE = (
+    *_TRAIN_CODE, "evaluation/conditions.py", "evaluation/evaluate.py", "evaluation/metrics.py", "evaluation/scoring.py",
+)
+
+# Tokens that the chat template adds around a question and its answer, and slack.
+_TURN_TOKENS = 64
+_SPARE_BYTES = 50_000_000
+
+
+def run(config: RunConfig, path: Path, *, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Takes a document to a cartridge and its report, or takes up where a run was stopped.
+
+    Args:
+      config: what to do.
+      path: the workdir; `cartridge/`, `report.json` and `report.html` end up there.
+      say: is told what happens.
+
+    Returns:
+      The report.
+
+    Raises:
+      UserError: bad input, found before expensive work where that is possible.
+      Interrupted: SIGINT or SIGTERM came; the same call goes on from there.
+    """
+    config.check()
+    check_paths(config)
+    workdir = Workdir(path)
+    with workdir.held(), StopSignals() as signals:
+        say(f"loading {config.model}")
+        model = load_model(config.model, dtype=config.dtype)
+        return _Run(config, workdir, model, signals, say).report()
+
+
+class _Run:
+    """The stages of one run, in order; each asks for what it needs from those before."""
+
+    def __init__(
+        self, config: RunConfig, workdir: Workdir, model: Model, signals: StopSignals, say: Callable[[str], None]
+    ):
+        self.config, self.workdir, self.model, self.signals, self.say = config, workdir, model, signals, say
+        self.document, self.questions = read_inputs(config, model.tokenizer)
+        self.document_tokens = len(model.tokenizer.encode(self.document.text))
+        self._refuse_what_cannot_work()
+        freeze_questions(workdir, self.questions)
+        say(
+            f"{self.document.name}: {self.document_tokens:,} tokens, {len(self.questions)} questions; "
+            f"cartridge of {config.cartridge.num_slots} slots"
+        )
+
+    def _refuse_what_cannot_work(self) -> None:
+        config, model = self.config, self.model
+        first_tokens(model, self.document.text, config.cartridge.num_slots)
+        longest = max(
+            config.study.writer_max_tokens + config.study.answer_max_tokens, config.evaluation.max_answer_tokens
+        ) + _TURN_TOKENS
+        context = model.config.context_length
+        if config.cartridge.num_slots + longest > context:
+            raise UserError(
+                f"a cartridge of {config.cartridge.num_slots} slots and conversations of {longest} tokens exceed "
+                f"the model's context of {context}: choose fewer slots or shorter answers"
+            )
+        if config.study.teacher_context == "document" and self.document_tokens + longest > context:
+            raise UserError(
+                f"the document's {self.document_tokens} tokens and a conversation of {longest} exceed the model's "
+                f"context of {context}: use --config.study.teacher_context=chunk"
+            )
+        if config.study.chunk_min_tokens + longest > context:
+            raise UserError(
+                f"chunks of {config.study.chunk_min_tokens} tokens and a conversation of {longest} exceed the "
+                f"model's context of {context}: lower study.chunk_min_tokens"
+            )
+        shape = model.config.num_layers * model.config.num_kv_heads * model.config.head_dim
+        cartridge_bytes = 2 * 4 * shape * config.cartridge.num_slots
+        # Train states hold the slots and Adam's two moments.
+        states = (config.train.keep_checkpoints + 1) * 3 * cartridge_bytes
+        shards = config.study.conversations * config.study.answer_max_tokens * config.study.top_logprobs * 12
+        self.workdir.require_space(states + 3 * cartridge_bytes + shards + _SPARE_BYTES)
+
+    def _open(self, name: str, inputs: Mapping[str, Any]) -> Stage:
+        stage, changes = self.workdir.stage(name, inputs)
+        if stage.done:
+            self.say(f"{name}: nothing changed, kept")
+        elif changes:
+            self.say(f"{name}: runs again, changed: {'; '.join(changes)}")
+        elif stage.spent():
+            self.say(f"{name}: goes on after {stage.spent():.0f} s of earlier work")
+        return stage
+
+    def _study_stage(self) -> Stage:
+        return self._open("study", {
+            "seed": self.config.seed,
+            "model": self.model.source_sha256,
+            "dtype": self.config.dtype,
+            "document": self.document.sha256,
+            "code": code_hash(*_STUDY_CODE),
+            **_flat("study", self.config.study),
+        })
+
+    def study(self) -> tuple[Stage, list[Conversation]]:
+        """Self-study; finished shards are read back."""
+        stage = self._study_stage()
+        wanted = self.config.study.conversations
+        with stage.clock() as clock, progress("study", wanted) as bar:
+
+            def advance(done: int, total: int) -> None:
+                bar.at(done, total)
+                clock.tick()
+
+            conversations = synthesise(
+                self.model, self.document, stage.directory, self.config.study, seed=self.config.seed,
+                on_progress=advance,
+            )
+        if not stage.done:
+            stage.finish({"conversations": len(conversations)})
+        return stage, conversations
+
+    def _split(self, conversations: list[Conversation]) -> tuple[list[Conversation], list[Conversation], int]:
+        """(to train on, held out, dropped because they are evaluation questions)."""
+        order = np.random.default_rng([self.config.seed, 1]).permutation(len(conversations))
+        heldout = {int(i) for i in order[: self.config.heldout]}
+        clean, dropped = split_contaminated(
+            [conversation.messages[0].content for conversation in conversations],
+            [question.question for question in self.questions],
+        )
+        kept = [conversations[i] for i in clean if i not in heldout]
+        return kept, [conversations[i] for i in sorted(heldout)], len(set(dropped) - heldout)
+
+    def train(self, study: Stage, conversations: list[Conversation]) -> tuple[Stage, Cartridge]:
+        """Distillation; a finished cartridge is read back."""
+        config = self.config
+        stage = self._open("train", {
+            "study": study.key,
+            "seed": config.seed,
+            "heldout": config.heldout,
+            "questions": questions_hash(self.questions),
+            "code": code_hash(*_TRAIN_CODE),
+            **_flat("cartridge", config.cartridge),
+            **_flat("train", config.train),
+        })
+        directory = stage.directory / "cartridge"
+        if not stage.done:
+            with stage.clock() as clock:
+                self._train(stage, conversations, directory, clock)
+        cartridge = load_cartridge(directory)
+        self._publish(stage, cartridge)
+        return stage, cartridge
+
+    def _train(self, stage: Stage, conversations: list[Conversation], directory: Path, clock) -> None:
+        config, model = self.config, self.model
+        learned, heldout, dropped = self._split(conversations)
+        if not learned:
+            raise UserError(
+                f"all {dropped} conversations equal evaluation questions or are held out: raise study.conversations"
+            )
+        chat = model.chat
+        initial = initialise_from_first_tokens(model, self.document.text, config.cartridge.num_slots)
+        with progress("train", config.train.steps) as bar, self.signals.deferred():
+
+            def on_step(step: int, loss: float) -> None:
+                bar.at(step, note=f"loss {loss:.3f}")
+                clock.tick()
+
+            try:
+                result = train(
+                    model, initial,
+                    [render_example(c, chat, targets=config.train.targets) for c in learned],
+                    [render_example(c, chat) for c in heldout],
+                    config.train, stage.directory / "checkpoints",
+                    num_frozen=config.cartridge.num_frozen, seed=config.seed,
+                    on_step=on_step, should_stop=self.signals.requested,
+                )
+            except StopRequested:
+                # The end of the deferred block raises the signal's own exception.
+                return
+        metadata = CartridgeMetadata.of(
+            result.prefix,
+            model_name=model.name,
+            model_fingerprint=model.fingerprint,
+            learning_mask=np.arange(config.cartridge.num_slots) >= config.cartridge.num_frozen,
+            corpus=CorpusSource(self.document.name, self.document.sha256, self.document_tokens),
+            step=config.train.steps,
+            config=dataclasses.asdict(config),
+        )
+        save_cartridge(directory, result.prefix, metadata)
+        stage.finish({
+            "history": result.history,
+            "refused_steps": result.refused,
+            "dropped_training_questions": dropped,
+            "trained_on": len(learned),
+            "packing_efficiency": result.packing_efficiency,
+            "epochs": result.epochs,
+        })
+
+    def _publish(self, stage: Stage, cartridge: Cartridge) -> None:
+        """Puts the stage's cartridge where users look for it, unless it lies there."""
+        target = self.workdir.path / "cartridge"
+        marker = stage.directory.parent / "published"
+        if target.exists() and marker.exists() and marker.read_text() == stage.key:
+            return
+        marker.unlink(missing_ok=True)
+        save_cartridge(target, cartridge.prefix, cartridge.metadata)
+        marker.write_text(stage.key)
+
+    def evaluate(self, train_stage: Stage, cartridge: Cartridge, conversations: list[Conversation]) -> Stage:
+        """The four conditions on the same questions."""
+        config = self.config
+        questions = self._asked()
+        stage = self._open("evaluate", {
+            "train": train_stage.key,
+            "questions": questions_hash(questions),
+            "code": code_hash(*_EVALUATE_CODE),
+            **_flat("evaluation", config.evaluation),
+        })
+        if stage.done:
+            return stage
+        heldout = self._split(conversations)[1]
+        with stage.clock() as clock, progress("evaluate", 1) as bar:
+
+            def advance(done: int, total: int) -> None:
+                bar.at(done, total)
+                clock.tick()
+
+            fronts, cut = conditions(
+                self.model, self.document, cartridge.prefix, room=config.evaluation.max_answer_tokens + _TURN_TOKENS
+            )
+            measured = evaluate(
+                self.model, fronts, questions, heldout, config.evaluation, on_progress=advance
+            )
+        stage.finish({**dataclasses.asdict(measured), "cut_from_icl": cut})
+        return stage
+
+    def _asked(self) -> list[Question]:
+        limit = self.config.evaluation.max_questions
+        if not limit or len(self.questions) <= limit:
+            return self.questions
+        places = np.linspace(0, len(self.questions) - 1, limit).round().astype(int)
+        return [self.questions[i] for i in places]
+
+    def report(self) -> dict[str, Any]:
+        """Runs what is missing and writes the report."""
+        study_stage, conversations = self.study()
+        train_stage, cartridge = self.train(study_stage, conversations)
+        evaluate_stage = self.evaluate(train_stage, cartridge, conversations)
+        trained, measured = train_stage.result(), evaluate_stage.result()
+        seconds = {
+            "synthesis": study_stage.spent(), "training": train_stage.spent(), "evaluation": evaluate_stage.spent(),
+        }
+        document_judge = "the model with the whole document in context"
+        if measured["cut_from_icl"]:
+            document_judge += f" (its last {measured['cut_from_icl']} tokens did not fit and were cut)"
+        report = {
+            "model": self.model.name,
+            "model_fingerprint": self.model.fingerprint,
+            "seed": self.config.seed,
+            "corpus": {
+                "name": self.document.name, "tokens": self.document_tokens, "sha256": self.document.sha256,
+            },
+            "cartridge": {
+                "tokens": cartridge.prefix.num_slots,
+                "bytes": cartridge.prefix.nbytes,
+                "frozen": cartridge.metadata.num_frozen,
+            },
+            "conditions": measured["conditions"],
+            **measured["closed"],
+            "reasons": measured["reasons"],
+            "dropped_training_questions": trained["dropped_training_questions"],
+            "seconds": {**seconds, "total": sum(seconds.values())},
+            "conversations": trained["trained_on"],
+            "heldout_conversations": self.config.heldout,
+            "steps": self.config.train.steps,
+            "refused_steps": trained["refused_steps"],
+            "packing_efficiency": trained["packing_efficiency"],
+            "epochs": trained["epochs"],
+            "questions": len(self._asked()),
+            "questions_sha256": questions_hash(self.questions),
+            "judge": document_judge,
+            "trained_by": f"the model with the {self.config.study.teacher_context} in context",
+            "coverage": self._coverage(conversations),
+            "history": trained["history"],
+            "answers": measured["answers"],
+            "config": dataclasses.asdict(self.config),
+        }
+        _, page = write_report(self.workdir.path, report)
+        print_summary(report, page)
+        self.say(f"Cartridge: {self.workdir.path / 'cartridge'}")
+        return report
+
+    def _coverage(self, conversations: list[Conversation]) -> dict[str, Any]:
+        counts = np.zeros(len(askable_sentences(self.document.text)), int)
+        for conversation in conversations:
+            counts[conversation.metadata["sentence_index"]] += 1
+        chunks = {tuple(conversation.metadata["chunk_span"]) for conversation in conversations}
+        return {
+            "sentences": len(counts),
+            "asked": int((counts > 0).sum()),
+            "conversations_per_sentence": counts.tolist(),
+            "tokens": token_coverage([Chunk(*span) for span in sorted(chunks)], self.document_tokens),
+        }
+
+
+def _flat(name: str, settings: Any) -> dict[str, Any]:
+    return {f"{name}.{field}": value for field, value in dataclasses.asdict(settings).items()}

@@ -1,0 +1,195 @@
+"""A run's directory: its stages, what each was made from, and whether it is done."""
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from cartridges_jax.errors import UserError
+
+_RECORD = "run.json"
+_LOCK = ".lock"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file that `write_json` wrote.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError:
+        raise UserError(f"{path} is damaged: delete it and run again, its stage is made anew") from None
+
+
+def code_hash(*parts: str) -> str:
+    """sha256 over the package's source files below the given parts ("models", "rope.py", …)."""
+    root = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for part in sorted(parts):
+        path = root / part
+        for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
+            digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+class Stage:
+    """One stage's directory for one set of inputs.
+
+    Attributes:
+      name: "study", "train" or "evaluate".
+      key: hash of the inputs; what the directory is called.
+      directory: where the stage keeps what it makes, also half-way.
+    """
+
+    def __init__(self, parent: Path, name: str, inputs: Mapping[str, Any]):
+        self.name = name
+        self.inputs = dict(inputs)
+        self.key = hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode()).hexdigest()[:16]
+        self.directory = parent / name / self.key
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._result = self.directory / "result.json"
+        self._seconds = self.directory / "seconds.json"
+
+    @property
+    def done(self) -> bool:
+        return self._result.exists()
+
+    def result(self) -> dict[str, Any]:
+        """What the finished stage left."""
+        return read_json(self._result)
+
+    def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """Marks the stage done."""
+        write_json(self._result, dict(result))
+        return dict(result)
+
+    def spent(self) -> float:
+        """Seconds of work so far, over all attempts."""
+        return read_json(self._seconds)["seconds"] if self._seconds.exists() else 0.0
+
+    @contextlib.contextmanager
+    def clock(self) -> Iterator[_Clock]:
+        """Adds the block's seconds to the stage's; `tick()` keeps them should the run be killed."""
+        clock = _Clock(self._seconds, self.spent())
+        try:
+            yield clock
+        finally:
+            clock.tick(0.0)
+
+
+class _Clock:
+    def __init__(self, path: Path, before: float):
+        self._path, self._before = path, before
+        self._start = self._written = time.monotonic()
+
+    def tick(self, at_most_every: float = 5.0) -> None:
+        now = time.monotonic()
+        if now - self._written >= at_most_every:
+            write_json(self._path, {"seconds": self._before + now - self._start})
+            self._written = now
+
+
+class Workdir:
+    """A run's directory, held by one process at a time.
+
+    Attributes:
+      path: the directory.
+    """
+
+    def __init__(self, path: Path):
+        """Creates the directory or takes up an earlier run's.
+
+        Raises:
+          UserError: it cannot be written, or holds something that is not a run.
+        """
+        self.path = path
+        if path.exists() and not path.is_dir():
+            raise UserError(f"workdir {path} is a file: give a directory")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path):
+                pass
+        except OSError as error:
+            raise UserError(
+                f"workdir {path} cannot be written ({error.strerror}): choose another with --workdir"
+            ) from None
+        others = [entry.name for entry in path.iterdir() if entry.name != _LOCK]
+        if others and not (path / _RECORD).exists():
+            raise UserError(
+                f"workdir {path} holds files of something else (such as {sorted(others)[0]}): "
+                "choose an empty or new directory with --workdir"
+            )
+        record = read_json(path / _RECORD) if (path / _RECORD).exists() else {}
+        self._stages: dict[str, Any] = record.get("stages", {})
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps other processes from working in this directory.
+
+        Raises:
+          UserError: one already does.
+        """
+        with open(self.path / _LOCK, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another run is working in {self.path}: wait for it, or choose another --workdir"
+                ) from None
+            self._save()
+            yield
+
+    def require_space(self, num_bytes: int) -> None:
+        """Raises UserError where the disk has less room than the run will need."""
+        free = shutil.disk_usage(self.path).free
+        if free < num_bytes:
+            raise UserError(
+                f"the run needs about {num_bytes / 1e6:.0f} MB in {self.path}, only {free / 1e6:.0f} MB are free: "
+                "make room, or choose another disk with --workdir"
+            )
+
+    def stage(self, name: str, inputs: Mapping[str, Any]) -> tuple[Stage, list[str]]:
+        """A stage, and what changed in its inputs since the last run (empty the first time).
+
+        Args:
+          inputs: everything that the stage's outcome depends on, as flat JSON values.
+        """
+        stage = Stage(self.path, name, inputs)
+        before = self._stages.get(name)
+        changes = [] if before is None else [
+            f"{key} {_short(before.get(key))} -> {_short(stage.inputs.get(key))}"
+            for key in sorted({*before, *stage.inputs})
+            if before.get(key) != stage.inputs.get(key)
+        ]
+        self._stages[name] = stage.inputs
+        self._save()
+        return stage, changes
+
+    def _save(self) -> None:
+        write_json(self.path / _RECORD, {"format": 1, "stages": self._stages})
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    # Hashes tell nothing by their tail.
+    return text if len(text) <= 32 else f"{text[:9]}…"

@@ -1,0 +1,437 @@
+"""The loss against float64 KL, and the train step against PyTorch autograd over transformers.
+
+The torch side runs every conversation by itself, unpacked, in float64, behind leaf tensors in
+`past_key_values`, with a loss of its own; ours runs packed rows in micro-batches.
+"""
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from tiny import random_prefix, random_tokens, twin_run
+
+from cartridges_jax import sampling
+from cartridges_jax.data.packing import Example, plan_packing
+from cartridges_jax.distill.initialise import first_tokens, initialise_from_first_tokens
+from cartridges_jax.distill.loss import divergence_per_token
+from cartridges_jax.distill.step import (
+    batch_loss,
+    cartridge_trainable,
+    combine_cartridge,
+    eval_step,
+    init_state,
+    learning_mask,
+    train_step,
+)
+from cartridges_jax.errors import UserError
+
+torch.set_num_threads(1)
+
+P, FROZEN = 6, 1
+
+# Keeps the accumulated gradients as its state and moves nothing.
+RECORDER = optax.GradientTransformation(
+    init=lambda params: jax.tree.map(jnp.zeros_like, params),
+    update=lambda grads, state, params=None: (jax.tree.map(jnp.zeros_like, grads), grads),
+)
+ADAM = optax.adam(1e-2)
+
+
+# The loss
+
+
+def log_softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def random_targets(rng, num_rows, vocab_size, k, scale=2.0):
+    """A teacher's (all log-probabilities float64, its k most likely ids, theirs float32)."""
+    teacher = log_softmax(scale * rng.standard_normal((num_rows, vocab_size)))
+    ids = np.argsort(-teacher, axis=-1)[:, :k].astype(np.int32)
+    return teacher, ids, np.take_along_axis(teacher, ids, axis=-1).astype(np.float32)
+
+
+def kl(p, q):
+    """KL of explicit distributions over the last axis."""
+    return np.sum(p * (np.log(p) - np.log(q)), axis=-1)
+
+
+@pytest.mark.parametrize("scale", [0.1, 2.0, 5.0])
+def test_the_class_loss_is_the_kl_of_the_coarsened_distributions(rng, scale):
+    teacher, ids, logprobs = random_targets(rng, 12, 50, 5, scale)
+    logits = (scale * rng.standard_normal((12, 50))).astype(np.float32)
+
+    def coarse(full):
+        kept = np.take_along_axis(full, ids, axis=-1)
+        rest = [[sum(p for i, p in enumerate(row) if i not in set(chosen))] for row, chosen in zip(full, ids)]
+        return np.concatenate([kept, rest], axis=-1)
+
+    expected = kl(coarse(np.exp(teacher)), coarse(np.exp(log_softmax(logits))))
+    found = divergence_per_token(jnp.asarray(logits), ids, logprobs, "class")
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=2e-5)
+
+
+def test_with_all_but_one_token_stored_it_is_the_full_kl(rng):
+    teacher, ids, logprobs = random_targets(rng, 8, 20, 19, scale=1.0)
+    logits = rng.standard_normal((8, 20)).astype(np.float32)
+    expected = kl(np.exp(teacher), np.exp(log_softmax(logits)))
+    np.testing.assert_allclose(divergence_per_token(jnp.asarray(logits), ids, logprobs), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_the_dropped_tail_is_the_plain_sum_over_the_stored_tokens(rng):
+    _, ids, logprobs = random_targets(rng, 12, 50, 5)
+    logits = (2 * rng.standard_normal((12, 50))).astype(np.float32)
+    student = np.take_along_axis(log_softmax(logits), ids, axis=-1)
+    expected = np.sum(np.exp(logprobs.astype(np.float64)) * (logprobs - student), axis=-1)
+    found = divergence_per_token(jnp.asarray(logits), ids, logprobs, "drop")
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tail", ["class", "drop"])
+def test_the_divergence_from_oneself_is_zero_and_so_is_its_gradient_in_the_class_form(rng, tail):
+    logits = jnp.asarray(2 * rng.standard_normal((9, 40)), jnp.float32)
+    logprobs, ids = jax.lax.top_k(jax.nn.log_softmax(logits), 6)
+    assert np.abs(divergence_per_token(logits, ids, logprobs, tail)).max() < 1e-5
+    gradient = jax.grad(lambda x: divergence_per_token(x, ids, logprobs, tail).sum())(logits)
+    largest = np.abs(gradient).max()
+    assert largest < 1e-5 if tail == "class" else largest > 1e-3
+
+
+def test_unused_entries_count_for_nothing_whatever_id_they_hold(rng):
+    _, ids, logprobs = random_targets(rng, 10, 50, 4)
+    logits = jnp.asarray(rng.standard_normal((10, 50)), jnp.float32)
+    padding = rng.integers(0, 50, (10, 3)).astype(np.int32)
+    padded = np.concatenate([ids, padding], axis=1), np.pad(logprobs, ((0, 0), (0, 3)), constant_values=-np.inf)
+
+    def total(x, tail, targets):
+        return divergence_per_token(x, *targets, tail).sum()
+
+    for tail in ("class", "drop"):
+        for found, expected in zip(
+            jax.value_and_grad(total)(logits, tail, padded), jax.value_and_grad(total)(logits, tail, (ids, logprobs))
+        ):
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_every_entry_of_a_row_of_high_entropy_draws_the_student(rng):
+    """No cut-off by mass: twenty entries that hold 2 % of the mass together all have a gradient."""
+    _, ids, logprobs = random_targets(rng, 3, 1000, 20, scale=0.01)
+    assert np.exp(logprobs).sum(axis=-1).max() < 0.025
+    logits = jnp.asarray(0.1 * rng.standard_normal((3, 1000)), jnp.float32)
+    for tail in ("class", "drop"):
+        gradient = jax.grad(lambda x, tail=tail: divergence_per_token(x, ids, logprobs, tail).sum())(logits)
+        student = np.exp(log_softmax(logits))
+        stored = np.take_along_axis(np.asarray(gradient, np.float64), ids, axis=-1)
+        teacher = np.exp(logprobs.astype(np.float64))
+        q = np.take_along_axis(student, ids, axis=-1)
+        if tail == "drop":  # d/dx of -sum_i p_i log q_i
+            expected = q * teacher.sum(-1, keepdims=True) - teacher
+        else:  # … and of -(1 - sum p) log(1 - sum q)
+            rest = (1 - teacher.sum(-1, keepdims=True)) / (1 - q.sum(-1, keepdims=True))
+            expected = q * teacher.sum(-1, keepdims=True) - teacher + rest * q * (1 - q.sum(-1, keepdims=True))
+        np.testing.assert_allclose(stored, expected, rtol=1e-2, atol=1e-6)
+
+
+def test_a_confident_student_and_a_confident_teacher_give_finite_losses_and_gradients():
+    ids = np.array([[3, 7]], np.int32)
+    sure, unsure = np.zeros((1, 20), np.float32), np.zeros((1, 20), np.float32)
+    sure[0, 3] = 80.0
+    certain = np.array([[0.0, -80.0]], np.float32)
+    doubtful = np.log(np.array([[0.5, 0.2]], np.float32))
+    for logits in (sure, unsure):
+        for logprobs in (certain, doubtful):
+            for tail in ("class", "drop"):
+                value, gradient = jax.value_and_grad(
+                    lambda x, logprobs=logprobs, tail=tail: divergence_per_token(x, ids, logprobs, tail).sum()
+                )(jnp.asarray(logits))
+                assert np.isfinite(value) and np.isfinite(gradient).all()
+
+
+def test_an_unknown_tail_is_refused():
+    with pytest.raises(ValueError, match="renormalise"):
+        divergence_per_token(jnp.zeros((1, 4)), jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, 2)), "renormalise")
+
+
+# The step
+
+
+@pytest.fixture
+def examples(tiny_pair, rng):
+    """Conversations of 8–20 tokens with 2–6 targets each."""
+    config = tiny_pair.model.config
+    made = []
+    for _ in range(12):
+        tokens = random_tokens(rng, config, int(rng.integers(8, 20)))
+        count = int(rng.integers(2, 7))
+        rows = np.sort(rng.choice(len(tokens) - 1, count, replace=False)).astype(np.int32)
+        _, ids, logprobs = random_targets(rng, count, config.vocab_size, 4)
+        logprobs[rng.random(logprobs.shape) < 0.15] = -np.inf  # some targets store fewer entries
+        logprobs[:, 0] = np.maximum(logprobs[:, 0], -10)
+        made.append(Example(tokens, rows, ids, logprobs))
+    return made
+
+
+def packed(examples, micro_batches):
+    """All examples in one step of four rows, two and more to a row."""
+    plan = plan_packing(
+        examples, num_steps=1, rows_per_step=4, row_tokens=80, micro_batches=micro_batches, seed=0
+    )
+    members = [index for row in plan.steps[0] for index in row]
+    batch = plan.batch(0)
+    assert all(len(row) >= 2 for row in plan.steps[0])
+    return jax.tree.map(jnp.asarray, batch), [examples[index] for index in members]
+
+
+def torch_loss_and_gradients(pair, prefix, examples, tail):
+    """Mean loss over all target tokens and d/d(keys, values), in float64."""
+    twin = pair.double()
+    keys, values = (torch.from_numpy(np.array(x)).double().requires_grad_() for x in (prefix.keys, prefix.values))
+    total, count = 0.0, 0
+    for example in examples:
+        logits = twin_run(twin, example.tokens, keys=keys, values=values)
+        for row, ids, logprobs in zip(example.rows, example.ids, example.logprobs):
+            used = np.isfinite(logprobs)
+            p = torch.from_numpy(np.exp(logprobs[used].astype(np.float64)))
+            q = torch.softmax(logits[row].double(), dim=-1)[torch.from_numpy(ids[used].astype(np.int64))]
+            total = total + torch.sum(p * torch.log(p / q))
+            if tail == "class":
+                total = total + (1 - p.sum()) * torch.log((1 - p.sum()) / (1 - q.sum()))
+            count += 1
+    loss = total / count
+    loss.backward()
+    return loss.item(), keys.grad.numpy(), values.grad.numpy()
+
+
+def take_step(model, prefix, batch, *, optimizer=RECORDER, state=None, params=None, **settings):
+    state = init_state(cartridge_trainable(prefix), optimizer) if state is None else state
+    mask = settings.pop("mask", 1.0)
+    return train_step(
+        model.config, optimizer, combine_cartridge, model.params if params is None else params, prefix, mask, state,
+        batch, **settings,
+    )  # fmt: skip
+
+
+def agrees(found, expected):
+    """1e-4 relative, element by element; elements near zero to 2e-6 of the largest."""
+    largest = np.abs(expected).max()
+    assert largest > 1e-4
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-6 * largest)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("tail", ["class", "drop"])
+def test_the_gradient_of_a_cartridge_equals_torch_autograd_over_transformers(
+    tiny_pair, rng, examples, tail, micro_batches
+):
+    prefix = random_prefix(rng, tiny_pair.model.config, P)
+    batch, members = packed(examples, micro_batches)
+    state, metrics = take_step(tiny_pair.model, prefix, batch, tail=tail)
+    loss, keys, values = torch_loss_and_gradients(tiny_pair, prefix, members, tail)
+    assert float(metrics["loss"]) == pytest.approx(loss, rel=1e-4)
+    assert int(metrics["num_targets"]) == sum(len(example.rows) for example in members)
+    agrees(state.opt_state["keys"], keys)
+    agrees(state.opt_state["values"], values)
+    norm = np.sqrt((keys**2).sum() + (values**2).sum())
+    assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-4)
+
+
+def test_rematerialisation_does_not_change_the_step(tiny_pair, rng, examples):
+    prefix = random_prefix(rng, tiny_pair.model.config, P)
+    batch, _ = packed(examples, 2)
+    plain, _ = take_step(tiny_pair.model, prefix, batch)
+    saving, _ = take_step(tiny_pair.model, prefix, batch, remat=True)
+    for name in ("keys", "values"):
+        agrees(saving.opt_state[name], np.asarray(plain.opt_state[name]))
+
+
+def test_how_a_step_is_cut_into_micro_batches_does_not_change_the_update(tiny_pair, rng, examples):
+    """One denominator: the halves hold different numbers of targets, so a mean of means would differ."""
+    prefix = random_prefix(rng, tiny_pair.model.config, P)
+    whole, halves = packed(examples, 1)[0], packed(examples, 2)[0]
+    assert halves.weight.sum(axis=1)[0] != halves.weight.sum(axis=1)[1]
+    (one, one_metrics), (two, two_metrics) = (take_step(tiny_pair.model, prefix, batch) for batch in (whole, halves))
+    assert float(one_metrics["loss"]) == pytest.approx(float(two_metrics["loss"]), rel=1e-5)
+    for name in ("keys", "values"):
+        agrees(two.opt_state[name], np.asarray(one.opt_state[name]))
+
+
+def test_padding_targets_and_padding_tokens_count_for_nothing(tiny_pair, rng, examples):
+    prefix = random_prefix(rng, tiny_pair.model.config, P)
+    batch, _ = packed(examples, 1)
+    unused = batch.weight == 0
+    assert unused.any() and (batch.segment_ids == 0).any()
+    other = batch._replace(
+        tokens=jnp.where(batch.segment_ids == 0, random_tokens(rng, tiny_pair.model.config, *batch.tokens.shape), batch.tokens),
+        rows=jnp.where(unused, rng.integers(0, 4 * 80, unused.shape), batch.rows),
+        ids=jnp.where(unused[..., None], 7, batch.ids),
+    )
+    (one, _), (two, _) = (take_step(tiny_pair.model, prefix, case) for case in (batch, other))
+    agrees(two.opt_state["keys"], np.asarray(one.opt_state["keys"]))
+
+
+def test_a_cartridge_in_bfloat16_learns_in_float32(tiny_pair, rng):
+    trainable = cartridge_trainable(random_prefix(rng, tiny_pair.model.config, P).astype(jnp.bfloat16))
+    state = init_state(trainable, ADAM)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.trainable)} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim} == {jnp.dtype("float32")}
+
+
+def bits(leaf):
+    return np.asarray(leaf).view(np.uint32)
+
+
+@pytest.mark.parametrize("optimizer", [ADAM, optax.adamw(1e-2, weight_decay=0.1)], ids=["adam", "adamw"])
+def test_frozen_slots_stay_as_they_are_to_the_bit(tiny_pair, rng, examples, optimizer):
+    prefix = random_prefix(rng, tiny_pair.model.config, P)
+    batch, _ = packed(examples, 2)
+    mask = learning_mask(P, FROZEN)[:, None]
+    assert learning_mask(P, FROZEN).tolist() == [0, 1, 1, 1, 1, 1]
+    state = None
+    for _ in range(3):
+        state, _ = take_step(tiny_pair.model, prefix, batch, optimizer=optimizer, state=state, mask=mask)
+    for name, start in (("keys", prefix.keys), ("values", prefix.values)):
+        learned = state.trainable[name]
+        np.testing.assert_array_equal(bits(learned[:, :, :FROZEN]), bits(start[:, :, :FROZEN]))
+        assert (np.asarray(learned[:, :, FROZEN:]) != np.asarray(start[:, :, FROZEN:])).mean() > 0.99
+
+
+def test_the_recorded_gradient_of_frozen_slots_is_zero_and_of_the_others_unchanged(tiny_pair, rng, examples):
+    prefix = random_prefix(rng, tiny_pair.model.config, P)
+    batch, _ = packed(examples, 2)
+    all_learn, _ = take_step(tiny_pair.model, prefix, batch)
+    masked, _ = take_step(tiny_pair.model, prefix, batch, mask=learning_mask(P, 2)[:, None])
+    assert not np.asarray(masked.opt_state["keys"][:, :, :2]).any()
+    agrees(masked.opt_state["keys"][:, :, 2:], np.asarray(all_learn.opt_state["keys"][:, :, 2:]))
+
+
+def test_training_lowers_the_loss(tiny_pair, rng, examples):
+    prefix = random_prefix(rng, tiny_pair.model.config, P)
+    batch, _ = packed(examples, 2)
+    state, losses = None, []
+    for _ in range(12):
+        state, metrics = take_step(tiny_pair.model, prefix, batch, optimizer=ADAM, state=state)
+        losses.append(float(metrics["loss"]))
+    assert int(state.step) == 12 and int(state.refused) == 0
+    assert losses[-1] < losses[0] - 0.05
+    total, count = eval_step(
+        tiny_pair.model.config, combine_cartridge, tiny_pair.model.params, prefix, state.trainable, batch
+    )
+    assert float(total / count) < losses[-1]
+
+
+@pytest.mark.parametrize("damage", ["nan weights", "infinite weights", "nan target weight"])
+def test_a_step_without_a_finite_loss_changes_nothing_but_the_counters(tiny_pair, rng, examples, damage):
+    model = tiny_pair.model
+    prefix = random_prefix(rng, model.config, P)
+    batch, _ = packed(examples, 2)
+    mask = learning_mask(P, FROZEN)[:, None]
+    step = {"optimizer": ADAM, "mask": mask}
+    bad_batch, bad_params = batch, model.params
+    if damage == "nan target weight":
+        bad_batch = batch._replace(weight=batch.weight.at[1, 0].set(jnp.nan))
+    else:
+        value = jnp.nan if damage == "nan weights" else jnp.inf
+        bad_params = {**model.params, "final_norm": model.params["final_norm"].at[3].set(value)}
+
+    state, _ = take_step(model, prefix, batch, **step)
+    before = jax.tree.map(np.array, (state.trainable, state.opt_state))
+    for count in (1, 2):
+        state, metrics = take_step(model, prefix, bad_batch, params=bad_params, state=state, **step)
+        assert int(metrics["refused"]) == 1 and not np.isfinite(metrics["loss"])
+        assert (int(state.step), int(state.refused), int(state.refused_in_a_row)) == (1 + count, count, count)
+        jax.tree.map(np.testing.assert_array_equal, (state.trainable, state.opt_state), before)
+    state, metrics = take_step(model, prefix, batch, state=state, **step)
+    assert int(metrics["refused"]) == 0
+    assert (int(state.step), int(state.refused), int(state.refused_in_a_row)) == (4, 2, 0)
+    assert not np.array_equal(state.trainable["keys"], before[0]["keys"])
+
+
+def test_evaluation_sums_what_training_averages(tiny_pair, rng, examples):
+    model = tiny_pair.model
+    prefix = random_prefix(rng, model.config, P)
+    batch, members = packed(examples, 2)
+    total, count = eval_step(model.config, combine_cartridge, model.params, prefix, cartridge_trainable(prefix), batch)
+    loss, _, _ = torch_loss_and_gradients(tiny_pair, prefix, members, "class")
+    assert int(count) == sum(len(example.rows) for example in members)
+    assert float(total / count) == pytest.approx(loss, rel=1e-4)
+    micro = jax.tree.map(lambda leaf: leaf[0], batch)
+    part = batch_loss(model.config, model.params, prefix, micro, tail="class")
+    assert 0 < float(part) < float(total)
+
+
+def test_behind_its_own_document_a_cartridge_has_nothing_to_learn(tiny_pair, rng):
+    """Teacher and student are one model with one prefix: the stored targets are met exactly."""
+    model = tiny_pair.model
+    document = random_tokens(rng, model.config, 30).tolist()
+    prefix = sampling.prefill(model, document)
+    tokens = random_tokens(rng, model.config, 20)
+    teacher = log_softmax(sampling.logits(model, tokens.tolist(), prefix))
+    ids = np.argsort(-teacher, axis=-1)[:, :8].astype(np.int32)
+    example = Example(
+        tokens, np.arange(19, dtype=np.int32), ids[:19],
+        np.take_along_axis(teacher, ids, axis=-1)[:19].astype(np.float32),
+    )  # fmt: skip
+    plan = plan_packing([example] * 3, num_steps=1, rows_per_step=2, row_tokens=45, micro_batches=1, seed=0)
+    _, metrics = take_step(model, prefix, jax.tree.map(jnp.asarray, plan.batch(0)))
+    assert abs(float(metrics["loss"])) < 1e-5 and float(metrics["grad_norm"]) < 1e-3
+
+
+# Where it starts
+
+
+def test_the_first_p_tokens_keep_the_turns_close_last(tiny_model):
+    text = "the cat and the hat of the other thing " * 5
+    rendered = tiny_model.chat.system_prefix(text)
+    begin, end = rendered.spans[0]
+    closing = rendered.token_ids[end:]
+    assert tiny_model.tokenizer.decode(closing, skip_control=False) == "<|im_end|>\n"
+    found = first_tokens(tiny_model, text, 24)
+    assert len(found) == 24
+    assert found[: 24 - len(closing)] == rendered.token_ids[: 24 - len(closing)]
+    assert found[24 - len(closing) :] == closing
+
+
+def test_an_initial_cartridge_holds_transformers_keys_and_values_of_those_tokens(tiny_pair):
+    model, twin = tiny_pair
+    text = "the cat and the hat of the other thing " * 5
+    prefix = initialise_from_first_tokens(model, text, 24)
+    assert (prefix.num_slots, prefix.next_position) == (24, 24)
+    tokens = torch.tensor([first_tokens(model, text, 24)])
+    layers = twin(tokens, use_cache=True).past_key_values.layers
+    for layer, cached in enumerate(layers):
+        np.testing.assert_allclose(prefix.keys[layer], cached.keys[0], atol=1e-4)
+        np.testing.assert_allclose(prefix.values[layer], cached.values[0], atol=1e-4)
+
+
+def test_a_cartridge_not_smaller_than_its_document_is_refused(tiny_model):
+    text = "the cat and the hat " * 8
+    length = len(tiny_model.chat.system_prefix(text).token_ids)
+    assert len(first_tokens(tiny_model, text, length - 1)) == length - 1
+    with pytest.raises(UserError, match=f"fills {length} tokens"):
+        first_tokens(tiny_model, text, length)
+
+
+def test_a_cartridge_without_room_for_content_is_refused_and_the_named_size_works(tiny_model):
+    text = "the cat and the hat " * 8
+    with pytest.raises(UserError, match="choose at least") as caught:
+        first_tokens(tiny_model, text, 3)
+    smallest = int(str(caught.value).rsplit(" ", 1)[1])
+    assert len(first_tokens(tiny_model, text, smallest)) == smallest
+    with pytest.raises(UserError, match="choose at least"):
+        first_tokens(tiny_model, text, smallest - 1)
+
+
+def test_a_state_holds_its_own_buffers(tiny_pair, rng):
+    """The step donates its state; what it was made from must live on."""
+    prefix = random_prefix(rng, tiny_pair.model.config, P)
+    kept = dataclasses.replace(prefix)
+    state = init_state(cartridge_trainable(prefix), ADAM)
+    jax.tree.map(lambda leaf: leaf.delete(), state.trainable)
+    assert np.isfinite(np.asarray(kept.keys)).all()

@@ -16,7 +16,10 @@ import pytest  # noqa: E402
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
     # With `-n`, tests of one `xdist_group` stay in one process, so that the real model is loaded once.
-    if getattr(config.option, "dist", None) == "load":
+    # As `--dist=loadgroup` would; workers read the command line anew, so they are told apart.
+    if hasattr(config, "workerinput"):
+        config.option.loadgroup = True
+    elif getattr(config.option, "dist", None) == "load":
         config.option.dist = "loadgroup"
 
 

@@ -1,0 +1,227 @@
+"""Conversations to batches: nothing lost, nothing doubled, targets where they belong."""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cartridges_jax.data.conversations import Conversation, Message, TopLogprobs
+from cartridges_jax.data.packing import Example, plan_packing, render_example
+from cartridges_jax.errors import UserError
+
+
+def random_examples(rng, count, longest=40):
+    """Every token id occurs once in all examples; the first stored id of a target is the token it predicts."""
+    examples, next_id = [], 1
+    for _ in range(count):
+        size = int(rng.integers(3, longest + 1))
+        tokens = np.arange(next_id, next_id + size, dtype=np.int32)
+        next_id += size
+        targets = int(rng.integers(1, min(size, 9)))
+        rows = np.sort(rng.choice(size - 1, targets, replace=False)).astype(np.int32)
+        ids = np.stack([tokens[rows + 1], *rng.integers(0, 99, (2, targets))], axis=1).astype(np.int32)
+        examples.append(Example(tokens, rows, ids, -rng.random((targets, 3)).astype(np.float32)))
+    return examples
+
+
+def plan(examples, *, steps=12, rows=4, row_tokens=64, micro=2, seed=0):
+    return plan_packing(
+        examples, num_steps=steps, rows_per_step=rows, row_tokens=row_tokens, micro_batches=micro, seed=seed
+    )
+
+
+def segments(batch):
+    """(micro-batch, row, tokens, positions) of every segment of a batch."""
+    for a, b in np.ndindex(batch.tokens.shape[:2]):
+        ids = batch.segment_ids[a, b]
+        for segment in range(1, ids.max() + 1):
+            yield a, b, batch.tokens[a, b][ids == segment], batch.positions[a, b][ids == segment]
+
+
+def test_every_example_comes_whole_and_once_an_epoch(rng):
+    examples = random_examples(rng, 50)
+    found = plan(examples, steps=40)
+    seen = [tokens.tolist() for step in range(40) for _, _, tokens, _ in segments(found.batch(step))]
+    by_first = {int(example.tokens[0]): example.tokens.tolist() for example in examples}
+    assert all(tokens == by_first[tokens[0]] for tokens in seen)
+    counts = np.array([sum(tokens[0] == first for tokens in seen) for first in by_first])
+    # What waits in the queue for a row that it fits is at most a look-ahead behind.
+    assert counts.sum() == pytest.approx(found.epochs * 50)
+    assert found.epochs > 5 and counts.max() - counts.min() <= 3
+
+
+def test_one_step_that_holds_all_examples_holds_each_once_in_the_first_epoch(rng):
+    examples = random_examples(rng, 20)
+    total = sum(len(example.tokens) for example in examples)
+    found = plan(examples, steps=1, rows=2, row_tokens=total, micro=1)
+    order = [index for row in found.steps[0] for index in row]
+    # Two epochs fit two rows of that length: every example is there once or more, none more than three times.
+    assert set(order) == set(range(20)) and max(order.count(index) for index in range(20)) <= 3
+
+
+def test_an_epoch_is_shuffled_anew(rng):
+    examples = random_examples(rng, 30, longest=3)
+    order = [index for step in plan(examples, steps=30, rows=1, row_tokens=3, micro=1).steps for row in step for index in row]
+    again = plan(examples, steps=60, rows=1, row_tokens=3, micro=1).steps
+    second = [row[0] for step in again[30:] for row in step]
+    assert sorted(order) == sorted(second) == list(range(30))
+    assert order != second and order != list(range(30))
+
+
+def test_positions_restart_with_every_segment(rng):
+    found = plan(random_examples(rng, 30))
+    for step in range(12):
+        for _, _, tokens, positions in segments(found.batch(step)):
+            np.testing.assert_array_equal(positions, np.arange(len(tokens)))
+
+
+def test_segments_lie_side_by_side_and_padding_is_segment_zero_behind_them(rng):
+    found = plan(random_examples(rng, 30))
+    for step in range(12):
+        batch = found.batch(step)
+        for row in batch.segment_ids.reshape(-1, 64):
+            real = row[row != 0]
+            np.testing.assert_array_equal(row[: len(real)], real)
+            assert (np.diff(real) >= 0).all() and set(np.diff(real)) <= {0, 1} and real[0] == 1
+        assert not batch.tokens[batch.segment_ids == 0].any()
+
+
+def test_a_target_points_to_the_token_before_the_predicted_one(rng):
+    examples = random_examples(rng, 30)
+    targets = {int(example.tokens[0]): len(example.rows) for example in examples}
+    found = plan(examples)
+    for step in range(12):
+        batch = found.batch(step)
+        for a in range(2):
+            tokens, segment_ids = batch.tokens[a].reshape(-1), batch.segment_ids[a].reshape(-1)
+            used = batch.weight[a] > 0
+            rows = batch.rows[a][used]
+            np.testing.assert_array_equal(tokens[rows + 1], batch.ids[a][used][:, 0])
+            np.testing.assert_array_equal(segment_ids[rows + 1], segment_ids[rows])
+            assert len(set(rows)) == len(rows)
+            assert used.sum() == sum(targets[int(t[0])] for m, _, t, _ in segments(batch) if m == a)
+            assert set(batch.weight[a]) <= {0.0, 1.0}
+            assert np.isneginf(batch.logprobs[a][~used]).all()
+
+
+def test_logprobs_stay_with_their_target(rng):
+    examples = random_examples(rng, 30)
+    expected = {
+        int(ids[0]): logprobs for example in examples for ids, logprobs in zip(example.ids, example.logprobs)
+    }
+    batch = plan(examples).batch(3)
+    for a in range(2):
+        for ids, logprobs in zip(batch.ids[a][batch.weight[a] > 0], batch.logprobs[a][batch.weight[a] > 0]):
+            np.testing.assert_array_equal(logprobs, expected[int(ids[0])])
+
+
+def test_all_batches_of_a_plan_have_one_shape_with_room_for_the_fullest(rng):
+    found = plan(random_examples(rng, 30), steps=20)
+    batches = [found.batch(step) for step in range(20)]
+    assert len({tuple(leaf.shape for leaf in batch) for batch in batches}) == 1
+    fullest = max(batch.weight[a].sum() for batch in batches for a in range(2))
+    assert fullest <= found.num_targets < fullest + 64
+
+
+def test_a_batch_is_a_function_of_plan_and_step(rng):
+    examples = random_examples(rng, 30)
+    one, other = plan(examples), plan(examples)
+    for step in (7, 0, 7):
+        for found, expected in zip(one.batch(step), other.batch(step)):
+            np.testing.assert_array_equal(found, expected)
+    assert plan(examples, seed=1).steps != one.steps
+    # A longer run begins with the shorter one, so a run can be prolonged.
+    assert plan(examples, steps=20).steps[:12] == one.steps
+
+
+def test_efficiency_is_the_share_of_real_tokens(rng):
+    found = plan(random_examples(rng, 60), steps=10)
+    real = sum((found.batch(step).segment_ids != 0).sum() for step in range(10))
+    assert found.efficiency == pytest.approx(real / (10 * 4 * 64))
+    assert found.efficiency > 0.9
+
+
+def test_an_example_as_long_as_a_row_fits_and_a_longer_one_is_refused(rng):
+    examples = random_examples(rng, 5, longest=20)
+    long = Example(np.arange(64, dtype=np.int32), *(getattr(examples[0], f) for f in ("rows", "ids", "logprobs")))
+    assert plan([*examples, long]).num_targets > 0
+    with pytest.raises(UserError, match="64 tokens does not fit a row of 63"):
+        plan([*examples, long], row_tokens=63)
+
+
+def test_rows_that_the_micro_batches_do_not_divide_are_refused(rng):
+    with pytest.raises(UserError, match="4 rows a step .* 3 micro-batches"):
+        plan(random_examples(rng, 5), micro=3)
+    with pytest.raises(UserError, match="no conversations"):
+        plan([])
+
+
+def test_examples_with_different_numbers_of_stored_entries_share_a_batch(rng):
+    """A remote teacher may give 5 entries where another gave 20; padding is -inf."""
+    wide = random_examples(rng, 1, longest=10)[0]
+    narrow = Example(wide.tokens + 1000, wide.rows, wide.ids[:, :1] + 1000, wide.logprobs[:, :1])
+    found = plan([wide, narrow], steps=1, rows=2, row_tokens=10, micro=1)
+    batch = found.batch(0)
+    used = batch.weight[0] > 0
+    for ids, logprobs in zip(batch.ids[0][used], batch.logprobs[0][used]):
+        assert np.isfinite(logprobs).sum() == (1 if ids[0] >= 1000 else 3)
+
+
+# Rendering
+
+
+def message(model, role, text, *, top=True, end=True, k=3):
+    ids = model.tokenizer.encode(text) + ([model.chat.end_of_turn_id] if end else [])
+    logprobs = None
+    if top:
+        table = np.stack([np.asarray(ids), np.zeros(len(ids)), np.ones(len(ids))], axis=1)[:, :k]
+        logprobs = TopLogprobs.from_dense(table.astype(np.int32), np.log(np.full((len(ids), k), 0.3, np.float32)))
+    return Message(role, text, ids, logprobs)
+
+
+def assert_targets_predict_the_first_stored_id(example):
+    np.testing.assert_array_equal(example.tokens[example.rows + 1], example.ids[:, 0])
+
+
+def test_a_conversation_is_rendered_as_the_template_continues_a_prefix(tiny_model):
+    user, assistant = message(tiny_model, "user", "the cat?", top=False), message(tiny_model, "assistant", " and the hat.")
+    example = render_example(Conversation([user, assistant], {}), tiny_model.chat)
+    whole = tiny_model.chat.render_continuation(
+        [{"role": "user", "content": user.content}, {"role": "assistant", "content": assistant.content}],
+        add_generation_prompt=False,
+    ).token_ids
+    closing = len(whole) - len(example.tokens)
+    assert tiny_model.tokenizer.decode(whole[len(example.tokens) :]) == "\n" and closing == 1
+    np.testing.assert_array_equal(example.tokens, whole[: len(example.tokens)])
+    assert_targets_predict_the_first_stored_id(example)
+    # The end-of-turn token is a target like the others.
+    assert len(example.rows) == len(assistant.token_ids)
+    assert example.tokens[example.rows[-1] + 1] == tiny_model.chat.end_of_turn_id
+
+
+def test_a_conversation_of_two_rounds_is_rendered_as_the_template_does(tiny_model):
+    turns = [message(tiny_model, *turn) for turn in (("user", "the cat?"), ("assistant", "one."), ("user", "and?"), ("assistant", "two."))]
+    example = render_example(Conversation(turns, {}), tiny_model.chat)
+    whole = tiny_model.chat.render_continuation(
+        [{"role": turn.role, "content": turn.content} for turn in turns], add_generation_prompt=False
+    ).token_ids
+    assert_targets_predict_the_first_stored_id(example)
+    np.testing.assert_array_equal(example.tokens, whole[: len(example.tokens)])
+
+
+@pytest.mark.parametrize("end", [True, False])
+def test_all_targets_take_the_users_tokens_too(tiny_model, end):
+    turns = [message(tiny_model, "user", "where is the cat of the hat", end=end), message(tiny_model, "assistant", "in the hat", end=end)]
+    conversation = Conversation(turns, {})
+    example = render_example(conversation, tiny_model.chat, targets="all")
+    assert len(example.rows) == sum(len(turn.token_ids) for turn in turns)
+    assert_targets_predict_the_first_stored_id(example)
+    fewer = render_example(conversation, tiny_model.chat)
+    assert len(fewer.rows) == len(turns[1].token_ids)
+
+
+def test_a_conversation_without_teacher_logprobs_is_refused_by_its_id(tiny_model):
+    turns = [message(tiny_model, role, "the cat", top=False) for role in ("user", "assistant")]
+    with pytest.raises(UserError, match="c17"):
+        render_example(Conversation(turns, {"id": "c17"}), tiny_model.chat)
+    with pytest.raises(UserError, match="both"):
+        render_example(Conversation(turns, {"id": "c17"}), tiny_model.chat, targets="both")

@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct: our logits against transformers' and llama.cpp's of the same file.
 
-All tests here are one xdist group, so that a run loads the model once.
+With `-n`, all tests here run in one process (see conftest.py), so that the model is loaded once.
 """
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from cartridges_jax.errors import UserError
 from cartridges_jax.formats.sources import locate
 from cartridges_jax.models import load_model
 
-pytestmark = pytest.mark.xdist_group("real_model")
 torch.set_num_threads(1)
 
 NAME = "smollm2-135m-instruct"

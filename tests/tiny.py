@@ -29,10 +29,12 @@ CHAT_TEMPLATE = (
     "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-MERGES = (
-    "h e,Ġ t,Ġt he,i n,Ġ a,e r,o n,r e,a t,n d,Ġa nd,o r,e n,Ġ o,Ġo f,in g,Ġ s,Ġ w,Ġ c,i s,Ġ in,l l,e d,Ġt o,"
-    "o u,Ġ b,Ġ f,s t,a r"
-).split(",")
+# fmt: off
+MERGES = [
+    "h e", "Ġ t", "Ġt he", "i n", "Ġ a", "e r", "o n", "r e", "a t", "n d", "Ġa nd", "o r", "e n", "Ġ o", "Ġo f",
+    "in g", "Ġ s", "Ġ w", "Ġ c", "i s", "Ġ in", "l l", "e d", "Ġt o", "o u", "Ġ b", "Ġ f", "s t", "a r",
+]
+# fmt: on
 
 
 def byte_alphabet() -> list[str]:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from tiny import CONTROL_TOKENS, gguf_tensors, random_weights, tiny_config, vocabulary, write_gguf
 
 from cartridges_jax.pipeline.config import RunConfig, default_config, from_config_dict
+from cartridges_jax.pipeline.run import run
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,9 +41,15 @@ SMALL = {
     "heldout": 3,
     "cartridge.num_slots": 24,
     "study.conversations": 18,
-    "study.requests_per_batch": 8,
+    "study.requests_per_batch": 10,
     "study.chunk_min_tokens": 80,
     "study.chunk_max_tokens": 160,
+    # One family: every family has a prefix of its own to compile for.
+    "study.families.generic": 1.0,
+    **{
+        f"study.families.{name}": 0.0
+        for name in ("qa", "question", "use_case", "summarization", "structuring", "creative")
+    },
     "study.writer_temperature": 1.0,
     "study.writer_max_tokens": 12,
     "study.answer_temperature": 1.0,
@@ -51,7 +60,7 @@ SMALL = {
     "train.row_tokens": 96,
     "train.warmup_steps": 2,
     "train.eval_every": 4,
-    "train.checkpoint_every": 3,
+    "train.checkpoint_every": 5,
     "evaluation.max_answer_tokens": 8,
 }
 
@@ -77,9 +86,41 @@ def write_talker(path: Path, *, seed: int = 0) -> Path:
     return write_gguf(Path(path), config, gguf_tensors(weights, config))
 
 
-def settings(model: Path | str, corpus: Path, questions: Path | None = None, **overrides) -> dict:
-    """Dotted field to value: `SMALL`, this model and document, and what a test changes (`train__steps=3`)."""
-    values = {"model": str(model), "corpus": str(corpus), "questions": str(questions or "")}
+@pytest.fixture(scope="session")
+def talker_gguf(tmp_path_factory) -> Path:
+    """The talker's file."""
+    path = tmp_path_factory.getbasetemp() / "talker.gguf"
+    return path if path.exists() else write_talker(path)
+
+
+@pytest.fixture(scope="session")
+def finished(talker_gguf, tmp_path_factory) -> Path:
+    """A directory with `doc.md`, `questions.jsonl` and the workdir `run` of a finished run; copied, never changed.
+
+    Found again by the other files that import this fixture and run in the same process.
+    """
+    directory = tmp_path_factory.getbasetemp() / "finished"
+    if not directory.exists():
+        directory.mkdir()
+        write_inputs(directory)
+        run(config_of(settings(talker_gguf, directory)), directory / "run", say=lambda text: None)
+    return directory
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Path:
+    """A copy of the finished workdir."""
+    return shutil.copytree(finished / "run", tmp_path / "copied")
+
+
+def write_inputs(directory: Path) -> None:
+    (directory / "doc.md").write_text(DOCUMENT)
+    (directory / "questions.jsonl").write_text(QUESTIONS)
+
+
+def settings(model: Path | str, inputs: Path, **overrides) -> dict:
+    """Dotted field to value: `SMALL`, this model, these inputs, and what a test changes (`train__steps=3`)."""
+    values = {"model": str(model), "corpus": str(inputs / "doc.md"), "questions": str(inputs / "questions.jsonl")}
     return SMALL | values | {name.replace("__", "."): value for name, value in overrides.items()}
 
 

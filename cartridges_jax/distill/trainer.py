@@ -157,7 +157,7 @@ def train(
     *,
     num_frozen: int,
     seed: int,
-    on_step: Callable[[int, float], None] = lambda step, loss: None,
+    on_step: Callable[[int, float | None], None] = lambda step, loss: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> TrainResult:
     """Trains a cartridge, from the newest checkpoint in `directory` if there is one.
@@ -169,7 +169,8 @@ def train(
       directory: where checkpoints of this run, and no other's, are kept.
       num_frozen: first slots that never change (paper: the attention sink).
       seed: of the data order.
-      on_step: called with (steps taken, loss of the latest step that is known).
+      on_step: called with (steps taken, that step's loss); first with the steps of
+        earlier attempts and None.
       should_stop: asked after every step.
 
     Returns:
@@ -201,6 +202,7 @@ def train(
         state, extra = checkpoints.restore(abstract)
         history = extra["history"]
     done = int(state.step)
+    on_step(done, None)
 
     def measure_heldout(step: int) -> None:
         if heldout_plan is not None:

@@ -93,6 +93,7 @@ def evaluate(
     kept_out = [Scored(_prompt(model, c.messages[0].content), c.messages[1].token_ids) for c in heldout]
     per_condition = 3 * len(prompts) + len(references) + len(kept_out)
     total, done = len(conditions) * per_condition, 0
+    on_progress(0, total)
 
     def advance(count: int) -> None:
         nonlocal done

@@ -104,14 +104,14 @@ def default_config() -> ml_collections.ConfigDict:
             teacher_context="document",
             writer="completion",
             families={
-                "qa": 0.7, "question": 0.1, "use_case": 0.08, "summarization": 0.06,
-                "structuring": 0.03, "creative": 0.03, "generic": 0.0,
+                "qa": 0.8, "question": 0.1, "summarization": 0.1,
+                "structuring": 0.0, "use_case": 0.0, "creative": 0.0, "generic": 0.0,
             },
             writer_temperature=0.6,
             writer_top_p=1.0,
             writer_max_tokens=24,
             answer_temperature=0.0,
-            answer_max_tokens=40,
+            answer_max_tokens=36,
             top_logprobs=20,
         ),
         train=TrainSettings(

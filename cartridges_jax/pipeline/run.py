@@ -137,19 +137,23 @@ class _Run:
     def study(self) -> tuple[Stage, list[Conversation]]:
         """Self-study; finished shards are read back."""
         stage = self._study_stage()
-        wanted = self.config.study.conversations
-        with stage.clock() as clock, progress("study", wanted) as bar:
 
-            def advance(done: int, total: int) -> None:
-                bar.at(done, total)
+        def converse(on_progress: Callable[[int, int], None]) -> list[Conversation]:
+            return synthesise(
+                self.model, self.document, stage.directory, self.config.study, seed=self.config.seed,
+                on_progress=on_progress,
+            )
+
+        if stage.done:
+            return stage, converse(lambda done, wanted: None)
+        with stage.clock() as clock, progress("study", self.config.study.conversations) as bar:
+
+            def advance(done: int, wanted: int) -> None:
+                bar.at(done, wanted)
                 clock.tick()
 
-            conversations = synthesise(
-                self.model, self.document, stage.directory, self.config.study, seed=self.config.seed,
-                on_progress=advance,
-            )
-        if not stage.done:
-            stage.finish({"conversations": len(conversations)})
+            conversations = converse(advance)
+        stage.finish({"conversations": len(conversations)})
         return stage, conversations
 
     def _split(self, conversations: list[Conversation]) -> tuple[list[Conversation], list[Conversation], int]:
@@ -194,8 +198,8 @@ class _Run:
         initial = initialise_from_first_tokens(model, self.document.text, config.cartridge.num_slots)
         with progress("train", config.train.steps) as bar, self.signals.deferred():
 
-            def on_step(step: int, loss: float) -> None:
-                bar.at(step, note=f"loss {loss:.3f}")
+            def on_step(step: int, loss: float | None) -> None:
+                bar.at(step, note="" if loss is None else f"loss {loss:.3f}")
                 clock.tick()
 
             try:

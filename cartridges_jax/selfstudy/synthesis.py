@@ -119,7 +119,8 @@ def synthesise(
     Args:
       directory: holds this run's shards and no other's.
       seed: determines plan and draws.
-      on_progress: called with (conversations kept, conversations wanted).
+      on_progress: called with (conversations kept, conversations wanted); first with
+        those of earlier attempts.
 
     Returns:
       At most `settings.conversations` conversations, in the order they were made.
@@ -141,19 +142,17 @@ def synthesise(
     )
     studio = _Studio(model, document, settings, seed)
     conversations: list[Conversation] = []
-    asked: set[str] = set()
     for number, batch in enumerate(batches):
-        path = shard_path(directory, number)
-        if path.exists():
-            made = read_shard(path)
-        else:
-            made = studio.converse(batch, number, asked)
-            write_shard(path, made)
-        conversations += made
-        asked |= {normalise(conversation.messages[0].content) for conversation in made}
-        on_progress(min(len(conversations), settings.conversations), settings.conversations)
         if len(conversations) >= settings.conversations:
-            return conversations[: settings.conversations]
+            break
+        path = shard_path(directory, number)
+        if not path.exists():
+            on_progress(len(conversations), settings.conversations)
+            asked = {normalise(conversation.messages[0].content) for conversation in conversations}
+            write_shard(path, studio.converse(batch, number, asked))
+        conversations += read_shard(path)
+    conversations = conversations[: settings.conversations]
+    on_progress(len(conversations), settings.conversations)
     if 4 * len(conversations) < settings.conversations:
         raise UserError(
             f"self-study kept only {len(conversations)} of {settings.conversations} conversations: the model "

@@ -1,0 +1,272 @@
+"""A run as stages: what is kept, what runs again and why, and what a report holds. The model is a tiny one."""
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+from tiny_runs import config_of, contents, copied, finished, settings, talker_gguf  # noqa: F401
+
+from cartridges_jax.checkpoint import load_cartridge
+from cartridges_jax.errors import UserError
+from cartridges_jax.evaluation.conditions import conditions
+from cartridges_jax.pipeline import run as pipeline
+from cartridges_jax.pipeline.config import default_config, from_config_dict
+from cartridges_jax.pipeline.workdir import Workdir, read_json, write_json
+
+# One process makes the run that these tests share.
+pytestmark = pytest.mark.xdist_group("tiny_runs")
+
+STAGES = ("study", "train", "evaluate")
+
+
+def again(talker_gguf, inputs, workdir, **changes):
+    """Runs the same in a copy of the workdir; (what was said, the report)."""
+    said: list[str] = []
+    report = pipeline.run(config_of(settings(talker_gguf, inputs, **changes)), workdir, say=said.append)
+    return said, report
+
+
+def kept(said):
+    return [stage for stage in STAGES if f"{stage}: nothing changed, kept" in said]
+
+
+def without_clocks(files):
+    return {name: value for name, value in files.items() if not name.endswith("seconds.json")}
+
+
+# What is made
+
+
+def test_a_report_holds_every_number_that_the_readme_names(finished):
+    report = json.loads((finished / "run" / "report.json").read_text())
+    assert set(report["conditions"]) == {"none", "truncated", "icl", "cartridge"}
+    for measures in report["conditions"].values():
+        assert set(measures) == {
+            "answer_nll", "teacher_kl", "heldout_kl", "own_nll", "f1", "exact_match", "prefix_tokens", "kv_bytes",
+        }  # fmt: skip
+        assert all(math.isfinite(value) for value in measures.values())
+    assert report["corpus"]["tokens"] > report["cartridge"]["tokens"] == 24
+    assert report["cartridge"]["bytes"] == report["conditions"]["cartridge"]["kv_bytes"] == 2 * 3 * 2 * 24 * 16 * 4
+    assert report["conversations"] + report["dropped_training_questions"] == 18 - 3
+    assert report["steps"] == 12
+    assert set(report["seconds"]) == {"synthesis", "training", "evaluation", "total"}
+    assert report["seconds"]["total"] == pytest.approx(sum(report["seconds"][k] for k in list(report["seconds"])[:3]))
+    for name in ("kl_closed", "kl_closed_truncated", "gap_closed"):
+        assert (report[name] is None) == (name in report["reasons"])
+    assert [step["step"] for step in report["history"]["train"]] == list(range(1, 13))
+    assert [step["step"] for step in report["history"]["heldout"]] == [0, 4, 8, 12]
+    assert report["config"]["train"]["steps"] == 12 and len(report["answers"]) == 2
+    assert sum(report["coverage"]["conversations_per_sentence"]) == 18
+
+
+def test_the_published_cartridge_is_the_one_that_was_measured(finished):
+    report = json.loads((finished / "run" / "report.json").read_text())
+    published = load_cartridge(finished / "run" / "cartridge")
+    (staged,) = (finished / "run" / "train").glob("*/cartridge")
+    np.testing.assert_array_equal(published.prefix.keys, load_cartridge(staged).prefix.keys)
+    assert published.metadata.corpus.sha256 == report["corpus"]["sha256"]
+    assert published.metadata.config == report["config"]
+    assert published.metadata.num_frozen == 1 and published.metadata.step == 12
+
+
+def test_the_evaluation_questions_are_frozen_into_the_workdir(finished):
+    lines = (finished / "run" / "questions.jsonl").read_text().splitlines()
+    given = [json.loads(line) for line in (finished / "questions.jsonl").read_text().splitlines()]
+    assert [json.loads(line) for line in lines] == given
+
+
+def test_training_questions_that_equal_an_evaluation_question_are_dropped_and_counted(
+    talker_gguf, finished, copied, tmp_path
+):
+    (shard, *_) = sorted((copied / "study").glob("*/shard-*.parquet"))
+    from cartridges_jax.data.conversations import read_shard
+
+    asked = [conversation.messages[0].content for conversation in read_shard(shard)]
+    lines = [json.dumps({"question": question, "answers": ["t"]}) for question in asked]
+    path = tmp_path / "asked.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    said, report = again(
+        talker_gguf, finished, copied, questions=str(path), train__steps=1, evaluation__max_questions=2
+    )
+    assert kept(said) == ["study"]
+    assert report["dropped_training_questions"] >= len(asked) - 3
+    assert report["conversations"] == 15 - report["dropped_training_questions"]
+
+
+# What is kept
+
+
+def test_an_identical_run_reruns_nothing_and_says_so(talker_gguf, finished, copied):
+    run = copied
+    before = without_clocks(contents(run, *STAGES, "cartridge"))
+    times = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file() and "cartridge" in file.parts}
+    first = json.loads((run / "report.json").read_text())
+    said, report = again(talker_gguf, finished, copied)
+    assert kept(said) == list(STAGES)
+    assert without_clocks(contents(run, *STAGES, "cartridge")) == before
+    assert all(file.stat().st_mtime_ns == time for file, time in times.items())
+    assert {k: v for k, v in report.items() if k != "seconds"} == {k: v for k, v in first.items() if k != "seconds"}
+
+
+def test_a_kept_stage_costs_no_further_seconds(talker_gguf, finished, copied):
+    before = json.loads((copied / "report.json").read_text())["seconds"]
+    _, report = again(talker_gguf, finished, copied)
+    assert report["seconds"] == before
+
+
+def test_a_changed_train_setting_keeps_the_study_and_is_named(talker_gguf, finished, copied):
+    before = contents(copied, "study")
+    said, report = again(talker_gguf, finished, copied, train__steps=3)
+    assert kept(said) == ["study"]
+    assert any(line.startswith("train: runs again, changed:") and "train.steps 12 -> 3" in line for line in said)
+    assert any(line.startswith("evaluate: runs again, changed:") for line in said)
+    assert without_clocks(contents(copied, "study")) == without_clocks(before)
+    assert report["steps"] == 3 and load_cartridge(copied / "cartridge").metadata.step == 3
+
+
+def test_a_changed_evaluation_setting_reruns_the_evaluation_only(talker_gguf, finished, copied):
+    said, report = again(talker_gguf, finished, copied, evaluation__max_questions=1)
+    assert kept(said) == ["study", "train"]
+    assert any("evaluation.max_questions 0 -> 1" in line for line in said)
+    assert report["questions"] == len(report["answers"]) == 1
+
+
+def test_a_changed_seed_reruns_everything(talker_gguf, finished, copied):
+    said, _ = again(talker_gguf, finished, copied, seed=1, heldout=1, study__conversations=4, train__steps=1)
+    assert kept(said) == []
+    assert any(line.startswith("study: runs again") and "seed 0 -> 1" in line for line in said)
+
+
+def test_changed_code_reruns_the_stages_that_depend_on_it(talker_gguf, finished, copied, monkeypatch):
+    real = pipeline.code_hash
+    monkeypatch.setattr(pipeline, "code_hash", lambda *parts: real(*parts)[::-1] if "distill" in parts else real(*parts))
+    before = load_cartridge(copied / "cartridge")
+    said, _ = again(talker_gguf, finished, copied)
+    assert kept(said) == ["study"]
+    assert any(line.startswith("train: runs again, changed:") and "code" in line for line in said)
+    after = load_cartridge(copied / "cartridge")
+    assert before.metadata == after.metadata
+    np.testing.assert_array_equal(before.prefix.keys, after.prefix.keys)
+
+
+def test_going_back_to_an_earlier_setting_finds_its_stages(talker_gguf, finished, copied):
+    before = load_cartridge(copied / "cartridge")
+    again(talker_gguf, finished, copied, train__steps=1)
+    assert load_cartridge(copied / "cartridge").metadata.step == 1
+    said, _ = again(talker_gguf, finished, copied)
+    assert kept(said) == list(STAGES)
+    after = load_cartridge(copied / "cartridge")
+    assert after.metadata == before.metadata
+    np.testing.assert_array_equal(after.prefix.values, before.prefix.values)
+
+
+def test_every_source_file_of_the_package_belongs_to_a_stage_or_cannot_change_its_outcome():
+    """A new part that a stage uses must be added to its list, or stale results would be kept."""
+    from pathlib import Path
+
+    import cartridges_jax
+
+    root = Path(cartridges_jax.__file__).parent
+    outside = {"__init__.py", "api.py", "errors.py"} | {
+        f"evaluation/{name}" for name in ("__init__.py", "report.py", "figures.py")
+    }
+    for file in root.rglob("*.py"):
+        name = file.relative_to(root).as_posix()
+        if name in outside or name.startswith(("pipeline/", "serving/", "benchmarks/", "ahead/", "interop/")):
+            continue
+        assert any(name == part or name.startswith(f"{part}/") for part in pipeline._EVALUATE_CODE), name
+
+
+# The workdir
+
+
+def test_a_second_run_in_the_same_workdir_is_refused(talker_gguf, finished, copied):
+    with Workdir(copied).held(), pytest.raises(UserError, match="another run is working in .*--workdir"):
+        again(talker_gguf, finished, copied)
+    assert kept(again(talker_gguf, finished, copied)[0]) == list(STAGES)
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert read_json(path) == {"a": 1}
+
+
+def test_what_changed_is_told_in_both_directions(tmp_path):
+    workdir = Workdir(tmp_path)
+    with workdir.held():
+        _, first = workdir.stage("study", {"a": 1, "gone": "x" * 64})
+    again = Workdir(tmp_path)
+    _, changes = again.stage("study", {"a": 2, "new": None})
+    assert first == []
+    assert [change.split(" ")[0] for change in changes] == ["a", "gone"]
+    assert changes[0] == "a 1 -> 2" and len(changes[1]) < 40
+
+
+# The configuration
+
+
+def test_the_defaults_are_a_config_that_is_accepted():
+    assert from_config_dict(default_config()).train.steps > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train.stepz": 3}, r"config\.train has no field 'stepz'"),
+        ({"modle": "x"}, "config has no field 'modle'"),
+        ({"train.steps": "many"}, "config.train.steps='many' is a str: give a int"),
+        ({"train.steps": True}, "config.train.steps=True is a bool"),
+        ({"train.remat": 1}, "config.train.remat=1 is a int: give a bool"),
+        ({"study.families": {"qa": "half"}}, r"config.study.families.qa='half'"),
+    ],
+)
+def test_a_field_that_is_unknown_or_of_another_type_is_named(changes, words):
+    config = default_config()
+    with config.unlocked(), config.ignore_type():
+        for name, value in changes.items():
+            *path, last = name.split(".")
+            at = config
+            for part in path:
+                at = at[part]
+            at[last] = value
+    with pytest.raises(UserError, match=words):
+        from_config_dict(config)
+
+
+def test_a_missing_field_is_named():
+    config = default_config()
+    with config.unlocked():
+        del config.train["steps"]
+    with pytest.raises(UserError, match=r"config\.train lacks the field 'steps'"):
+        from_config_dict(config)
+
+
+def test_whole_numbers_are_taken_where_fractions_are_meant():
+    config = default_config()
+    with config.unlocked(), config.ignore_type():
+        config.train.learning_rate = 1
+    run = from_config_dict(config)
+    assert run.train.learning_rate == 1.0 and isinstance(run.train.learning_rate, float)
+
+
+def test_each_condition_is_the_prefix_that_its_name_says(talker_gguf):
+    from cartridges_jax import sampling
+    from cartridges_jax.corpus.documents import Document
+    from cartridges_jax.models import load_model
+
+    model = load_model(str(talker_gguf))
+    document = Document("d", "Shed 4 has t and s. " * 8)
+    cartridge = sampling.prefill(model, model.tokenizer.encode("something else in twenty tokens or so"))
+    found, cut = conditions(model, document, cartridge, room=64)
+    by_name = {condition.name: condition for condition in found}
+    assert list(by_name) == ["none", "truncated", "icl", "cartridge"] and cut == 0
+    whole = model.chat.system_prefix(document.text).token_ids
+    assert by_name["icl"].prefix_tokens == len(whole)
+    assert by_name["truncated"].prefix_tokens == by_name["cartridge"].prefix_tokens == cartridge.num_slots
+    assert by_name["none"].prefix_tokens == len(model.chat.default_head())
+    assert by_name["cartridge"].prefix is cartridge

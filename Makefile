@@ -9,7 +9,7 @@ quickstart: install
 	$(RUN) launch/train.py --config=experiments/quickstart.py --workdir=runs/quickstart
 
 test: install-test
-	$(RUN) -m pytest -n 2 --dist loadgroup -m "not long" tests
+	$(RUN) -m pytest -n 2 -m "not long" tests
 
 test-long: install-test
 	$(RUN) -m pytest -m long tests

@@ -270,15 +270,15 @@ def test_a_workdir_whose_first_record_was_killed_half_written_is_taken_up(talker
 @pytest.mark.parametrize(
     "changes",
     [
-        {"corpus": "/no/such/file.md"}, {"train__steps": 0}, {"cartridge__num_slots": 400}, {"model": NO_MODEL},
-        {"train__keep_checkpoints": 10**10},
+        {"corpus": "/no/such/file.md"}, {"train.steps": 0}, {"cartridge.num_slots": 400}, {"model": NO_MODEL},
+        {"train.keep_checkpoints": 10**10},
     ],
     ids=lambda changes: next(iter(changes)),
 )  # fmt: skip
 def test_a_refused_command_leaves_the_earlier_run_as_it_was(talker_gguf, finished, copied, changes):
     before = contents(copied)
     with pytest.raises(UserError):
-        run(config_of(settings(talker_gguf, finished, **changes)), copied, say=lambda text: None)
+        run(config_of(settings(talker_gguf, finished) | changes), copied, say=lambda text: None)
     assert contents(copied) == before
 
 

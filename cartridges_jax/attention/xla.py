@@ -5,7 +5,7 @@ apart and normalised together, so the prefix is neither copied per row nor
 concatenated per layer. The maximum and the sum are taken over both parts, which
 keeps automatic differentiation exact; a merge of two finished attentions by their
 log-sum-exp would lose the gradient through it (guarded by
-tests/test_attention.py::test_gradients_equal_those_of_one_dense_softmax).
+tests/test_rope_and_attention.py::test_gradients_equal_those_of_one_dense_softmax).
 
 Heads are grouped as [B, K, G*T, H] before the products: XLA's CPU backend turns
 batched products with interleaved batch axes into slow loops.

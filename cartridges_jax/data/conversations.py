@@ -147,6 +147,13 @@ def _from_row(row: dict[str, Any]) -> Conversation:
     )
 
 
+def _metadata_column(values: list[dict[str, Any]]) -> pa.Array:
+    # Parquet has no struct without fields.
+    if not any(values):
+        return pa.nulls(len(values), pa.struct([("id", pa.string())]))
+    return pa.array(values)
+
+
 def write_shard(path: Path, conversations: Iterable[Conversation]) -> None:
     """Writes one Parquet shard whole or not at all."""
     rows = [_to_row(conversation) for conversation in conversations]
@@ -154,7 +161,7 @@ def write_shard(path: Path, conversations: Iterable[Conversation]) -> None:
         "messages": pa.array([row["messages"] for row in rows], pa.list_(_MESSAGE)),
         "system_prompt": pa.array([row["system_prompt"] for row in rows], pa.string()),
         # The metadata's own keys decide its type, as in the published datasets.
-        "metadata": pa.array([row["metadata"] for row in rows]),
+        "metadata": _metadata_column([row["metadata"] for row in rows]),
         "type": pa.array([row["type"] for row in rows], pa.string()),
     }
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import grain.python as grain
 import numpy as np
 
-from cartridges_jax.data.conversations import Conversation
+from cartridges_jax.data.conversations import Conversation, Message
 from cartridges_jax.errors import UserError
 from cartridges_jax.text.chat import ChatTemplate
 
@@ -43,38 +43,53 @@ def render_example(conversation: Conversation, chat: ChatTemplate, *, targets: s
 
     Args:
       targets: "assistant" trains on B's tokens; "all" also on A's, wherever
-        the conversation stores the teacher's log-probabilities for them.
+        the conversation stores the teacher's log-probabilities for them (and the text
+        encodes to the tokens they belong to).
+
+    Raises:
+      UserError: unknown `targets`, or a conversation without any log-probabilities.
     """
     if targets not in ("assistant", "all"):
         raise UserError(f"targets {targets!r}: choose 'assistant' or 'all'")
+    turns = [{"role": m.role, "content": m.content} for m in conversation.messages]
     tokens: list[int] = []
-    rows, ids, logprobs = [], [], []
+    rows: list[np.ndarray] = []
+    tops: list[tuple[np.ndarray, np.ndarray]] = []
 
-    def add_targets(message, start):
-        if message.top_logprobs is None:
-            return
-        top_ids, top = message.top_logprobs.dense()
-        rows.append(start - 1 + np.arange(len(top_ids), dtype=np.int32))
-        ids.append(top_ids)
-        logprobs.append(top)
+    def add_targets(message: Message, start: int) -> None:
+        if message.top_logprobs is not None:
+            dense = message.top_logprobs.dense()
+            rows.append(start - 1 + np.arange(len(dense[0]), dtype=np.int32))
+            tops.append(dense)
 
-    for user, assistant in zip(conversation.messages[::2], conversation.messages[1::2], strict=True):
-        turn = chat.render_continuation(
-            [{"role": user.role, "content": user.content}], add_generation_prompt=True
-        )
-        if targets == "all":
-            add_targets(user, len(tokens) + turn.spans[0][0])
-        tokens += turn.token_ids
+    for number in range(0, len(turns), 2):
+        user, assistant = conversation.messages[number : number + 2]
+        prompt = chat.render_continuation(turns[: number + 1], add_generation_prompt=True)
+        # Of the rendering so far, what comes behind the last answer; the answer's own
+        # tokens are kept as they were generated, never encoded again.
+        begin = prompt.spans[number - 1][1] if number else 0
+        if number and tokens[-1] == prompt.token_ids[begin] == chat.end_of_turn_id:
+            begin += 1
+        start = prompt.spans[number][0]
+        if targets == "all" and prompt.token_ids[start : start + len(user.token_ids)] == list(user.token_ids):
+            add_targets(user, len(tokens) + start - begin)
+        tokens += prompt.token_ids[begin:]
         add_targets(assistant, len(tokens))
         tokens += assistant.token_ids
     if not rows:
         raise UserError(f"conversation {conversation.metadata.get('id')} has no teacher log-probabilities")
+    k = max(top_ids.shape[1] for top_ids, _ in tops)
     return Example(
         tokens=np.asarray(tokens, np.int32),
         rows=np.concatenate(rows),
-        ids=np.concatenate(ids),
-        logprobs=np.concatenate(logprobs),
+        ids=np.concatenate([_widened(top_ids, k, 0) for top_ids, _ in tops]),
+        logprobs=np.concatenate([_widened(top, k, -np.inf) for _, top in tops]),
     )
+
+
+def _widened(array: np.ndarray, k: int, fill: float) -> np.ndarray:
+    """[M, k'] to [M, k]."""
+    return np.pad(array, [(0, 0), (0, k - array.shape[1])], constant_values=fill)
 
 
 class TrainBatch(NamedTuple):
@@ -120,7 +135,7 @@ class PackingPlan:
         rows = self.steps[step]
         micro, per_micro = self.micro_batches, len(rows) // self.micro_batches
         shape = (micro, per_micro, self.row_tokens)
-        k = self.examples[0].ids.shape[1]
+        k = max(example.ids.shape[1] for example in self.examples)
         tokens, positions, segment_ids = (np.zeros(shape, np.int32) for _ in range(3))
         target_rows = np.zeros((micro, self.num_targets), np.int32)
         ids = np.zeros((micro, self.num_targets, k), np.int32)
@@ -138,8 +153,8 @@ class PackingPlan:
                 segment_ids[a, b, at : at + size] = segment
                 where = slice(filled[a], filled[a] + len(example.rows))
                 target_rows[a, where] = b * self.row_tokens + at + example.rows
-                ids[a, where] = example.ids
-                logprobs[a, where] = example.logprobs
+                ids[a, where] = _widened(example.ids, k, 0)
+                logprobs[a, where] = _widened(example.logprobs, k, -np.inf)
                 weight[a, where] = 1.0
                 filled[a] += len(example.rows)
                 at += size

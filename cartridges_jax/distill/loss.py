@@ -14,14 +14,10 @@ from jax import Array
 
 TAILS = ("class", "drop")
 
-# Probability below which the rest is not told from zero in float32.
-_SMALLEST_REST = 1e-6
-
-
-def _rest_logprob(logprobs: Array, stored: Array) -> Array:
-    """log(1 - sum of the stored probabilities), [M]."""
-    total = jnp.sum(jnp.where(stored, jnp.exp(logprobs), 0.0), axis=-1)
-    return jnp.log(jnp.maximum(1.0 - total, _SMALLEST_REST))
+# A teacher's remaining probability below this is rounding of the stored values.
+_ROUNDING = 1e-6
+# Takes a logit out of a sum of exponentials; finite, so that its gradient stays finite.
+_EXCLUDED = -1e30
 
 
 def divergence_per_token(logits: Array, ids: Array, logprobs: Array, tail: str = "class") -> Array:
@@ -44,9 +40,17 @@ def divergence_per_token(logits: Array, ids: Array, logprobs: Array, tail: str =
     stored = jnp.isfinite(logprobs)
     teacher = jnp.where(stored, logprobs, 0.0)
     probability = jnp.where(stored, jnp.exp(teacher), 0.0)
-    student = jnp.take_along_axis(logits, ids, axis=-1) - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    divergence = jnp.sum(probability * (teacher - student), axis=-1)
+    chosen = jnp.take_along_axis(logits, ids, axis=-1)
+    # The rest is summed over its own logits: one minus the sum of the k would lose its
+    # value, and its gradient, where the student is sure of the k.
+    rows = jnp.arange(logits.shape[0])[:, None]
+    exclusion = jnp.zeros_like(logits).at[rows, ids].min(jnp.where(stored, _EXCLUDED, 0.0))
+    rest = jax.nn.logsumexp(logits + exclusion, axis=-1)
+    normaliser = jnp.logaddexp(rest, jax.nn.logsumexp(jnp.where(stored, chosen, _EXCLUDED), axis=-1))
+    divergence = jnp.sum(probability * (teacher - (chosen - normaliser[:, None])), axis=-1)
     if tail == "class":
-        rest = _rest_logprob(teacher, stored)
-        divergence += jnp.exp(rest) * (rest - _rest_logprob(student, stored))
+        remaining = 1.0 - jnp.sum(probability, axis=-1)
+        remaining = jnp.where(remaining > _ROUNDING, remaining, 0.0)
+        log_remaining = jnp.log(jnp.where(remaining > 0, remaining, 1.0))
+        divergence += jnp.where(remaining > 0, remaining * (log_remaining - (rest - normaliser)), 0.0)
     return divergence

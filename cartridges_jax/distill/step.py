@@ -133,6 +133,8 @@ def train_step(
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+    # Again, because an optimizer may move a parameter that has no gradient (weight decay).
+    updates = jax.tree.map(lambda update: update * mask, updates)
     trainable = optax.apply_updates(state.trainable, updates)
 
     def keep_if_finite(new, old):

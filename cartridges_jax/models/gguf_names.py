@@ -107,10 +107,13 @@ def params_from_gguf(file: TensorFile, config: ModelConfig, abstract: Any, dtype
         if (parameter, layer) in seen:
             raise UserError(f"tensor {name} occurs twice: the model file is damaged, fetch it again")
         seen.add((parameter, layer))
-        value = entry.convert(file.read(name), config)
+        raw = file.read(name)
         shape = wanted[parameter].shape[1:] if match else wanted[parameter].shape
-        if value.shape != shape:
-            raise UserError(f"tensor {name} has shape {value.shape}, the model's config asks for {shape}")
+        # Only linear layers are converted, and they are stored the other way round.
+        stored_shape = shape if entry.convert is _as_is else shape[::-1]
+        if raw.shape != stored_shape:
+            raise UserError(f"tensor {name} has shape {raw.shape}, the model's config asks for {stored_shape}")
+        value = entry.convert(raw, config)
         if not np.isfinite(value).all():
             raise UserError(f"tensor {name} holds values that are not finite: fetch the model again")
         if match:

@@ -81,6 +81,8 @@ class RunConfig:
             )
         self.study.check()
         self.train.check()
+        if self.train.targets == "all" and not self.study.score_user_messages:
+            raise UserError("train.targets='all' needs the teacher's view of A's tokens: set study.score_user_messages=True")
         self.evaluation.check()
 
 
@@ -113,6 +115,7 @@ def default_config() -> ml_collections.ConfigDict:
             answer_temperature=0.0,
             answer_max_tokens=36,
             top_logprobs=20,
+            score_user_messages=False,
         ),
         train=TrainSettings(
             steps=160,

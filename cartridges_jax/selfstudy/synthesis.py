@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from cartridges_jax import sampling
 from cartridges_jax.cartridge import KVPrefix
 from cartridges_jax.corpus.documents import Document
@@ -43,6 +45,8 @@ class SynthesisSettings:
       writer_temperature, writer_top_p, writer_max_tokens: how A's messages are drawn.
       answer_temperature, answer_max_tokens: how B's answers are (paper: temperature 0).
       top_logprobs: k, log-probabilities kept per answered token (paper: 20).
+      score_user_messages: keep the teacher's log-probabilities for A's tokens too, at
+        the cost of a pass over them; train.targets="all" needs it.
     """
 
     conversations: int
@@ -58,6 +62,7 @@ class SynthesisSettings:
     answer_temperature: float
     answer_max_tokens: int
     top_logprobs: int
+    score_user_messages: bool
 
     def check(self) -> None:
         """Raises UserError for a value that no run could use."""
@@ -212,9 +217,12 @@ class _Studio:
             if degenerates(answer.token_ids):
                 continue
             begin, end = turn.spans[0]
+            user_top = None
+            if settings.score_user_messages:
+                user_top = self._score(turn.token_ids, begin, end, teacher_prefix)
             conversations.append(Conversation(
                 messages=[
-                    Message("user", message, turn.token_ids[begin:end]),
+                    Message("user", message, turn.token_ids[begin:end], user_top),
                     Message(
                         "assistant",
                         self._model.tokenizer.decode(answer.token_ids),
@@ -236,6 +244,13 @@ class _Studio:
                 },
             ))
         return conversations
+
+    def _score(self, token_ids: list[int], begin: int, end: int, prefix: KVPrefix) -> TopLogprobs:
+        """The teacher's most likely tokens in the places of token_ids[begin:end]."""
+        logits = sampling.logits(self._model, token_ids[:end], prefix)[begin - 1 : end - 1]
+        logprobs = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+        ids = np.argsort(-logprobs, axis=-1, kind="stable")[:, : self._settings.top_logprobs]
+        return TopLogprobs.from_dense(ids, np.take_along_axis(logprobs, ids, axis=-1))
 
     def _prefill(self, text: str) -> KVPrefix:
         return sampling.prefill(self._model, self._model.chat.system_prefix(text).token_ids)

@@ -1,0 +1,303 @@
+"""Self-study: the plan, A's messages, B's answers with their log-probabilities, the shards."""
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections import Counter
+
+import numpy as np
+import pytest
+from tiny_runs import DOCUMENT, config_of, contents, settings, talker_gguf, write_inputs  # noqa: F401
+
+from cartridges_jax import sampling
+from cartridges_jax.corpus.documents import Document
+from cartridges_jax.data.conversations import read_shard
+from cartridges_jax.errors import UserError
+from cartridges_jax.models import load_model
+from cartridges_jax.pipeline.run import run
+from cartridges_jax.selfstudy import synthesis, writer
+from cartridges_jax.selfstudy.plan import askable_sentences, family_sequence, plan_batches
+from cartridges_jax.selfstudy.seeds import FAMILIES
+from cartridges_jax.selfstudy.synthesis import degenerates, is_about, synthesise
+from cartridges_jax.selfstudy.writer import Request, Writer, is_usable
+
+pytestmark = pytest.mark.xdist_group("tiny_runs")
+
+NAMES = list(FAMILIES)
+DOCUMENT_ITSELF = Document("doc", DOCUMENT.strip())
+
+
+@pytest.fixture(scope="module")
+def talker(talker_gguf):
+    return load_model(str(talker_gguf))
+
+
+@pytest.fixture(scope="module")
+def study_settings(talker_gguf, tmp_path_factory):
+    inputs = tmp_path_factory.mktemp("inputs")
+    write_inputs(inputs)
+    return config_of(settings(talker_gguf, inputs)).study
+
+
+@pytest.fixture(scope="module")
+def studied(talker, study_settings, tmp_path_factory):
+    """(conversations, directory, settings) of a study behind chunks."""
+    directory = tmp_path_factory.mktemp("studied")
+    chosen = dataclasses.replace(study_settings, teacher_context="chunk", conversations=14)
+    return synthesise(talker, DOCUMENT_ITSELF, directory, chosen, seed=5), directory, chosen
+
+
+# The plan
+
+
+def plan(model, text=DOCUMENT, **changes):
+    values = {
+        "num_batches": 4, "requests_per_batch": 10, "chunk_min_tokens": 60, "chunk_max_tokens": 90,
+        "families": {"qa": 0.7, "generic": 0.3}, "seed": 3,
+    }  # fmt: skip
+    return plan_batches(text, model.tokenizer, **(values | changes))
+
+
+def test_the_same_seed_plans_the_same_and_another_does_not(talker):
+    assert plan(talker) == plan(talker)
+    assert plan(talker) != plan(talker, seed=4)
+
+
+def test_more_batches_begin_differently_but_each_batch_keeps_its_families(talker):
+    for batch in plan(talker, num_batches=7):
+        assert Counter(request.family for request in batch.requests) == {"qa": 7, "generic": 3}
+
+
+@pytest.mark.parametrize("requests_per_batch", [5, 12, 17])
+def test_no_sentence_is_asked_twice_before_every_one_was_asked(talker, requests_per_batch):
+    """When every chunk is the whole document."""
+    batches = plan(talker, requests_per_batch=requests_per_batch, chunk_min_tokens=5000, chunk_max_tokens=5000)
+    sentences = askable_sentences(DOCUMENT)
+    counts = Counter()
+    for batch in batches:
+        for request in batch.requests:
+            counts[request.sentence_index] += 1
+            assert request.sentence == sentences[request.sentence_index].text
+            assert max(counts.values()) - min(counts[i] for i in range(len(sentences))) <= 1
+
+
+def test_every_request_is_about_a_sentence_of_its_own_chunk(talker):
+    ids, offsets = talker.tokenizer.encode_with_offsets(DOCUMENT)
+    for batch in plan(talker, num_batches=9):
+        assert 60 <= batch.chunk.num_tokens <= 90
+        assert batch.text == DOCUMENT[offsets[batch.chunk.start][0] : offsets[batch.chunk.end - 1][1]]
+        assert all(request.sentence in batch.text for request in batch.requests)
+
+
+def test_a_chunk_shorter_than_any_sentence_asks_about_the_one_it_cuts(talker):
+    (batch,) = plan(talker, num_batches=1, chunk_min_tokens=3, chunk_max_tokens=3)
+    assert len(batch.requests) == 10
+    assert all(batch.text.strip() in request.sentence for request in batch.requests if len(batch.text.strip()) > 3)
+
+
+def test_headings_are_never_asked_about(talker):
+    assert all("sheds" not in s.text and "boats" not in s.text for s in askable_sentences(DOCUMENT))
+    with pytest.raises(UserError, match="no sentence to ask about"):
+        plan(talker, text="# A heading\n\n## Another one\n")
+
+
+@pytest.mark.parametrize("count", [1, 7, 10, 128])
+def test_families_come_in_proportion_to_their_weights(count, rng):
+    weights = {name: float(rng.uniform(0.1, 2)) for name in rng.permutation(NAMES)} | {"creative": 0.0}
+    found = Counter(family_sequence(weights, count, np.random.default_rng(int(rng.integers(1 << 30)))))
+    total = sum(weights.values())
+    assert sum(found.values()) == count and found["creative"] == 0
+    for name, weight in weights.items():
+        assert abs(found[name] - count * weight / total) < 1 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ({"poetry": 1.0}, "'poetry': choose among structuring, summarization"),
+        ({"qa": -0.5, "generic": 1.0}, "qa has weight -0.5"), ({"qa": float("nan")}, "qa has weight nan"),
+        ({"qa": 0.0}, "all seed families have weight 0"), ({}, "all seed families"),
+    ],
+)  # fmt: skip
+def test_bad_families_are_named(weights, words):
+    with pytest.raises(UserError, match=words):
+        family_sequence(weights, 4, np.random.default_rng(0))
+
+
+# What is kept of what A and B write
+
+
+@pytest.mark.parametrize(
+    ("text", "family", "usable"),
+    [
+        ("Who opens the door?", "qa", True), ("Who opens the door", "qa", False), ("Who opens?", "qa", False),
+        ("Why " + "so " * 17 + "late?", "qa", False), ("Why " + "so " * 16 + "late?", "qa", True),
+        ("Sum up the rules", "summarization", True), ("word " * 40, "generic", True), ("word " * 41, "generic", False),
+        ("", "generic", False), ("When does the bakery on Mill Lane open?", "qa", False),
+    ],
+)  # fmt: skip
+def test_fragments_essays_and_echoes_of_the_examples_are_not_used(text, family, usable):
+    assert is_usable(text.strip(), family) is usable
+
+
+@pytest.mark.parametrize(
+    ("message", "about"),
+    [
+        ("When is the hostel open in April?", True), ("Where do I buy cheese?", False), ("Which hostel?", True),
+        ("When does the hostel close and who has the key to its cellar?", False), ("Is it?", False),
+        ("Does the HOSTEL'S season run to Octobers?", True),
+    ],
+)
+def test_a_message_is_about_a_sentence_when_it_shares_enough_content(message, about):
+    assert is_about(message, "The hostel is open from April to October.") is about
+
+
+def test_an_answer_degenerates_when_four_tokens_come_back_three_times():
+    once = [1, 2, 3, 4, 9]
+    assert not degenerates(once * 2) and degenerates(once * 3)
+    assert degenerates([7] * 6) and not degenerates([7] * 5) and not degenerates([])
+
+
+# A
+
+
+@pytest.mark.parametrize("style", ["completion", "chat"])
+def test_either_style_writes_usable_messages_that_depend_on_the_seed(talker, style):
+    sentences = askable_sentences(DOCUMENT)
+    requests = [Request("generic", i, s.text, i) for i, s in enumerate(sentences)]
+    prefix = sampling.prefill(talker, talker.chat.system_prefix(DOCUMENT).token_ids) if style == "chat" else None
+    author = Writer(talker, style=style, max_tokens=12, sampling_settings=sampling.Sampling(1.0))
+    texts = author.write(requests, prefix, seed=0)
+    assert len(texts) == len(requests)
+    written = [text for text in texts if text is not None]
+    assert len(written) >= 4 and all(is_usable(text, "generic") for text in written)
+    assert all("\n" not in text for text in written) or style == "chat"
+    assert author.write(requests, prefix, seed=0) == texts != author.write(requests, prefix, seed=1)
+
+
+def test_the_chat_style_reads_the_chunk(talker):
+    requests = [Request("generic", i, "x", 0) for i in range(8)]
+    author = Writer(talker, style="chat", max_tokens=12, sampling_settings=sampling.Sampling(1.0))
+    prefixes = [
+        sampling.prefill(talker, talker.chat.system_prefix(text).token_ids) for text in (DOCUMENT[:60], DOCUMENT[60:120])
+    ]
+    one, other = (author.write(requests, prefix, seed=0) for prefix in prefixes)
+    assert one != other
+
+
+# The study
+
+
+def test_the_stored_log_probabilities_are_those_of_one_forward_pass_of_the_teacher(talker, studied):
+    """Chunk, question and answer read as one text, without prefix or cache."""
+    conversations, _, chosen = studied
+    text = DOCUMENT_ITSELF.text
+    _, offsets = talker.tokenizer.encode_with_offsets(text)
+    for conversation in conversations[::3]:
+        user, assistant = conversation.messages
+        begin, end = conversation.metadata["chunk_span"]
+        chunk = text[offsets[begin][0] : offsets[end - 1][1]]
+        front = talker.chat.system_prefix(chunk).token_ids
+        front += talker.chat.render_continuation([{"role": "user", "content": user.content}]).token_ids
+        logits = sampling.logits(talker, front + assistant.token_ids).astype(np.float64)
+        logprobs = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        logprobs -= logits.max(-1, keepdims=True)
+        expected = logprobs[len(front) - 1 : -1]
+        ids, stored = assistant.top_logprobs.dense()
+        assert ids.shape == (len(assistant.token_ids), chosen.top_logprobs)
+        np.testing.assert_allclose(stored, np.take_along_axis(expected, ids, axis=-1), atol=5e-4)
+        np.testing.assert_allclose(stored, -np.sort(-expected, axis=-1)[:, : chosen.top_logprobs], atol=5e-4)
+
+
+def test_the_end_of_turn_is_a_target_where_the_answer_ended(talker, studied):
+    stopped = [c for c in studied[0] if c.metadata["stop_reason"] == "stop"]
+    cut = [c for c in studied[0] if c.metadata["stop_reason"] == "length"]
+    assert stopped
+    for conversation in stopped:
+        answer = conversation.messages[1]
+        assert answer.token_ids[-1] in talker.chat.stop_ids
+        assert answer.top_logprobs.shape[0] == len(answer.token_ids)
+        assert not set(answer.token_ids[:-1]) & talker.chat.stop_ids
+    assert all(len(c.messages[1].token_ids) == studied[2].answer_max_tokens for c in cut)
+
+
+def test_every_conversation_says_where_it_came_from(talker, studied):
+    conversations, directory, chosen = studied
+    sentences = askable_sentences(DOCUMENT_ITSELF.text)
+    assert len(conversations) == 14 == len({c.metadata["id"] for c in conversations})
+    assert len({c.messages[0].content for c in conversations}) == 14
+    for conversation in conversations:
+        user, assistant = conversation.messages
+        sentence = sentences[conversation.metadata["sentence_index"]].text
+        assert conversation.metadata["seed_prompt"] == sentence and is_about(user.content, sentence)
+        assert conversation.metadata["teacher_context"] == "chunk" and conversation.metadata["document"] == "doc"
+        assert (user.role, assistant.role) == ("user", "assistant")
+        assert talker.tokenizer.decode(user.token_ids) == user.content
+        assert talker.tokenizer.decode(assistant.token_ids) == assistant.content
+        assert not degenerates(assistant.token_ids)
+    on_disk = [c for path in sorted(directory.glob("*.parquet")) for c in read_shard(path)]
+    assert [c.metadata["id"] for c in on_disk[:14]] == [c.metadata["id"] for c in conversations]
+
+
+def test_the_same_seed_gives_the_same_shards_and_missing_ones_are_made_anew_the_same(
+    talker, studied, tmp_path
+):
+    _, directory, chosen = studied
+    before = contents(directory)
+    assert len(before) > 1
+    synthesise(talker, DOCUMENT_ITSELF, tmp_path, chosen, seed=5)
+    assert contents(tmp_path) == before
+    sorted(tmp_path.glob("*.parquet"))[1].unlink()
+    synthesise(talker, DOCUMENT_ITSELF, tmp_path, chosen, seed=5)
+    assert contents(tmp_path) == before
+
+
+def test_with_the_whole_document_in_context_the_teacher_answers_otherwise_than_with_a_chunk(
+    talker, studied, tmp_path
+):
+    _, _, chosen = studied
+    whole = dataclasses.replace(chosen, teacher_context="document", conversations=4)
+    (conversation, *_) = synthesise(talker, DOCUMENT_ITSELF, tmp_path, whole, seed=5)
+    user, assistant = conversation.messages
+    front = talker.chat.system_prefix(DOCUMENT_ITSELF.text).token_ids
+    front += talker.chat.render_continuation([{"role": "user", "content": user.content}]).token_ids
+    logits = sampling.logits(talker, front + assistant.token_ids).astype(np.float64)
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    ids, stored = assistant.top_logprobs.dense()
+    expected = np.take_along_axis(logprobs[len(front) - 1 : -1], ids, axis=-1)
+    np.testing.assert_allclose(stored, expected, atol=5e-4)
+    same = [c for c in studied[0] if c.messages[0].content == user.content]
+    assert same and not np.allclose(same[0].messages[1].top_logprobs.logprobs[:4], stored[0], atol=5e-4)
+
+
+def test_a_model_that_writes_nothing_usable_is_told_of_after_a_bounded_effort(tiny_model, study_settings, tmp_path):
+    """The random model ends no line with a question mark."""
+    chosen = dataclasses.replace(study_settings, families={"qa": 1.0}, writer_max_tokens=3, conversations=12)
+    with pytest.raises(UserError, match="kept only [0-2] of 12 .*study.writer"):
+        synthesise(tiny_model, DOCUMENT_ITSELF, tmp_path, chosen, seed=0)
+    assert len(list(tmp_path.glob("*.parquet"))) == 4 * 2
+
+
+def test_no_evaluation_question_reaches_what_a_or_b_read(talker_gguf, tmp_path, monkeypatch):
+    write_inputs(tmp_path)
+    (tmp_path / "questions.jsonl").write_text('{"question": "Zanzibar quokka?", "answers": ["Xylophone"]}\n')
+    texts: list[str] = []
+
+    def recording(function):
+        def record(model, tokens, *args, **kwargs):
+            for ids in tokens if tokens and not isinstance(tokens[0], int) else [tokens]:
+                texts.append(model.tokenizer.decode(ids))
+            return function(model, tokens, *args, **kwargs)
+
+        return record
+
+    spied = types.SimpleNamespace(
+        generate_tokens=recording(sampling.generate_tokens), prefill=recording(sampling.prefill),
+        Sampling=sampling.Sampling,
+    )
+    monkeypatch.setattr(writer, "sampling", spied)
+    monkeypatch.setattr(synthesis, "sampling", spied)
+    values = settings(talker_gguf, tmp_path, study__conversations=4, heldout=1, train__steps=1)
+    run(config_of(values), tmp_path / "run", say=lambda text: None)
+    assert len(texts) > 10 and any("Shed 4" in text for text in texts)
+    assert not any("Zanzibar" in text or "Xylophone" in text for text in texts)

@@ -87,9 +87,9 @@ def test_without_a_prefix_the_templates_default_stands_in_front(tiny_model):
 
 
 def test_the_seed_decides_what_is_drawn(tiny_model):
-    draws = [cj.generate(tiny_model, ["Go on"] * 2, temperature=1.0, max_tokens=12, seed=seed) for seed in (1, 1, 2)]
+    draws = [cj.generate(tiny_model, ["Go on"] * 4, temperature=1.0, max_tokens=12, seed=seed) for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
-    assert draws[0][0] != draws[0][1]
+    assert len(set(draws[0])) > 1
     greedy = cj.generate(tiny_model, ["Go on"], max_tokens=12)
     assert cj.generate(tiny_model, ["Go on"], temperature=1.0, top_k=1, max_tokens=12, seed=3) == greedy
 

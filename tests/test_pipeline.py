@@ -3,14 +3,20 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny_runs import config_of, contents, copied, finished, settings, talker_gguf  # noqa: F401
 
+import cartridges_jax
+from cartridges_jax import sampling
 from cartridges_jax.checkpoint import load_cartridge
+from cartridges_jax.corpus.documents import Document
+from cartridges_jax.data.conversations import read_shard
 from cartridges_jax.errors import UserError
 from cartridges_jax.evaluation.conditions import conditions
+from cartridges_jax.models import load_model
 from cartridges_jax.pipeline import run as pipeline
 from cartridges_jax.pipeline.config import default_config, from_config_dict
 from cartridges_jax.pipeline.workdir import Workdir, read_json, write_json
@@ -78,21 +84,25 @@ def test_the_evaluation_questions_are_frozen_into_the_workdir(finished):
 
 
 def test_training_questions_that_equal_an_evaluation_question_are_dropped_and_counted(
-    talker_gguf, finished, copied, tmp_path
+    talker_gguf, finished, copied, tmp_path, monkeypatch
 ):
     (shard, *_) = sorted((copied / "study").glob("*/shard-*.parquet"))
-    from cartridges_jax.data.conversations import read_shard
-
     asked = [conversation.messages[0].content for conversation in read_shard(shard)]
     lines = [json.dumps({"question": question, "answers": ["t"]}) for question in asked]
     path = tmp_path / "asked.jsonl"
     path.write_text("\n".join(lines) + "\n")
-    said, report = again(
-        talker_gguf, finished, copied, questions=str(path), train__steps=1, evaluation__max_questions=2
-    )
-    assert kept(said) == ["study"]
-    assert report["dropped_training_questions"] >= len(asked) - 3
-    assert report["conversations"] == 15 - report["dropped_training_questions"]
+
+    def stop(*args, **kwargs):
+        raise UserError("trained enough")
+
+    monkeypatch.setattr(pipeline, "evaluate", stop)
+    before = set((copied / "train").glob("*/result.json"))
+    with pytest.raises(UserError, match="trained enough"):
+        again(talker_gguf, finished, copied, questions=str(path), train__steps=1)
+    (result,) = set((copied / "train").glob("*/result.json")) - before
+    trained = json.loads(result.read_text())
+    assert trained["dropped_training_questions"] >= len(asked) - 3
+    assert trained["trained_on"] == 15 - trained["dropped_training_questions"]
 
 
 # What is kept
@@ -164,10 +174,6 @@ def test_going_back_to_an_earlier_setting_finds_its_stages(talker_gguf, finished
 
 def test_every_source_file_of_the_package_belongs_to_a_stage_or_cannot_change_its_outcome():
     """A new part that a stage uses must be added to its list, or stale results would be kept."""
-    from pathlib import Path
-
-    import cartridges_jax
-
     root = Path(cartridges_jax.__file__).parent
     outside = {"__init__.py", "api.py", "errors.py"} | {
         f"evaluation/{name}" for name in ("__init__.py", "report.py", "figures.py")
@@ -255,10 +261,6 @@ def test_whole_numbers_are_taken_where_fractions_are_meant():
 
 
 def test_each_condition_is_the_prefix_that_its_name_says(talker_gguf):
-    from cartridges_jax import sampling
-    from cartridges_jax.corpus.documents import Document
-    from cartridges_jax.models import load_model
-
     model = load_model(str(talker_gguf))
     document = Document("d", "Shed 4 has t and s. " * 8)
     cartridge = sampling.prefill(model, model.tokenizer.encode("something else in twenty tokens or so"))

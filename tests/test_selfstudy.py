@@ -14,7 +14,7 @@ from cartridges_jax.corpus.documents import Document
 from cartridges_jax.data.conversations import read_shard
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import load_model
-from cartridges_jax.pipeline.run import run
+from cartridges_jax.pipeline import run as pipeline
 from cartridges_jax.selfstudy import synthesis, writer
 from cartridges_jax.selfstudy.plan import askable_sentences, family_sequence, plan_batches
 from cartridges_jax.selfstudy.seeds import FAMILIES
@@ -43,7 +43,10 @@ def study_settings(talker_gguf, tmp_path_factory):
 def studied(talker, study_settings, tmp_path_factory):
     """(conversations, directory, settings) of a study behind chunks."""
     directory = tmp_path_factory.mktemp("studied")
-    chosen = dataclasses.replace(study_settings, teacher_context="chunk", conversations=14)
+    # Chunks of one length, which is compiled for once.
+    chosen = dataclasses.replace(
+        study_settings, teacher_context="chunk", conversations=14, chunk_min_tokens=100, chunk_max_tokens=100
+    )
     return synthesise(talker, DOCUMENT_ITSELF, directory, chosen, seed=5), directory, chosen
 
 
@@ -297,7 +300,13 @@ def test_no_evaluation_question_reaches_what_a_or_b_read(talker_gguf, tmp_path, 
     )
     monkeypatch.setattr(writer, "sampling", spied)
     monkeypatch.setattr(synthesis, "sampling", spied)
-    values = settings(talker_gguf, tmp_path, study__conversations=4, heldout=1, train__steps=1)
-    run(config_of(values), tmp_path / "run", say=lambda text: None)
+
+    def stop(*args, **kwargs):
+        raise UserError("studied enough")
+
+    monkeypatch.setattr(pipeline, "train", stop)
+    values = settings(talker_gguf, tmp_path, study__conversations=4, heldout=1)
+    with pytest.raises(UserError, match="studied enough"):
+        pipeline.run(config_of(values), tmp_path / "run", say=lambda text: None)
     assert len(texts) > 10 and any("Shed 4" in text for text in texts)
     assert not any("Zanzibar" in text or "Xylophone" in text for text in texts)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from tiny import random_tokens
 from cartridges_jax import sampling
 from cartridges_jax.checkpoint import TrainCheckpoints
 from cartridges_jax.data.packing import Example, plan_packing
+from cartridges_jax.distill import trainer
 from cartridges_jax.distill.step import cartridge_trainable, init_state
 from cartridges_jax.distill.trainer import StopRequested, TrainSettings, heldout_loss, make_optimizer, train
 from cartridges_jax.errors import UserError
@@ -21,6 +23,14 @@ SETTINGS = TrainSettings(
     row_tokens=48, micro_batches=1, targets="assistant", tail="class", remat=False, eval_every=2, checkpoint_every=4,
     keep_checkpoints=2, max_refused_in_a_row=2,
 )  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_optimizer_for_equal_settings():
+    """A new optimizer is a new program to compile; within this file equal settings share theirs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "make_optimizer", functools.cache(make_optimizer))
+        yield
 
 
 @pytest.fixture(scope="module")

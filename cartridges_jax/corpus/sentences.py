@@ -12,8 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 # Abbreviations that are followed by what they belong to, so never end a sentence; these only before a digit.
-_BEFORE_NAMES = frozenset("mr mrs ms dr prof st mt ft rev hon fr gen col maj capt cmdr lt sgt gov sen rep pres vs cf e.g i.e viz".split())
-_BEFORE_NUMBERS = frozenset("no nos fig figs eq eqs sec art ch vol p pp ca c approx jan feb mar apr jun jul aug sep sept oct nov dec".split())
+_BEFORE_NAMES = frozenset(
+    "mr mrs ms dr prof st mt ft rev hon fr gen col maj capt cmdr lt sgt gov sen rep pres vs cf e.g i.e viz".split()
+)
+_BEFORE_NUMBERS = frozenset(
+    "no nos fig figs eq eqs sec art ch vol p pp ca c approx jan feb mar apr jun jul aug sep sept oct nov dec".split()
+)
 # Abbreviations and acronyms that may end a sentence: after them, only a word that opens sentences is taken for one.
 _MAY_END = frozenset("inc ltd co corp bros jr sr ph.d ave blvd dept est al".split())
 _OPENERS = frozenset(

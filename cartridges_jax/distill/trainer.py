@@ -19,7 +19,12 @@ from cartridges_jax.checkpoint import TrainCheckpoints
 from cartridges_jax.data.packing import Example, PackingPlan, plan_packing
 from cartridges_jax.distill.loss import TAILS
 from cartridges_jax.distill.step import (
-    cartridge_trainable, combine_cartridge, eval_step, init_state, learning_mask, train_step,
+    cartridge_trainable,
+    combine_cartridge,
+    eval_step,
+    init_state,
+    learning_mask,
+    train_step,
 )
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Model

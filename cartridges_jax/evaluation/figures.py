@@ -143,7 +143,8 @@ def coverage_figure(conversations: Sequence[int], width: float) -> str:
         axes.stairs(conversations, color=CARTRIDGE, linewidth=0.8 if count < 150 else 0.4)
         highest = max([*conversations, 1])
         if silent := [index + 0.5 for index, asked in enumerate(conversations) if not asked]:
-            axes.plot(silent, [-0.06 * highest] * len(silent), "|", color=WARNING, markersize=6, markeredgewidth=1.4, clip_on=False)
+            below = [-0.06 * highest] * len(silent)
+            axes.plot(silent, below, "|", color=WARNING, markersize=6, markeredgewidth=1.4, clip_on=False)
         axes.set_xlim(0, max(count, 1))
         axes.set_ylim(0, highest * 1.08)
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))

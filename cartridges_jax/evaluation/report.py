@@ -140,7 +140,8 @@ def format_summary(report: Mapping[str, Any], html_path: str | Path | None = Non
     lines.insert(1, "─" * max(map(len, lines)))
     lines += ["", headline(report)]
     for item in report["answers"][:answers]:
-        lines += ["", _clip(f"Q  {item['question']}"), _clip(f"   {'reference'.ljust(widths[0])}  {' / '.join(item['references'])}")]
+        lines += ["", _clip(f"Q  {item['question']}")]
+        lines += [_clip(f"   {'reference'.ljust(widths[0])}  {' / '.join(item['references'])}")]
         lines += [_clip(f"   {labels[name].ljust(widths[0])}  {item[name] or '—'}") for name in CONDITIONS]
     if html_path is not None:
         lines += ["", f"Report: {html_path}"]

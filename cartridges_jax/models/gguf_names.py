@@ -123,7 +123,7 @@ def params_from_gguf(file: TensorFile, config: ModelConfig, abstract: Any, dtype
             filled[parameter] = value
     if unmapped:
         raise UserError(f"{len(unmapped)} tensors have no place in the decoder, first {unmapped[0]}")
-    for parameter, leaf in wanted.items():
+    for parameter in wanted:
         layers = range(config.num_layers) if parameter.startswith("layers/") else (-1,)
         missing = [layer for layer in layers if (parameter, layer) not in seen]
         if missing:

@@ -6,7 +6,6 @@ import functools
 import hashlib
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from cartridges_jax.errors import UserError

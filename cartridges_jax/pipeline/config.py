@@ -110,7 +110,7 @@ def default_config() -> ml_collections.ConfigDict:
                 "structuring": 0.0, "use_case": 0.0, "creative": 0.0, "generic": 0.0,
             },
             writer_temperature=0.6,
-            writer_top_p=1.0,
+            writer_top_k=40,
             writer_max_tokens=24,
             answer_temperature=0.0,
             answer_max_tokens=36,

@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 
 from cartridges_jax.checkpoint import (
-    Cartridge, CartridgeMetadata, CorpusSource, load_cartridge, save_cartridge,
+    Cartridge,
+    CartridgeMetadata,
+    CorpusSource,
+    load_cartridge,
+    save_cartridge,
 )
 from cartridges_jax.corpus.chunks import Chunk, token_coverage
-from cartridges_jax.corpus.documents import Document
 from cartridges_jax.corpus.questions import Question, questions_hash
 from cartridges_jax.data.conversations import Conversation
 from cartridges_jax.data.decontaminate import split_contaminated

@@ -42,7 +42,7 @@ class SynthesisSettings:
       teacher_context: what B has in front, the "chunk" (paper) or the whole "document".
       writer: how A is prompted, "completion" or "chat" (see `writer`).
       families: seed family to weight.
-      writer_temperature, writer_top_p, writer_max_tokens: how A's messages are drawn.
+      writer_temperature, writer_top_k, writer_max_tokens: how A's messages are drawn.
       answer_temperature, answer_max_tokens: how B's answers are (paper: temperature 0).
       top_logprobs: k, log-probabilities kept per answered token (paper: 20).
       score_user_messages: keep the teacher's log-probabilities for A's tokens too, at
@@ -57,7 +57,7 @@ class SynthesisSettings:
     writer: str
     families: dict[str, float]
     writer_temperature: float
-    writer_top_p: float
+    writer_top_k: int
     writer_max_tokens: int
     answer_temperature: float
     answer_max_tokens: int
@@ -79,8 +79,8 @@ class SynthesisSettings:
         for name in ("writer_temperature", "answer_temperature"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"study.{name}={getattr(self, name)}: must be 0 or more")
-        if not 0 < self.writer_top_p <= 1:
-            raise UserError(f"study.writer_top_p={self.writer_top_p}: must be in (0, 1]")
+        if self.writer_top_k < 0:
+            raise UserError(f"study.writer_top_k={self.writer_top_k}: must be 0 (all) or more")
 
 
 def shard_path(directory: Path, batch: int) -> Path:
@@ -179,7 +179,7 @@ class _Studio:
             model,
             style=settings.writer,
             max_tokens=settings.writer_max_tokens,
-            sampling_settings=sampling.Sampling(settings.writer_temperature, top_p=settings.writer_top_p),
+            sampling_settings=sampling.Sampling(settings.writer_temperature, top_k=settings.writer_top_k),
         )
 
     def converse(self, batch: BatchPlan, number: int, asked: set[str]) -> list[Conversation]:

@@ -65,6 +65,7 @@ class Writer:
         self.style = style
         self._max_tokens = max_tokens
         self._sampling = sampling_settings
+        self._prefilled: dict[Pattern, KVPrefix] = {}
 
     def write(self, requests: Sequence[Request], chunk_prefix: KVPrefix | None, *, seed: int) -> list[str | None]:
         """One message per request, None where the model wrote nothing usable.
@@ -115,12 +116,15 @@ class Writer:
         )
         return [self._model.tokenizer.decode(g.token_ids).strip().strip('"') for g in generations]
 
-    @functools.cache
     def _examples(self, pattern: Pattern) -> KVPrefix:
-        lines = [pattern.header, ""]
-        for sentence, message in pattern.examples:
-            lines += [f"Fact: {sentence}", f"{pattern.label}: {message}", ""]
-        return sampling.prefill(self._model, self._model.tokenizer.encode("\n".join(lines) + "\n"))
+        """The pattern's examples as a prefix, shared by all that is written after them."""
+        if pattern not in self._prefilled:
+            lines = [pattern.header, ""]
+            for sentence, message in pattern.examples:
+                lines += [f"Fact: {sentence}", f"{pattern.label}: {message}", ""]
+            token_ids = self._model.tokenizer.encode("\n".join(lines) + "\n")
+            self._prefilled[pattern] = sampling.prefill(self._model, token_ids)
+        return self._prefilled[pattern]
 
     @functools.cached_property
     def _line_ends(self) -> list[int]:

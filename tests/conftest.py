@@ -12,12 +12,21 @@ sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
 import pytest
 
-ONE_PROCESS = {"test_real_model.py"}
+# Files that share something dear, each group in one process: the real model, or a finished run.
+GROUPS = {
+    "real_model": ("test_real_model.py", "test_quickstart.py"),
+    "tiny_runs": ("test_pipeline.py", "test_bad_input.py", "test_selfstudy.py"),
+    "resume": ("test_resume.py",),
+}
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: does not fit `make test`; run by `make test-long`")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """With `-n`, a file of `ONE_PROCESS` runs in one process, so that the real model is loaded once.
+    """With `-n`, a group of `GROUPS` runs in one process, every other test where there is room.
 
     (`xdist_group` marks do nothing with pytest 9.2 and pytest-xdist 3.8: the suffix of the node id is lost.)
     """
@@ -25,10 +34,11 @@ def pytest_xdist_make_scheduler(config, log):
         return None
     from xdist.scheduler import LoadScopeScheduling
 
+    group_of = {file: group for group, files in GROUPS.items() for file in files}
+
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.split("::")[0]
-            return file if Path(file).name in ONE_PROCESS else nodeid
+            return group_of.get(Path(nodeid.split("::")[0]).name, nodeid)
 
     return Scheduling(config, log)
 

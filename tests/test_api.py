@@ -39,7 +39,7 @@ def test_every_public_name_can_be_imported_and_no_other():
     assert cj.__all__ == sorted(cj.__all__)
     assert all(callable(getattr(cj, name)) for name in cj.__all__)
     with pytest.raises(AttributeError, match="no_such_call"):
-        cj.no_such_call
+        _ = cj.no_such_call
 
 
 def test_importing_the_package_does_not_start_jax():

@@ -19,8 +19,6 @@ from cartridges_jax.data.conversations import read_shard
 from cartridges_jax.errors import UserError
 from cartridges_jax.pipeline.run import run
 
-# One process makes the run that these tests share.
-pytestmark = pytest.mark.xdist_group("tiny_runs")
 
 # A model that does not exist: whatever is refused instead of it is refused before a model is loaded.
 NO_MODEL = "no-such-model"
@@ -208,7 +206,7 @@ def test_more_log_probabilities_than_the_vocabulary_has_tokens_are_refused(talke
         ({"study__teacher_context": "page"}, "study.teacher_context 'page': choose one of chunk, document"),
         ({"study__writer": "poet"}, "study.writer.*'poet'.*completion, chat"),
         ({"study__writer_temperature": -0.1}, "study.writer_temperature=-0.1"),
-        ({"study__writer_top_p": 0.0}, "study.writer_top_p=0.0"),
+        ({"study__writer_top_k": -1}, "study.writer_top_k=-1"),
         ({"study__families__qa": -1.0, "study__families__generic": 1.0}, "qa has weight -1.0"),
         ({"study__families__generic": 0.0}, "all seed families have weight 0"),
         ({"train__steps": 0}, "train.steps=0"),

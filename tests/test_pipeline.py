@@ -21,8 +21,6 @@ from cartridges_jax.pipeline import run as pipeline
 from cartridges_jax.pipeline.config import default_config, from_config_dict
 from cartridges_jax.pipeline.workdir import Workdir, read_json, write_json
 
-# One process makes the run that these tests share.
-pytestmark = pytest.mark.xdist_group("tiny_runs")
 
 STAGES = ("study", "train", "evaluate")
 

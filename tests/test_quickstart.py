@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("real_model")
 
 ROOT = Path(__file__).parents[1]
 CONDITIONS = ("none", "truncated", "icl", "cartridge")

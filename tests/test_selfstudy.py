@@ -21,7 +21,6 @@ from cartridges_jax.selfstudy.seeds import FAMILIES
 from cartridges_jax.selfstudy.synthesis import degenerates, is_about, synthesise
 from cartridges_jax.selfstudy.writer import Request, Writer, is_usable
 
-pytestmark = pytest.mark.xdist_group("tiny_runs")
 
 NAMES = list(FAMILIES)
 DOCUMENT_ITSELF = Document("doc", DOCUMENT.strip())

@@ -5,6 +5,7 @@ Knows nothing of tasks or files of text: it is given examples and gives back a p
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -95,8 +96,12 @@ class TrainSettings:
             )
 
 
+@functools.cache
 def make_optimizer(settings: TrainSettings) -> optax.GradientTransformation:
-    """Adam with the settings' schedule and clipping (paper appendix: Adam)."""
+    """Adam with the settings' schedule and clipping (paper appendix: Adam).
+
+    Equal settings give the same object: the compiled step is looked up by it.
+    """
     warmup = min(settings.warmup_steps, settings.steps - 1)
     if settings.schedule == "cosine":
         rate = optax.warmup_cosine_decay_schedule(
@@ -220,11 +225,20 @@ def train(
         on_step(step, loss)
         return int(metrics["refused_in_a_row"])
 
+    def end_if_refused(refused_in_a_row: int, step: int) -> None:
+        if refused_in_a_row >= settings.max_refused_in_a_row:
+            raise UserError(
+                f"training stopped at step {step}: {refused_in_a_row} steps in a row had a loss or gradient "
+                f"that was not finite; lower train.learning_rate={settings.learning_rate} "
+                f"(the last good state is in {directory})"
+            )
+
     def save(step: int) -> None:
         if checkpoints.latest_step() != step:
             checkpoints.save(step, state, {"history": history})
 
     try:
+        end_if_refused(int(state.refused_in_a_row), done)
         if done == 0:
             measure_heldout(0)
         pending = None
@@ -245,12 +259,7 @@ def train(
                 measure_heldout(step)
             if saving or refused_in_a_row >= settings.max_refused_in_a_row:
                 save(step)
-            if refused_in_a_row >= settings.max_refused_in_a_row:
-                raise UserError(
-                    f"training stopped at step {step}: {refused_in_a_row} steps in a row had a loss or gradient "
-                    f"that was not finite; lower train.learning_rate={settings.learning_rate} "
-                    f"(the last good state is in {directory})"
-                )
+            end_if_refused(refused_in_a_row, step)
             if stopping and not last:
                 raise StopRequested
     finally:

@@ -64,8 +64,8 @@ class RunConfig:
         """Raises UserError for a value that no run could use, before anything is loaded."""
         if self.dtype not in DTYPES:
             raise UserError(f"dtype={self.dtype!r}: choose one of {', '.join(DTYPES)}")
-        if self.seed < 0:
-            raise UserError(f"seed={self.seed}: must be 0 or more")
+        if not 0 <= self.seed < 2**31:
+            raise UserError(f"seed={self.seed}: must be between 0 and {2**31 - 1}")
         if self.heldout < 0:
             raise UserError(f"heldout={self.heldout}: must be 0 or more")
         if self.heldout >= self.study.conversations:

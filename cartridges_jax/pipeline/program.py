@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from collections.abc import Callable
 
+import absl.logging
 from absl import app, flags
 
 from cartridges_jax.errors import UserError
@@ -33,6 +35,8 @@ def run_program(main: Callable[[], None]) -> None:
     def guarded(argv: list[str]) -> None:
         if len(argv) > 1:
             _fail(f"unexpected argument {argv[1]!r}: options are written --name=value")
+        # Orbax tells of every file it writes.
+        absl.logging.set_verbosity(absl.logging.WARNING)
         try:
             main()
         except UserError as error:
@@ -40,6 +44,9 @@ def run_program(main: Callable[[], None]) -> None:
         except Interrupted as stop:
             print(f"\nstopped by {stop}; the same command goes on from here", file=sys.stderr)
             sys.exit(128 + stop.signum)
+        except KeyboardInterrupt:
+            print("\nstopped by SIGINT", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
 
     # JAX reports at every start which accelerators it did not find.
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)

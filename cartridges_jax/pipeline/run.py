@@ -42,9 +42,8 @@ _TRAIN_CODE = (*_STUDY_CODE, "distill", "checkpoint")
 _EVALUATE_CODE = (
     *_TRAIN_CODE, "evaluation/conditions.py", "evaluation/evaluate.py", "evaluation/metrics.py", "evaluation/scoring.py",
 )
+_CODE = {"study": _STUDY_CODE, "train": _TRAIN_CODE, "evaluate": _EVALUATE_CODE}
 
-# Tokens that the chat template adds around a question and its answer, and slack.
-_TURN_TOKENS = 64
 _SPARE_BYTES = 50_000_000
 
 
@@ -81,6 +80,13 @@ class _Run:
         self.config, self.workdir, self.model, self.signals, self.say = config, workdir, model, signals, say
         self.document, self.questions = read_inputs(config, model.tokenizer)
         self.document_tokens = len(model.tokenizer.encode(self.document.text))
+        # Now, because the files may change under a long run.
+        self._code = {name: code_hash(*parts) for name, parts in _CODE.items()}
+        self._turn_tokens = len(model.chat.render_continuation([{"role": "user", "content": "x"}]).token_ids)
+        self._longest_evaluated = self._turn_tokens + max(
+            (self._evaluated_tokens(question) for question in self.questions),
+            default=config.study.writer_max_tokens + config.evaluation.max_answer_tokens,
+        )
         self._refuse_what_cannot_work()
         freeze_questions(workdir, self.questions)
         say(
@@ -88,27 +94,47 @@ class _Run:
             f"cartridge of {config.cartridge.num_slots} slots"
         )
 
+    def _evaluated_tokens(self, question: Question) -> int:
+        encode = self.model.tokenizer.encode
+        reference = len(encode(question.answers[0]))
+        return len(encode(question.question)) + max(reference, self.config.evaluation.max_answer_tokens)
+
     def _refuse_what_cannot_work(self) -> None:
+        """Everything that would otherwise come out after minutes of work."""
         config, model = self.config, self.model
+        study, context = config.study, model.config.context_length
         first_tokens(model, self.document.text, config.cartridge.num_slots)
-        longest = max(
-            config.study.writer_max_tokens + config.study.answer_max_tokens, config.evaluation.max_answer_tokens
-        ) + _TURN_TOKENS
-        context = model.config.context_length
+        if not self.questions and not config.heldout:
+            raise UserError("there is nothing to evaluate on: give questions, or hold conversations out (heldout=24)")
+        if study.top_logprobs > model.config.vocab_size:
+            raise UserError(
+                f"study.top_logprobs={study.top_logprobs} exceeds the model's vocabulary of {model.config.vocab_size}"
+            )
+        conversation = self._turn_tokens + study.writer_max_tokens + study.answer_max_tokens
+        if conversation > config.train.row_tokens:
+            raise UserError(
+                f"a conversation may have {conversation} tokens, train.row_tokens={config.train.row_tokens}: raise it, "
+                "or lower study.writer_max_tokens or study.answer_max_tokens"
+            )
+        longest = max(conversation, self._longest_evaluated)
         if config.cartridge.num_slots + longest > context:
             raise UserError(
                 f"a cartridge of {config.cartridge.num_slots} slots and conversations of {longest} tokens exceed "
-                f"the model's context of {context}: choose fewer slots or shorter answers"
+                f"the model's context of {context}: choose fewer slots or shorter questions and answers"
             )
-        if config.study.teacher_context == "document" and self.document_tokens + longest > context:
+        # What the template puts around a chunk, beside the chunk itself.
+        frame = len(model.chat.system_prefix("x").token_ids)
+        chunk = min(study.chunk_max_tokens, self.document_tokens)
+        reads_chunks = study.teacher_context == "chunk" or study.writer == "chat"
+        if reads_chunks and frame + chunk + longest > context:
+            raise UserError(
+                f"chunks of up to {chunk} tokens and a conversation of {longest} exceed the model's context of "
+                f"{context}: lower study.chunk_max_tokens={study.chunk_max_tokens}"
+            )
+        if study.teacher_context == "document" and frame + self.document_tokens + longest > context:
             raise UserError(
                 f"the document's {self.document_tokens} tokens and a conversation of {longest} exceed the model's "
                 f"context of {context}: use --config.study.teacher_context=chunk"
-            )
-        if config.study.chunk_min_tokens + longest > context:
-            raise UserError(
-                f"chunks of {config.study.chunk_min_tokens} tokens and a conversation of {longest} exceed the "
-                f"model's context of {context}: lower study.chunk_min_tokens"
             )
         shape = model.config.num_layers * model.config.num_kv_heads * model.config.head_dim
         cartridge_bytes = 2 * 4 * shape * config.cartridge.num_slots
@@ -133,7 +159,7 @@ class _Run:
             "model": self.model.source_sha256,
             "dtype": self.config.dtype,
             "document": self.document.sha256,
-            "code": code_hash(*_STUDY_CODE),
+            "code": self._code["study"],
             **_flat("study", self.config.study),
         })
 
@@ -178,7 +204,7 @@ class _Run:
             "seed": config.seed,
             "heldout": config.heldout,
             "questions": questions_hash(self.questions),
-            "code": code_hash(*_TRAIN_CODE),
+            "code": self._code["train"],
             **_flat("cartridge", config.cartridge),
             **_flat("train", config.train),
         })
@@ -186,7 +212,10 @@ class _Run:
         if not stage.done:
             with stage.clock() as clock:
                 self._train(stage, conversations, directory, clock)
-        cartridge = load_cartridge(directory)
+        try:
+            cartridge = load_cartridge(directory)
+        except UserError as error:
+            raise UserError(f"{error} (to train it again, delete {stage.directory})") from None
         self._publish(stage, cartridge)
         return stage, cartridge
 
@@ -195,7 +224,8 @@ class _Run:
         learned, heldout, dropped = self._split(conversations)
         if not learned:
             raise UserError(
-                f"all {dropped} conversations equal evaluation questions or are held out: raise study.conversations"
+                f"of {len(conversations)} conversations {dropped} equal evaluation questions and the others are held "
+                "out: raise study.conversations"
             )
         chat = model.chat
         initial = initialise_from_first_tokens(model, self.document.text, config.cartridge.num_slots)
@@ -253,7 +283,7 @@ class _Run:
         stage = self._open("evaluate", {
             "train": train_stage.key,
             "questions": questions_hash(questions),
-            "code": code_hash(*_EVALUATE_CODE),
+            "code": self._code["evaluate"],
             **_flat("evaluation", config.evaluation),
         })
         if stage.done:
@@ -266,7 +296,7 @@ class _Run:
                 clock.tick()
 
             fronts, cut = conditions(
-                self.model, self.document, cartridge.prefix, room=config.evaluation.max_answer_tokens + _TURN_TOKENS
+                self.model, self.document, cartridge.prefix, room=self._longest_evaluated
             )
             measured = evaluate(
                 self.model, fronts, questions, heldout, config.evaluation, on_progress=advance

@@ -41,6 +41,14 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is damaged: delete it and run again, its stage is made anew") from None
 
 
+def _stages_of(record: Path) -> dict[str, Any]:
+    # The record only serves to say what changed: a damaged one costs nothing else.
+    try:
+        return dict(json.loads(record.read_text("utf-8"))["stages"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def code_hash(*parts: str) -> str:
     """sha256 over the package's source files below the given parts ("models", "rope.py", …)."""
     root = Path(__file__).resolve().parents[1]
@@ -133,14 +141,15 @@ class Workdir:
             raise UserError(
                 f"workdir {path} cannot be written ({error.strerror}): choose another with --workdir"
             ) from None
-        others = [entry.name for entry in path.iterdir() if entry.name != _LOCK]
+        # A run that was killed as it began left its lock, or its record half-written.
+        beginnings = (_LOCK, f".{_RECORD}.")
+        others = [entry.name for entry in path.iterdir() if not entry.name.startswith(beginnings)]
         if others and not (path / _RECORD).exists():
             raise UserError(
                 f"workdir {path} holds files of something else (such as {sorted(others)[0]}): "
                 "choose an empty or new directory with --workdir"
             )
-        record = read_json(path / _RECORD) if (path / _RECORD).exists() else {}
-        self._stages: dict[str, Any] = record.get("stages", {})
+        self._stages: dict[str, Any] = _stages_of(path / _RECORD)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

@@ -203,6 +203,10 @@ class _Studio:
             self._model.chat.render_continuation([{"role": "user", "content": message}])
             for _, message in kept.values()
         ]
+        # A message is as long as A was allowed to write, so that every conversation fits a training row.
+        fitting = [end - begin <= settings.writer_max_tokens for begin, end in (turn.spans[0] for turn in turns)]
+        chosen = [pair for pair, fits in zip(kept.values(), fitting) if fits]
+        turns = [turn for turn, fits in zip(turns, fitting) if fits]
         answers = sampling.generate_tokens(
             self._model,
             [turn.token_ids for turn in turns],
@@ -213,7 +217,7 @@ class _Studio:
             top_logprobs=settings.top_logprobs,
         )
         conversations = []
-        for place, ((request, message), turn, answer) in enumerate(zip(kept.values(), turns, answers)):
+        for place, ((request, message), turn, answer) in enumerate(zip(chosen, turns, answers)):
             if degenerates(answer.token_ids):
                 continue
             begin, end = turn.spans[0]

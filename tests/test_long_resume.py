@@ -1,0 +1,48 @@
+"""SIGKILL at random moments on the real model; minutes long, so for `make test-long`."""
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cartridges_jax.checkpoint import load_cartridge
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = (
+    "--config.study.conversations=60", "--config.study.requests_per_batch=32", "--config.train.steps=24",
+    "--config.train.checkpoint_every=4", "--config.evaluation.max_questions=4", "--config.heldout=8",
+)
+
+
+def start(workdir: Path) -> subprocess.Popen:
+    arguments = [
+        sys.executable, str(ROOT / "launch" / "train.py"), f"--config={ROOT / 'experiments' / 'quickstart.py'}",
+        f"--workdir={workdir}", *SETTINGS,
+    ]
+    return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.long
+def test_the_real_models_cartridge_is_the_same_to_the_bit_after_kills_at_random_moments(tmp_path, rng):
+    begun = time.monotonic()
+    assert start(tmp_path / "whole").wait() == 0
+    seconds = time.monotonic() - begun
+    kills = 0
+    for _ in range(6):
+        process = start(tmp_path / "killed")
+        try:
+            process.wait(timeout=rng.uniform(0.2, 0.6) * seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            kills += process.wait() == -signal.SIGKILL
+    assert kills >= 2
+    assert start(tmp_path / "killed").wait() == 0
+    whole, killed = (load_cartridge(tmp_path / name / "cartridge") for name in ("whole", "killed"))
+    np.testing.assert_array_equal(whole.prefix.keys, killed.prefix.keys)
+    np.testing.assert_array_equal(whole.prefix.values, killed.prefix.values)
+    assert whole.metadata == killed.metadata

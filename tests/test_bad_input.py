@@ -143,9 +143,9 @@ def test_a_cartridge_without_a_slot_to_train_is_refused_before_the_model_is_load
 
 def test_a_cartridge_and_a_conversation_beyond_the_models_context_are_refused(talker_gguf, inputs):
     (inputs / "doc.md").write_text(DOCUMENT * 3)
-    changes = {"cartridge__num_slots": 450, "study__teacher_context": "chunk"}
+    changes = {"cartridge__num_slots": 490, "study__teacher_context": "chunk"}
     message = refusal(settings(talker_gguf, inputs, **changes), inputs / "run")
-    assert "450 slots" in message and "context of 512" in message and "fewer slots" in message
+    assert "490 slots" in message and "context of 512" in message and "fewer slots" in message
 
 
 def test_a_document_beyond_the_teachers_context_is_refused_with_the_setting_that_helps(talker_gguf, inputs):
@@ -158,7 +158,7 @@ def test_chunks_beyond_the_teachers_context_are_refused(talker_gguf, inputs):
     (inputs / "doc.md").write_text(DOCUMENT * 3)
     changes = {"study__teacher_context": "chunk", "study__chunk_min_tokens": 500, "study__chunk_max_tokens": 600}
     message = refusal(settings(talker_gguf, inputs, **changes), inputs / "run")
-    assert "chunks of 500 tokens" in message and "study.chunk_min_tokens" in message
+    assert "chunks of up to 600 tokens" in message and "study.chunk_max_tokens" in message
 
 
 def test_long_chunks_of_a_long_document_are_refused_before_any_is_studied(talker_gguf, inputs):
@@ -262,6 +262,14 @@ def test_a_workdir_whose_first_record_was_killed_half_written_is_taken_up(talker
     assert NO_MODEL in refusal(settings(NO_MODEL, inputs), workdir)
 
 
+def test_a_damaged_run_record_costs_nothing(talker_gguf, finished, copied):
+    """It only serves to say what changed."""
+    (copied / "run.json").write_text('{"stages": ')
+    said = []
+    run(config_of(settings(talker_gguf, finished)), copied, say=said.append)
+    assert [line for line in said if "kept" in line] == [f"{stage}: nothing changed, kept" for stage in ("study", "train", "evaluate")]
+
+
 # Earlier work
 
 
@@ -351,7 +359,7 @@ def test_a_damaged_cartridge_of_a_finished_stage_is_made_anew_by_what_the_messag
     assert load_cartridge(cartridge).metadata == load_cartridge(finished / "run" / "cartridge").metadata
 
 
-@pytest.mark.parametrize("name", ["run.json", "evaluate/*/result.json", "study/*/seconds.json"])
+@pytest.mark.parametrize("name", ["evaluate/*/result.json", "study/*/seconds.json"])
 def test_a_damaged_record_is_named_and_deleting_it_helps(talker_gguf, finished, copied, name):
     (path,) = copied.glob(name)
     path.write_text('{"stages": ')

@@ -53,7 +53,7 @@ def test_a_batch_gives_what_each_prompt_gives_alone_whatever_the_others_do(tiny_
     stops = {generation.token_ids[at] for generation, at in zip(free[:5], (0, 2, 5, 9, 17))}
     together = generate_tokens(tiny_model, prompts, max_tokens=30, stop_ids=stops, top_logprobs=3)
     assert len({len(generation.token_ids) for generation in together}) > 2
-    for prompt, generation, unstopped in zip(prompts, together, free):
+    for generation, unstopped in zip(together, free):
         expected = unstopped.token_ids
         ends = [i for i, token in enumerate(expected) if token in stops]
         assert generation.token_ids == (expected[: ends[0] + 1] if ends else expected)

@@ -39,7 +39,7 @@ def progress(name: str, total: int) -> Iterator[Progress]:
     with tqdm.tqdm(
         desc=f"{name:9}", total=total, file=sys.stderr, dynamic_ncols=terminal,
         # A log gets a line now and then instead of a redrawn bar.
-        mininterval=0.5 if terminal else 10.0, ncols=None if terminal else 100,
+        mininterval=0.5 if terminal else 10.0, ncols=None if terminal else 110,
         bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed} gone, {remaining} left{postfix}]",
     ) as bar:
         yield Progress(bar)

@@ -68,6 +68,7 @@ def run(config: RunConfig, path: Path, *, say: Callable[[str], None] = print) ->
     with workdir.held(), StopSignals() as signals:
         say(f"loading {config.model}")
         model = load_model(config.model, dtype=config.dtype)
+        signals.check()
         return _Run(config, workdir, model, signals, say).report()
 
 
@@ -167,21 +168,20 @@ class _Run:
         """Self-study; finished shards are read back."""
         stage = self._study_stage()
 
-        def converse(on_progress: Callable[[int, int], None]) -> list[Conversation]:
+        def converse(**callbacks) -> list[Conversation]:
             return synthesise(
-                self.model, self.document, stage.directory, self.config.study, seed=self.config.seed,
-                on_progress=on_progress,
+                self.model, self.document, stage.directory, self.config.study, seed=self.config.seed, **callbacks
             )
 
         if stage.done:
-            return stage, converse(lambda done, wanted: None)
+            return stage, converse()
         with stage.clock() as clock, progress("study", self.config.study.conversations) as bar:
 
-            def advance(done: int, wanted: int) -> None:
-                bar.at(done, wanted)
+            def heartbeat() -> None:
                 clock.tick()
+                self.signals.check()
 
-            conversations = converse(advance)
+            conversations = converse(on_progress=bar.at, heartbeat=heartbeat)
         stage.finish({"conversations": len(conversations)})
         return stage, conversations
 
@@ -229,7 +229,7 @@ class _Run:
             )
         chat = model.chat
         initial = initialise_from_first_tokens(model, self.document.text, config.cartridge.num_slots)
-        with progress("train", config.train.steps) as bar, self.signals.deferred():
+        with progress("train", config.train.steps) as bar:
 
             def on_step(step: int, loss: float | None) -> None:
                 bar.at(step, note="" if loss is None else f"loss {loss:.3f}")
@@ -245,8 +245,8 @@ class _Run:
                     on_step=on_step, should_stop=self.signals.requested,
                 )
             except StopRequested:
-                # The end of the deferred block raises the signal's own exception.
-                return
+                self.signals.check()
+                raise
         metadata = CartridgeMetadata.of(
             result.prefix,
             model_name=model.name,
@@ -294,6 +294,7 @@ class _Run:
             def advance(done: int, total: int) -> None:
                 bar.at(done, total)
                 clock.tick()
+                self.signals.check()
 
             fronts, cut = conditions(
                 self.model, self.document, cartridge.prefix, room=self._longest_evaluated

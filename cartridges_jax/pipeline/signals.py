@@ -1,9 +1,7 @@
 """SIGINT and SIGTERM end a run cleanly: what was made is kept, the same command goes on."""
 from __future__ import annotations
 
-import contextlib
 import signal
-from collections.abc import Iterator
 
 
 class Interrupted(BaseException):
@@ -15,41 +13,38 @@ class Interrupted(BaseException):
 
 
 class StopSignals:
-    """Turns the first SIGINT or SIGTERM into `Interrupted`, at once or when it is convenient.
+    """Notes the first SIGINT or SIGTERM; the work asks for it where stopping is safe.
 
-    Files are written whole or not at all, so most work may be broken off anywhere; a
-    block under `deferred()` is not, and asks `requested()` instead.
+    Raising from the handler itself would not do: Python may run it inside a callback
+    whose exceptions are dropped (the garbage collector's, which JAX has one of). A second
+    signal is not waited for: it ends the process as if nobody handled it.
     """
 
     def __init__(self):
-        self._deferring = False
         self._signum: int | None = None
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:
         for signum in (signal.SIGINT, signal.SIGTERM):
-            self._previous[signum] = signal.signal(signum, self._handle)
+            self._previous[signum] = signal.signal(signum, self._note)
         return self
 
     def __exit__(self, *_) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
+        self._restore()
 
     def requested(self) -> bool:
+        """Whether a signal has come."""
         return self._signum is not None
 
-    @contextlib.contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Within this block a signal is only noted; it takes effect at the block's end."""
-        self._deferring = True
-        try:
-            yield
-        finally:
-            self._deferring = False
+    def check(self) -> None:
+        """Raises `Interrupted` if a signal has come."""
         if self._signum is not None:
             raise Interrupted(self._signum)
 
-    def _handle(self, signum: int, frame) -> None:
+    def _note(self, signum: int, frame) -> None:
         self._signum = signum
-        if not self._deferring:
-            raise Interrupted(signum)
+        self._restore()
+
+    def _restore(self) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)

@@ -135,7 +135,7 @@ def generate_tokens(
     seed: int = 0,
     top_logprobs: int = 0,
     batch_size: int = 128,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[int], None] = lambda finished: None,
 ) -> list[Generation]:
     """Continues every prompt behind the same prefix.
 
@@ -147,7 +147,8 @@ def generate_tokens(
       seed: with the prompt's index it determines the prompt's draws.
       top_logprobs: how many of the most likely tokens to return per step.
       batch_size: rows decoded together.
-      on_progress: called with the number of prompts just finished.
+      on_progress: called after every dispatch, with the number of prompts it finished;
+        what it raises ends the call.
 
     Returns:
       One `Generation` per prompt, in order.
@@ -164,11 +165,10 @@ def generate_tokens(
     for begin in range(0, len(order), batch_size):
         indices = order[begin : begin + batch_size]
         batch = _generate_batch(
-            model, [prompts[i] for i in indices], indices, prefix, max_tokens, sampling, stop, seed, top_logprobs
+            model, [prompts[i] for i in indices], indices, prefix, max_tokens, sampling, stop, seed, top_logprobs,
+            on_progress,
         )
         results.update(zip(indices, batch))
-        if on_progress is not None:
-            on_progress(len(indices))
     return [results[i] for i in range(len(prompts))]
 
 
@@ -197,6 +197,7 @@ def _generate_batch(
     stop_ids: Array,
     seed: int,
     top_logprobs: int,
+    on_progress: Callable[[int], None],
 ) -> list[Generation]:
     num_rows = _row_bucket(len(prompts))
     num_tokens = round_up(max(map(len, prompts)), 16)
@@ -223,6 +224,7 @@ def _generate_batch(
     top_ids = np.zeros((*shape, top_logprobs), np.int32)
     top = np.zeros((*shape, top_logprobs), np.float32)
     prompt_of = np.arange(num_rows)
+    finished = 0
     for begin in range(0, max_tokens, STEPS_PER_DISPATCH):
         state, outputs = decode_steps(
             model.config, model.params, prefix, state, stop_ids,
@@ -231,12 +233,16 @@ def _generate_batch(
         for collected, output in zip((emitted, top_ids, top), outputs):
             collected[begin : begin + STEPS_PER_DISPATCH, prompt_of] = np.asarray(output)
         active = np.flatnonzero(~np.asarray(state.done))
+        last = not len(active) or begin + STEPS_PER_DISPATCH >= max_tokens
+        ended = len(prompts) if last else len(prompts) - len(active)
+        on_progress(ended - finished)
+        finished = ended
         if not len(active):
             break
         if 2 * len(active) <= len(prompt_of):
             # Rows that have ended cost as much as others: go on with half of them.
-            ended = np.flatnonzero(np.asarray(state.done))
-            kept = np.concatenate([active, ended])[: len(prompt_of) // 2]
+            inactive = np.flatnonzero(np.asarray(state.done))
+            kept = np.concatenate([active, inactive])[: len(prompt_of) // 2]
             state, prompt_of = _take_rows(state, kept), prompt_of[kept]
 
     stops = set(np.asarray(stop_ids).tolist())

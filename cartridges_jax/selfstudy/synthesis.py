@@ -118,6 +118,7 @@ def synthesise(
     *,
     seed: int,
     on_progress: Callable[[int, int], None] = lambda done, wanted: None,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> list[Conversation]:
     """Runs self-study to its end, skipping the batches that are on disk.
 
@@ -126,6 +127,8 @@ def synthesise(
       seed: determines plan and draws.
       on_progress: called with (conversations kept, conversations wanted); first with
         those of earlier attempts.
+      heartbeat: called every few seconds; what it raises ends the run, and the batch
+        that was being made is made again the next time.
 
     Returns:
       At most `settings.conversations` conversations, in the order they were made.
@@ -145,7 +148,7 @@ def synthesise(
         families=settings.families,
         seed=seed,
     )
-    studio = _Studio(model, document, settings, seed)
+    studio = _Studio(model, document, settings, seed, heartbeat)
     conversations: list[Conversation] = []
     for number, batch in enumerate(batches):
         if len(conversations) >= settings.conversations:
@@ -169,8 +172,9 @@ def synthesise(
 class _Studio:
     """Model, writer and teacher prefixes of one run."""
 
-    def __init__(self, model: Model, document: Document, settings: SynthesisSettings, seed: int):
+    def __init__(self, model: Model, document: Document, settings: SynthesisSettings, seed: int, heartbeat):
         self._seed = seed
+        self._heartbeat = heartbeat
         self._model = model
         self._document = document
         self._settings = settings
@@ -180,6 +184,7 @@ class _Studio:
             style=settings.writer,
             max_tokens=settings.writer_max_tokens,
             sampling_settings=sampling.Sampling(settings.writer_temperature, top_k=settings.writer_top_k),
+            heartbeat=heartbeat,
         )
 
     def converse(self, batch: BatchPlan, number: int, asked: set[str]) -> list[Conversation]:
@@ -215,6 +220,7 @@ class _Studio:
             sampling=sampling.Sampling(settings.answer_temperature),
             seed=seed,
             top_logprobs=settings.top_logprobs,
+            on_progress=lambda finished: self._heartbeat(),
         )
         conversations = []
         for place, ((request, message), turn, answer) in enumerate(zip(chosen, turns, answers)):

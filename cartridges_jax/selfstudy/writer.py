@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from cartridges_jax import sampling
 from cartridges_jax.cartridge import KVPrefix
@@ -58,13 +58,22 @@ class Writer:
       style: "completion" or "chat".
     """
 
-    def __init__(self, model: Model, *, style: str, max_tokens: int, sampling_settings: sampling.Sampling):
+    def __init__(
+        self,
+        model: Model,
+        *,
+        style: str,
+        max_tokens: int,
+        sampling_settings: sampling.Sampling,
+        heartbeat: Callable[[], None] = lambda: None,
+    ):
         if style not in STYLES:
             raise UserError(f"study.writer {style!r}: choose one of {', '.join(STYLES)}")
         self._model = model
         self.style = style
         self._max_tokens = max_tokens
         self._sampling = sampling_settings
+        self._heartbeat = heartbeat
         self._prefilled: dict[Pattern, KVPrefix] = {}
 
     def write(self, requests: Sequence[Request], chunk_prefix: KVPrefix | None, *, seed: int) -> list[str | None]:
@@ -99,6 +108,7 @@ class Writer:
         generations = sampling.generate_tokens(
             self._model, prompts, self._examples(pattern),
             max_tokens=self._max_tokens, sampling=self._sampling, stop_ids=self._line_ends, seed=seed,
+            on_progress=lambda finished: self._heartbeat(),
         )
         return [
             f"{opening}{self._first_line(generation.token_ids)}".strip()
@@ -113,6 +123,7 @@ class Writer:
             prompts.append(self._model.chat.render_continuation([turn], add_generation_prompt=True).token_ids)
         generations = sampling.generate_tokens(
             self._model, prompts, chunk_prefix, max_tokens=self._max_tokens, sampling=self._sampling, seed=seed,
+            on_progress=lambda finished: self._heartbeat(),
         )
         return [self._model.tokenizer.decode(g.token_ids).strip().strip('"') for g in generations]
 

@@ -113,12 +113,12 @@ def default_config() -> ml_collections.ConfigDict:
             writer_top_k=40,
             writer_max_tokens=24,
             answer_temperature=0.0,
-            answer_max_tokens=36,
+            answer_max_tokens=32,
             top_logprobs=20,
             score_user_messages=False,
         ),
         train=TrainSettings(
-            steps=160,
+            steps=140,
             learning_rate=2e-2,
             schedule="cosine",
             warmup_steps=10,
@@ -135,7 +135,7 @@ def default_config() -> ml_collections.ConfigDict:
             keep_checkpoints=2,
             max_refused_in_a_row=5,
         ),
-        evaluation=EvaluationSettings(max_answer_tokens=48, max_questions=0),
+        evaluation=EvaluationSettings(max_answer_tokens=40, max_questions=48),
     )))
 
 

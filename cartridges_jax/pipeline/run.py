@@ -20,7 +20,7 @@ from cartridges_jax.corpus.questions import Question, questions_hash
 from cartridges_jax.data.conversations import Conversation
 from cartridges_jax.data.decontaminate import split_contaminated
 from cartridges_jax.data.packing import render_example
-from cartridges_jax.distill.initialise import first_tokens, initialise_from_first_tokens
+from cartridges_jax.distill.initialise import initialise_from_first_tokens
 from cartridges_jax.distill.trainer import StopRequested, train
 from cartridges_jax.errors import UserError
 from cartridges_jax.evaluation.conditions import conditions
@@ -29,6 +29,7 @@ from cartridges_jax.evaluation.report import print_summary, write_report
 from cartridges_jax.models import Model, load_model
 from cartridges_jax.pipeline.config import RunConfig
 from cartridges_jax.pipeline.inputs import check_paths, freeze_questions, read_inputs
+from cartridges_jax.pipeline.preflight import longest_evaluated, refuse_what_cannot_work
 from cartridges_jax.pipeline.progress import progress
 from cartridges_jax.pipeline.signals import StopSignals
 from cartridges_jax.pipeline.workdir import Stage, Workdir, code_hash
@@ -43,8 +44,6 @@ _EVALUATE_CODE = (
     *_TRAIN_CODE, "evaluation/conditions.py", "evaluation/evaluate.py", "evaluation/metrics.py", "evaluation/scoring.py",
 )
 _CODE = {"study": _STUDY_CODE, "train": _TRAIN_CODE, "evaluate": _EVALUATE_CODE}
-
-_SPARE_BYTES = 50_000_000
 
 
 def run(config: RunConfig, path: Path, *, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -83,66 +82,12 @@ class _Run:
         self.document_tokens = len(model.tokenizer.encode(self.document.text))
         # Now, because the files may change under a long run.
         self._code = {name: code_hash(*parts) for name, parts in _CODE.items()}
-        self._turn_tokens = len(model.chat.render_continuation([{"role": "user", "content": "x"}]).token_ids)
-        self._longest_evaluated = self._turn_tokens + max(
-            (self._evaluated_tokens(question) for question in self.questions),
-            default=config.study.writer_max_tokens + config.evaluation.max_answer_tokens,
-        )
-        self._refuse_what_cannot_work()
+        refuse_what_cannot_work(config, model, self.document, self.questions, workdir)
         freeze_questions(workdir, self.questions)
         say(
             f"{self.document.name}: {self.document_tokens:,} tokens, {len(self.questions)} questions; "
             f"cartridge of {config.cartridge.num_slots} slots"
         )
-
-    def _evaluated_tokens(self, question: Question) -> int:
-        encode = self.model.tokenizer.encode
-        reference = len(encode(question.answers[0]))
-        return len(encode(question.question)) + max(reference, self.config.evaluation.max_answer_tokens)
-
-    def _refuse_what_cannot_work(self) -> None:
-        """Everything that would otherwise come out after minutes of work."""
-        config, model = self.config, self.model
-        study, context = config.study, model.config.context_length
-        first_tokens(model, self.document.text, config.cartridge.num_slots)
-        if not self.questions and not config.heldout:
-            raise UserError("there is nothing to evaluate on: give questions, or hold conversations out (heldout=24)")
-        if study.top_logprobs > model.config.vocab_size:
-            raise UserError(
-                f"study.top_logprobs={study.top_logprobs} exceeds the model's vocabulary of {model.config.vocab_size}"
-            )
-        conversation = self._turn_tokens + study.writer_max_tokens + study.answer_max_tokens
-        if conversation > config.train.row_tokens:
-            raise UserError(
-                f"a conversation may have {conversation} tokens, train.row_tokens={config.train.row_tokens}: raise it, "
-                "or lower study.writer_max_tokens or study.answer_max_tokens"
-            )
-        longest = max(conversation, self._longest_evaluated)
-        if config.cartridge.num_slots + longest > context:
-            raise UserError(
-                f"a cartridge of {config.cartridge.num_slots} slots and conversations of {longest} tokens exceed "
-                f"the model's context of {context}: choose fewer slots or shorter questions and answers"
-            )
-        # What the template puts around a chunk, beside the chunk itself.
-        frame = len(model.chat.system_prefix("x").token_ids)
-        chunk = min(study.chunk_max_tokens, self.document_tokens)
-        reads_chunks = study.teacher_context == "chunk" or study.writer == "chat"
-        if reads_chunks and frame + chunk + longest > context:
-            raise UserError(
-                f"chunks of up to {chunk} tokens and a conversation of {longest} exceed the model's context of "
-                f"{context}: lower study.chunk_max_tokens={study.chunk_max_tokens}"
-            )
-        if study.teacher_context == "document" and frame + self.document_tokens + longest > context:
-            raise UserError(
-                f"the document's {self.document_tokens} tokens and a conversation of {longest} exceed the model's "
-                f"context of {context}: use --config.study.teacher_context=chunk"
-            )
-        shape = model.config.num_layers * model.config.num_kv_heads * model.config.head_dim
-        cartridge_bytes = 2 * 4 * shape * config.cartridge.num_slots
-        # Train states hold the slots and Adam's two moments.
-        states = (config.train.keep_checkpoints + 1) * 3 * cartridge_bytes
-        shards = config.study.conversations * config.study.answer_max_tokens * config.study.top_logprobs * 12
-        self.workdir.require_space(states + 3 * cartridge_bytes + shards + _SPARE_BYTES)
 
     def _open(self, name: str, inputs: Mapping[str, Any]) -> Stage:
         stage, changes = self.workdir.stage(name, inputs)
@@ -297,7 +242,7 @@ class _Run:
                 self.signals.check()
 
             fronts, cut = conditions(
-                self.model, self.document, cartridge.prefix, room=self._longest_evaluated
+                self.model, self.document, cartridge.prefix, room=longest_evaluated(config, self.model, self.questions)
             )
             measured = evaluate(
                 self.model, fronts, questions, heldout, config.evaluation, on_progress=advance

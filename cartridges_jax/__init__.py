@@ -3,7 +3,7 @@
     import cartridges_jax as cj
     model = cj.load_model("smollm2-135m-instruct")
     cartridge = cj.load_cartridge("runs/quickstart/cartridge")
-    cj.generate(model, ["Who keeps lost property?"], prefix=cartridge, max_tokens=64)
+    cj.generate(model, ["How many steps does the tower have?"], prefix=cartridge, max_tokens=64)
 """
 import importlib
 

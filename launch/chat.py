@@ -1,7 +1,7 @@
 """A terminal chat with a cartridge in front, or one answer.
 
     python launch/chat.py --cartridge=runs/quickstart/cartridge
-    python launch/chat.py --cartridge=runs/quickstart/cartridge --prompt="Who keeps lost property?"
+    python launch/chat.py --cartridge=runs/quickstart/cartridge --prompt="How many steps does the tower have?"
 """
 import sys
 

@@ -208,7 +208,7 @@ class _Studio:
             self._model.chat.render_continuation([{"role": "user", "content": message}])
             for _, message in kept.values()
         ]
-        # A message is as long as A was allowed to write, so that every conversation fits a training row.
+        # A forced opening may make a message longer than A's limit, by which training rows are sized.
         fitting = [end - begin <= settings.writer_max_tokens for begin, end in (turn.spans[0] for turn in turns)]
         chosen = [pair for pair, fits in zip(kept.values(), fitting) if fits]
         turns = [turn for turn, fits in zip(turns, fitting) if fits]

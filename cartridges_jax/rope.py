@@ -5,23 +5,70 @@ checkpoints; GGUF files store Llama's rows interleaved and are un-permuted on im
 """
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 
-def rope_tables(positions: Array, head_dim: int, base: float) -> tuple[Array, Array]:
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """How fast each pair of a head turns.
+
+    Every scaling that only slows pairs down is a factor per pair, so one field holds
+    Llama 3's, the linear one, and the factors that a GGUF file stores.
+
+    Attributes:
+      base: the wavelength base ("theta").
+      factors: per pair (H / 2 of them), by how much its wavelength is stretched; empty
+        means 1 for all.
+    """
+
+    base: float
+    factors: tuple[float, ...] = ()
+
+
+def linear_factors(head_dim: int, factor: float) -> tuple[float, ...]:
+    """Position interpolation (arXiv 2306.15595): all pairs alike."""
+    return (float(factor),) * (head_dim // 2)
+
+
+def llama3_factors(
+    head_dim: int, base: float, factor: float, low_freq_factor: float, high_freq_factor: float, original_context: int
+) -> tuple[float, ...]:
+    """Llama 3.1's scaling (transformers' `_compute_llama3_parameters`).
+
+    Pairs that turn more than `high_freq_factor` times within the original context stay;
+    those that turn fewer than `low_freq_factor` times are slowed by `factor`; between,
+    the frequency is interpolated.
+    """
+    factors = []
+    for pair in range(head_dim // 2):
+        turns = original_context / (2 * math.pi * base ** (2 * pair / head_dim))
+        kept = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
+        kept = min(max(kept, 0.0), 1.0)
+        factors.append(1 / ((1 - kept) / factor + kept))
+    return tuple(factors)
+
+
+def rope_tables(positions: Array, head_dim: int, rope: Rope) -> tuple[Array, Array]:
     """Cosines and sines for integer positions.
 
     Args:
       positions: [B, T] int32.
       head_dim: H, even.
-      base: the wavelength base ("theta").
+      rope: base and factors.
 
     Returns:
       (cos, sin), each [B, T, H / 2] float32.
     """
-    exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    angle = positions[..., None].astype(jnp.float32) / (base**exponent)
+    # In float32, as the models were trained: at position 100,000 a last bit is 0.006 radians.
+    frequency = 1 / np.float32(rope.base) ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
+    if rope.factors:
+        frequency = frequency / np.asarray(rope.factors)
+    angle = positions[..., None].astype(jnp.float32) * jnp.asarray(frequency, jnp.float32)
     return jnp.cos(angle), jnp.sin(angle)
 
 

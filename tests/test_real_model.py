@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from oracles.llama_server import LlamaServer
-from tiny import twin_of, twin_run
+from tiny import rope_base, twin_of, twin_run
 
 import cartridges_jax
 from cartridges_jax import sampling
@@ -49,7 +49,7 @@ def twin(model):
         "model.embed_tokens.weight": np.asarray(model.params["embedding"]),
         "model.norm.weight": np.asarray(model.params["final_norm"]),
     }
-    for name, stacked in model.params["layers"].items():
+    for name, stacked in model.params["layers"]["0"].items():
         for layer, value in enumerate(np.asarray(stacked)):
             weights[f"model.layers.{layer}.{HF_NAMES[name]}.weight"] = value.T
     return twin_of(weights, model.config)
@@ -81,7 +81,7 @@ def test_the_config_is_the_published_one(model):
     config = model.config
     assert (config.num_layers, config.d_model, config.num_heads, config.num_kv_heads) == (30, 576, 9, 3)
     assert (config.head_dim, config.d_ff, config.vocab_size) == (64, 1536, 49152)
-    assert (config.rope_base, config.context_length, config.tie_embeddings) == (100_000.0, 8192, True)
+    assert (rope_base(config), config.context_length, config.tie_embeddings) == (100_000.0, 8192, True)
     assert config.norm_eps == pytest.approx(1e-5)
 
 

@@ -16,10 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from cartridges_jax import cartridge
 from cartridges_jax.models import Decoder, Model, ModelConfig, lm_logits, load_model
+from cartridges_jax.models.config import LayerKind
+from cartridges_jax.rope import Rope
 
 CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # As in the published SmolLM2-Instruct checkpoints.
@@ -49,13 +51,19 @@ def vocabulary() -> list[str]:
     return CONTROL_TOKENS + byte_alphabet() + [merge.replace(" ", "") for merge in MERGES]
 
 
-def tiny_config(**overrides) -> ModelConfig:
+def tiny_config(*, rope_base: float = 730.0, **overrides) -> ModelConfig:
     """L=3, D=64, N=4, K=2, H=16, with constants that no library has as its default."""
     config = ModelConfig(
-        num_layers=3, d_model=64, num_heads=4, num_kv_heads=2, head_dim=16, d_ff=96,
-        vocab_size=len(vocabulary()), context_length=512, rope_base=730.0, norm_eps=3e-3, tie_embeddings=True,
+        num_layers=3, d_model=64, num_heads=4, num_kv_heads=2, head_dim=16, d_ff=96, vocab_size=len(vocabulary()),
+        context_length=512, norm_eps=3e-3, tie_embeddings=True, period=(LayerKind(Rope(rope_base)),),
     )
     return dataclasses.replace(config, **overrides)
+
+
+def rope_base(config: ModelConfig) -> float:
+    """Of a model whose layers are all alike."""
+    (kind,) = config.period
+    return kind.rope.base
 
 
 def random_weights(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
@@ -146,7 +154,7 @@ def write_gguf(path: Path, config: ModelConfig, tensors: dict[str, np.ndarray]) 
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_base)
+    writer.add_rope_freq_base(rope_base(config))
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_vocab_size(config.vocab_size)
     tokens = vocabulary()
@@ -190,7 +198,7 @@ def twin_of(weights: dict[str, np.ndarray], config: ModelConfig) -> LlamaForCaus
             intermediate_size=config.d_ff,
             vocab_size=config.vocab_size,
             max_position_embeddings=config.context_length,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
+            rope_parameters={"rope_type": "default", "rope_theta": rope_base(config)},
             rms_norm_eps=config.norm_eps,
             tie_word_embeddings=config.tie_embeddings,
             attn_implementation="eager",
@@ -255,7 +263,9 @@ def _forward(config, params, tokens, positions, segment_ids, prefix, cache, taps
 _run = jax.jit(_forward, static_argnums=(0, 7))
 
 
-def twin_run(twin: LlamaForCausalLM, tokens, *, keys=None, values=None, start=None, mask=None) -> torch.Tensor:
+def twin_run(
+    twin: PreTrainedModel, tokens, *, keys=None, values=None, start=None, mask=None, whole_mask=None
+) -> torch.Tensor:
     """One row through transformers: logits [T, V].
 
     Args:
@@ -263,6 +273,7 @@ def twin_run(twin: LlamaForCausalLM, tokens, *, keys=None, values=None, start=No
       keys, values: [L, K, P, H] (arrays or tensors) that stand in `past_key_values`.
       start: position of the first token; P by default.
       mask: [N, T, P + T] added to the scores of every layer, causal mask included.
+      whole_mask: as the model itself takes it, in place of `mask`.
     """
     dtype = twin.dtype
     cache, num_slots = None, 0
@@ -276,7 +287,7 @@ def twin_run(twin: LlamaForCausalLM, tokens, *, keys=None, values=None, start=No
         tokens[None],
         past_key_values=cache,
         position_ids=start + torch.arange(len(tokens))[None],
-        attention_mask=None if mask is None else _tensor(mask, dtype)[None],
+        attention_mask=whole_mask if mask is None else _tensor(mask, dtype)[None],
         use_cache=cache is not None,
     ).logits[0]
 

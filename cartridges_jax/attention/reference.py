@@ -4,18 +4,20 @@ from __future__ import annotations
 import numpy as np
 
 
-def dense_attention(queries, keys, values, mask, prefix=None) -> np.ndarray:
+def dense_attention(queries, keys, values, mask, prefix=None, *, prefix_mask=None, scale=None, softcap=0.0) -> np.ndarray:
     """Same contract as `attention.attend`, one query at a time in float64.
 
     Args:
       queries: [B, T, N, H]; keys, values: [B, K, S, H]; mask: [B, T, S] bool;
-      prefix: (keys [K, P, H], values [K, P, H], bias [K, P] or None) or None.
+      prefix: (keys [K, P, H], values [K, P, H], bias [K, P] or None) or None;
+      prefix_mask: [B, T, P] bool or None.
 
     Returns:
       [B, T, N, H] float64.
     """
     queries, keys, values = (np.asarray(x, np.float64) for x in (queries, keys, values))
     num_rows, num_tokens, num_heads, head_dim = queries.shape
+    scale = head_dim**-0.5 if scale is None else scale
     queries_per_kv = num_heads // keys.shape[1]
     out = np.zeros(queries.shape)
     for b in range(num_rows):
@@ -27,11 +29,15 @@ def dense_attention(queries, keys, values, mask, prefix=None) -> np.ndarray:
                 bias = np.zeros(len(all_keys))
                 if prefix is not None:
                     front_keys, front_values, front_bias = prefix
-                    all_keys = np.concatenate([np.asarray(front_keys, np.float64)[k], all_keys])
-                    all_values = np.concatenate([np.asarray(front_values, np.float64)[k], all_values])
+                    front_seen = slice(None) if prefix_mask is None else np.asarray(prefix_mask)[b, t]
                     front = np.zeros(front_keys.shape[1]) if front_bias is None else np.asarray(front_bias)[k]
-                    bias = np.concatenate([front, bias])
-                scores = all_keys @ queries[b, t, n] / np.sqrt(head_dim) + bias
+                    all_keys = np.concatenate([np.asarray(front_keys, np.float64)[k][front_seen], all_keys])
+                    all_values = np.concatenate([np.asarray(front_values, np.float64)[k][front_seen], all_values])
+                    bias = np.concatenate([front[front_seen], bias])
+                scores = all_keys @ queries[b, t, n] * scale
+                if softcap:
+                    scores = softcap * np.tanh(scores / softcap)
+                scores = scores + bias
                 weights = np.exp(scores - scores.max())
                 out[b, t, n] = weights @ all_values / weights.sum()
     return out

@@ -36,17 +36,25 @@ def attend(
     values: Array,
     mask: Array,
     prefix: LayerPrefix | None = None,
+    *,
+    prefix_mask: Array | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
 ) -> Array:
     """Softmax attention of T queries over P prefix slots and S own slots.
 
-    Scores are scaled by H**-0.5 and normalised in float32.
+    Scores are normalised in float32.
 
     Args:
       queries: [B, T, N, H].
       keys: [B, K, S, H]; query head n reads key head n // (N / K).
       values: [B, K, S, H].
-      mask: [B, T, S] bool, True where an own slot is seen. The prefix is seen by all.
+      mask: [B, T, S] bool, True where an own slot is seen; each query sees one.
       prefix: the layer's prefix, shared by the rows.
+      prefix_mask: [B, T, P] bool, True where a prefix slot is seen; None is everywhere.
+      scale: of the scores; H**-0.5 by default.
+      softcap: c bounds the scores as c * tanh(score / c), before bias and masks (Gemma
+        2, arXiv 2408.00118); 0 is off.
 
     Returns:
       [B, T, N, H] in the dtype of `queries`.
@@ -55,12 +63,12 @@ def attend(
     K = keys.shape[1]
     G = N // K
     dtype = queries.dtype
-    q = (queries * H**-0.5).reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
+    q = (queries * (H**-0.5 if scale is None else scale)).astype(dtype).reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
 
     own = jnp.einsum(
         "bkmh,bksh->bkms", q.reshape(B, K, G * T, H), keys, preferred_element_type=jnp.float32
     )
-    own = jnp.where(mask[:, None, None], own.reshape(B, K, G, T, -1), _MASKED)
+    own = jnp.where(mask[:, None, None], _capped(own, softcap).reshape(B, K, G, T, -1), _MASKED)
     maximum = own.max(axis=-1)  # [B, K, G, T]
 
     if prefix is not None:
@@ -71,8 +79,12 @@ def attend(
             prefix.keys,
             preferred_element_type=jnp.float32,
         )
+        front = _capped(front, softcap)
         if prefix.bias is not None:
             front = front + prefix.bias[:, None]
+        if prefix_mask is not None:
+            seen = jnp.broadcast_to(prefix_mask[:, None], (B, G, T, front.shape[-1])).reshape(B * G * T, -1)
+            front = jnp.where(seen, front, _MASKED)
         front_maximum = front.max(axis=-1).reshape(K, B, G, T).transpose(1, 0, 2, 3)
         maximum = jnp.maximum(maximum, front_maximum)
 
@@ -97,3 +109,7 @@ def attend(
 
     out = (mixed / total[..., None]).astype(dtype)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def _capped(scores: Array, softcap: float) -> Array:
+    return softcap * jnp.tanh(scores / softcap) if softcap else scores

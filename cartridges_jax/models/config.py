@@ -4,14 +4,29 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from typing import Any
 
-from cartridges_jax.errors import UserError
+from cartridges_jax.rope import Rope
+
+ACTIVATIONS = ("silu", "gelu_tanh")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """In what the layers of one model differ.
+
+    Attributes:
+      rope: how positions turn queries and keys; None leaves them as they are (layers
+        without positions, as in SmolLM3).
+      window: a token sees itself and the `window - 1` positions before it; 0 is all.
+    """
+
+    rope: Rope | None
+    window: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shapes and constants of a Llama-style decoder.
+    """Shapes and constants of a decoder.
 
     Attributes:
       num_layers: L.
@@ -22,9 +37,21 @@ class ModelConfig:
       d_ff: width of the gated feed-forward layer.
       vocab_size: V.
       context_length: longest position the model was trained for, in tokens.
-      rope_base: wavelength base of the rotary embedding.
       norm_eps: added to the mean square in RMSNorm.
       tie_embeddings: the LM head is the embedding.
+      period: layer l is of kind `period[l % len(period)]` (Gemma 3: five local layers,
+        then a global one).
+      activation: of the gate, one of `ACTIVATIONS`.
+      qkv_bias, o_bias: the attention's projections have biases.
+      qk_norm: queries and keys are normalised per head before they are turned.
+      post_norms: what attention and feed-forward layer give is normalised once more
+        before it is added (Gemma 2 and 3).
+      embedding_scale: what embeddings are multiplied with.
+      attention_scale: what scores are multiplied with; None is H**-0.5.
+      attention_softcap: bounds attention scores; 0 is off.
+      logit_softcap: bounds the LM head's logits; 0 is off.
+      windows_see_prefix: False lets layers with a window see the whole prefix, however
+        far it lies behind. The default is what the model does with a real text there.
     """
 
     num_layers: int
@@ -35,45 +62,40 @@ class ModelConfig:
     d_ff: int
     vocab_size: int
     context_length: int
-    rope_base: float
     norm_eps: float
     tie_embeddings: bool
+    period: tuple[LayerKind, ...]
+    activation: str = "silu"
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False
+    embedding_scale: float = 1.0
+    attention_scale: float | None = None
+    attention_softcap: float = 0.0
+    logit_softcap: float = 0.0
+    windows_see_prefix: bool = True
+
+    def kind(self, layer: int) -> LayerKind:
+        return self.period[layer % len(self.period)]
 
     def fingerprint(self) -> str:
-        """sha256 of the fields, for telling one model's cartridges from another's."""
-        fields = json.dumps(dataclasses.asdict(self), sort_keys=True)
-        return hashlib.sha256(fields.encode()).hexdigest()
+        """sha256 of the fields, for telling one model's cartridges from another's.
+
+        A field at its default does not count, so that one added later leaves the
+        fingerprints of the models that do not use it, and their cartridges, valid.
+        """
+        fields = {
+            field.name: value
+            for field in dataclasses.fields(self)
+            if (value := dataclasses.asdict(self)[field.name]) != field.default
+        }
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-def config_from_gguf(metadata: dict[str, Any], tie_embeddings: bool) -> ModelConfig:
-    """Reads the config out of a GGUF file's metadata (keys of the GGUF specification).
-
-    Raises:
-      UserError: an architecture, or a setting of it, that the decoder does not have.
-    """
-    architecture = metadata.get("general.architecture")
-    if architecture != "llama":
-        raise UserError(f"GGUF architecture {architecture!r} is not supported: use a 'llama' model")
-    scaling = metadata.get("llama.rope.scaling.type", "none")
-    if scaling not in ("none", ""):
-        raise UserError(f"GGUF rope scaling {scaling!r} is not supported: use a model without it")
-
-    def field(name: str) -> Any:
-        if f"llama.{name}" not in metadata:
-            raise UserError(f"the GGUF file lacks llama.{name}: convert the model again")
-        return metadata[f"llama.{name}"]
-
-    num_heads, d_model = field("attention.head_count"), field("embedding_length")
-    return ModelConfig(
-        num_layers=field("block_count"),
-        d_model=d_model,
-        num_heads=num_heads,
-        num_kv_heads=metadata.get("llama.attention.head_count_kv", num_heads),
-        head_dim=metadata.get("llama.attention.key_length", d_model // num_heads),
-        d_ff=field("feed_forward_length"),
-        vocab_size=metadata.get("llama.vocab_size") or len(metadata["tokenizer.ggml.tokens"]),
-        context_length=field("context_length"),
-        rope_base=float(metadata.get("llama.rope.freq_base", 10000.0)),
-        norm_eps=float(field("attention.layer_norm_rms_epsilon")),
-        tie_embeddings=tie_embeddings,
-    )
+def shortest_period(kinds: list[LayerKind]) -> tuple[LayerKind, ...]:
+    """The shortest pattern that the layers' kinds repeat; its last repetition may be cut."""
+    for length in range(1, len(kinds)):
+        if all(kind == kinds[layer % length] for layer, kind in enumerate(kinds)):
+            return tuple(kinds[:length])
+    return tuple(kinds)

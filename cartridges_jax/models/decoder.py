@@ -1,30 +1,35 @@
 """The one decoder: a functional Flax module, layers stacked and scanned.
 
-Follows the Llama architecture as published in Hugging Face's `transformers`
-(pre-norm, rotary grouped-query attention, gated feed-forward layer). Whatever stands
-in front of the tokens comes in as a KV prefix; the module never learns which.
+Follows the Llama architecture and its descendants as published in Hugging Face's
+`transformers`: pre-norm, rotary grouped-query attention, gated feed-forward layer; what
+families add to it is a field of the config. Whatever stands in front of the tokens comes
+in as a KV prefix; the module never learns which.
+
+Layers are scanned by period, so that a layer's kind (its window, its rotation) is known
+when the program is traced; what is left over after whole periods follows unrolled. The
+parameters of Gemma 3 with its 26 layers lie so:
+
+    layers/0 … layers/5       [4, …] each: position 0..5 of the four whole periods
+    remainder_0, remainder_1  the two layers behind them
 """
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from cartridges_jax.attention import LayerPrefix, attend, cache_mask, packed_causal_mask
+from cartridges_jax.attention import LayerPrefix, attend, cache_mask, packed_causal_mask, prefix_mask
 from cartridges_jax.cartridge import KVPrefix
 from cartridges_jax.models.cache import Cache
-from cartridges_jax.models.config import ModelConfig
+from cartridges_jax.models.config import LayerKind, ModelConfig
+from cartridges_jax.quantized import linear, linear_rows, rows
 from cartridges_jax.rope import rope_tables, rotate
 
 TAPS = ("queries", "keys", "values")
-
-
-def linear(x: Array, weight: Array) -> Array:
-    """x [..., in] times weight [in, out]."""
-    return jnp.einsum("...i,io->...o", x, weight)
+_ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": lambda x: nn.gelu(x, approximate=True)}
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
@@ -34,49 +39,106 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     return (wide * weight.astype(jnp.float32)).astype(x.dtype)
 
 
+class _View(NamedTuple):
+    """What a layer's kind makes of the batch: its rotation and what its tokens see."""
+
+    turn: tuple[Array, Array] | None
+    own: Array
+    prefix: Array | None
+
+
 class Layer(nn.Module):
-    """Attention and feed-forward layer; the body of the scan over layers."""
+    """Attention and feed-forward layer."""
 
     config: ModelConfig
     taps: tuple[str, ...] = ()
 
-    def _weight(self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> Array:
-        init = nn.initializers.ones if len(shape) == 1 else nn.initializers.normal(shape[0] ** -0.5)
+    def _matrix(self, name: str, shape: tuple[int, int], axes: tuple[str, str]) -> Array:
+        init = nn.initializers.normal(shape[0] ** -0.5)
         return self.param(name, nn.with_logical_partitioning(init, axes), shape)
 
+    def _norm(self, x: Array, name: str, axis: str | None = "embed") -> Array:
+        init = nn.with_logical_partitioning(nn.initializers.ones, (axis,))
+        return rms_norm(x, self.param(name, init, x.shape[-1:]), self.config.norm_eps)
+
+    def _bias(self, x: Array, name: str, axis: str) -> Array:
+        init = nn.with_logical_partitioning(nn.initializers.zeros, (axis,))
+        return x + self.param(name, init, x.shape[-1:]).astype(x.dtype)
+
     @nn.compact
-    def __call__(self, carry, prefix: LayerPrefix | None, cos: Array, sin: Array, mask: Array):
+    def __call__(self, x: Array, cache: Cache | None, layer: Array, prefix: LayerPrefix | None, view: _View):
         config = self.config
         D, N, K, H, F = (
             config.d_model, config.num_heads, config.num_kv_heads, config.head_dim, config.d_ff,
         )
-        x, cache, layer = carry
         B, T, _ = x.shape
 
-        h = rms_norm(x, self._weight("attn_norm", (D,), ("embed",)), config.norm_eps)
-        queries = linear(h, self._weight("q_proj", (D, N * H), ("embed", "heads"))).reshape(B, T, N, H)
-        keys = linear(h, self._weight("k_proj", (D, K * H), ("embed", "kv_heads"))).reshape(B, T, K, H)
-        values = linear(h, self._weight("v_proj", (D, K * H), ("embed", "kv_heads"))).reshape(B, T, K, H)
-        queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
+        h = self._norm(x, "attn_norm")
+        queries = linear(h, self._matrix("q_proj", (D, N * H), ("embed", "heads")))
+        keys = linear(h, self._matrix("k_proj", (D, K * H), ("embed", "kv_heads")))
+        values = linear(h, self._matrix("v_proj", (D, K * H), ("embed", "kv_heads")))
+        if config.qkv_bias:
+            queries = self._bias(queries, "q_bias", "heads")
+            keys = self._bias(keys, "k_bias", "kv_heads")
+            values = self._bias(values, "v_bias", "kv_heads")
+        queries, keys, values = queries.reshape(B, T, N, H), keys.reshape(B, T, K, H), values.reshape(B, T, K, H)
+        if config.qk_norm:
+            queries, keys = self._norm(queries, "q_norm", None), self._norm(keys, "k_norm", None)
+        if view.turn is not None:
+            queries, keys = rotate(queries, *view.turn), rotate(keys, *view.turn)
         tapped = {"queries": queries, "keys": keys, "values": values}
         if cache is None:
             own_keys, own_values = keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
         else:
-            rows = jnp.arange(B)[:, None]
+            at = jnp.arange(B)[:, None]
             slots = cache.lengths[:, None] + jnp.arange(T)
             cache = cache.replace(
-                keys=cache.keys.at[layer, rows, :, slots].set(keys.astype(cache.keys.dtype)),
-                values=cache.values.at[layer, rows, :, slots].set(values.astype(cache.values.dtype)),
+                keys=cache.keys.at[layer, at, :, slots].set(keys.astype(cache.keys.dtype)),
+                values=cache.values.at[layer, at, :, slots].set(values.astype(cache.values.dtype)),
             )
             own_keys, own_values = cache.keys[layer], cache.values[layer]
-        mixed = attend(queries, own_keys, own_values, mask, prefix).reshape(B, T, N * H)
-        x = x + linear(mixed, self._weight("o_proj", (N * H, D), ("heads", "embed")))
+        mixed = attend(
+            queries, own_keys, own_values, view.own, prefix, prefix_mask=view.prefix,
+            scale=config.attention_scale, softcap=config.attention_softcap,
+        ).reshape(B, T, N * H)
+        mixed = linear(mixed, self._matrix("o_proj", (N * H, D), ("heads", "embed")))
+        if config.o_bias:
+            mixed = self._bias(mixed, "o_bias", "embed")
+        if config.post_norms:
+            mixed = self._norm(mixed, "post_attn_norm")
+        x = x + mixed
 
-        h = rms_norm(x, self._weight("mlp_norm", (D,), ("embed",)), config.norm_eps)
-        gate = nn.silu(linear(h, self._weight("gate_proj", (D, F), ("embed", "mlp"))))
-        up = linear(h, self._weight("up_proj", (D, F), ("embed", "mlp")))
-        x = x + linear(gate * up, self._weight("down_proj", (F, D), ("mlp", "embed")))
-        return (x, cache, layer + 1), {name: tapped[name] for name in self.taps}
+        h = self._norm(x, "mlp_norm")
+        gate = _ACTIVATIONS[config.activation](linear(h, self._matrix("gate_proj", (D, F), ("embed", "mlp"))))
+        up = linear(h, self._matrix("up_proj", (D, F), ("embed", "mlp")))
+        h = linear(gate * up, self._matrix("down_proj", (F, D), ("mlp", "embed")))
+        if config.post_norms:
+            h = self._norm(h, "post_mlp_norm")
+        return x + h, cache, {name: tapped[name] for name in self.taps}
+
+
+class Period(nn.Module):
+    """One layer of each kind; the body of the scan."""
+
+    config: ModelConfig
+    taps: tuple[str, ...] = ()
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, carry, prefix: LayerPrefix | None, views: tuple[_View, ...]):
+        x, cache, layer = carry
+        tapped = []
+        for number, view in enumerate(views):
+            own = jax.tree.map(lambda part: part[number], prefix)
+            x, cache, values = _layer(self.remat)(self.config, self.taps, name=str(number))(
+                x, cache, layer + number, own, view
+            )
+            tapped.append(values)
+        return (x, cache, layer + len(views)), jax.tree.map(lambda *parts: jnp.stack(parts), *tapped)
+
+
+def _layer(remat: bool) -> type[Layer]:
+    return nn.remat(Layer, prevent_cse=False) if remat else Layer
 
 
 class Decoder(nn.Module):
@@ -108,7 +170,7 @@ class Decoder(nn.Module):
             `next_position`.
           segment_ids: [B, T] int32; 0 is padding. Without a cache, tokens see their own
             segment. With a cache a row is one segment, padded on the right.
-          prefix: P slots that every token sees.
+          prefix: P slots that every token sees, as far as windows reach.
           cache: tokens are appended to it; S must hold them.
           taps: which of `TAPS` to return, stacked over layers.
 
@@ -122,28 +184,37 @@ class Decoder(nn.Module):
             nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed")),
             (config.vocab_size, config.d_model),
         )
-        x = embedding[tokens]
-        cos, sin = rope_tables(positions, config.head_dim, config.rope_base)
-        if cache is None:
-            mask = packed_causal_mask(segment_ids)
-        else:
-            mask = cache_mask(cache.lengths, tokens.shape[1], cache.num_slots)
-        layer_prefix = None
+        x = rows(embedding, tokens)
+        x = x * jnp.asarray(config.embedding_scale, x.dtype)
+        views = tuple(_view(config, kind, positions, segment_ids, prefix, cache) for kind in config.period)
+        fronts = None
         if prefix is not None:
-            layer_prefix = LayerPrefix(
-                prefix.keys.astype(x.dtype), prefix.values.astype(x.dtype), prefix.bias
-            )
+            fronts = LayerPrefix(prefix.keys.astype(x.dtype), prefix.values.astype(x.dtype), prefix.bias)
 
-        layer = nn.remat(Layer, prevent_cse=False) if self.remat else Layer
-        layers = nn.scan(
-            layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=config.num_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(config, taps, name="layers")
-        (x, cache, _), tapped = layers((x, cache, jnp.int32(0)), layer_prefix, cos, sin, mask)
+        num_periods, num_left = divmod(config.num_layers, len(views))
+        scanned = num_periods * len(views)
+        carry, tapped = (x, cache, jnp.int32(0)), []
+        if num_periods:
+            periods = nn.scan(
+                Period,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast),
+                length=num_periods,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )(config, taps, self.remat, name="layers")
+            by_period = jax.tree.map(
+                lambda part: part[:scanned].reshape(num_periods, len(views), *part.shape[1:]), fronts
+            )
+            carry, values = periods(carry, by_period, views)
+            tapped.append(jax.tree.map(lambda value: value.reshape(scanned, *value.shape[2:]), values))
+        x, cache, _ = carry
+        for number in range(num_left):
+            own = jax.tree.map(lambda part: part[scanned + number], fronts)
+            x, cache, values = _layer(self.remat)(config, taps, name=f"remainder_{number}")(
+                x, cache, scanned + number, own, views[number]
+            )
+            tapped.append(jax.tree.map(lambda value: value[None], values))
         if cache is not None:
             real = jnp.sum(segment_ids != 0, axis=1, dtype=jnp.int32)
             cache = cache.replace(lengths=cache.lengths + real)
@@ -160,7 +231,22 @@ class Decoder(nn.Module):
                 nn.with_logical_partitioning(nn.initializers.normal(config.d_model**-0.5), ("vocab", "embed")),
                 (config.vocab_size, config.d_model),
             )
-        return rms_norm(x, norm, config.norm_eps), cache, tapped
+        stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *tapped)
+        return rms_norm(x, norm, config.norm_eps), cache, stacked
+
+
+def _view(
+    config: ModelConfig, kind: LayerKind, positions: Array, segment_ids: Array, prefix: KVPrefix | None, cache: Cache | None
+) -> _View:
+    turn = None if kind.rope is None else rope_tables(positions, config.head_dim, kind.rope)
+    if cache is None:
+        own = packed_causal_mask(segment_ids, positions, kind.window)
+    else:
+        own = cache_mask(cache.lengths, positions.shape[1], cache.num_slots, kind.window)
+    front = None
+    if prefix is not None and kind.window and config.windows_see_prefix:
+        front = prefix_mask(positions, prefix.positions, kind.window)
+    return _View(turn, own, front)
 
 
 def lm_logits(params: Any, config: ModelConfig, hidden: Array) -> Array:
@@ -173,12 +259,32 @@ def lm_logits(params: Any, config: ModelConfig, hidden: Array) -> Array:
     Returns:
       [..., V] float32.
     """
-    head = params["embedding"] if config.tie_embeddings else params["lm_head"]
-    return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+    logits = linear_rows(hidden, params["embedding"] if config.tie_embeddings else params["lm_head"])
+    return config.logit_softcap * jnp.tanh(logits / config.logit_softcap) if config.logit_softcap else logits
 
 
 def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> Any:
-    """The tree of parameters as shapes: what a checkpoint must fill."""
+    """The tree of parameters as shapes: what a checkpoint must fill.
+
+    Norms and biases stay float32: they are small, and Gemma's norms are 1 + w with a
+    small w, which bfloat16 would round away.
+    """
     token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     boxed = jax.eval_shape(Decoder(config).init, jax.random.key(0), token, token, token)["params"]
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), nn.meta.unbox(boxed))
+
+    def leaf(path, value):
+        name = path[-1].key
+        return jax.ShapeDtypeStruct(value.shape, jnp.float32 if name.endswith(("norm", "bias")) else dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, nn.meta.unbox(boxed))
+
+
+def layer_path(config: ModelConfig, layer: int) -> tuple[tuple[str, ...], int | None]:
+    """Where the parameters of a layer lie: keys into the tree, and the index in the stack.
+
+    The index is None for a layer behind the last whole period, which has no stack.
+    """
+    period, number = divmod(layer, len(config.period))
+    if period < config.num_layers // len(config.period):
+        return ("layers", str(number)), period
+    return (f"remainder_{number}",), None

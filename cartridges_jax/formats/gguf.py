@@ -5,7 +5,6 @@ gives tensors in numpy's row-major shape and turns every damaged file into one c
 """
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import gguf
 import numpy as np
 
 from cartridges_jax.errors import UserError
+from cartridges_jax.formats.tensors import Index, full_index, sha256_of_file
 
 _MAGIC = b"GGUF"
 # What GGUFReader raises on damaged input; it has no exception type of its own.
@@ -47,22 +47,29 @@ class GGUFFile:
         # GGUF lists the fastest-varying axis first, numpy last.
         return tuple(int(size) for size in reversed(self._tensor(name).shape))
 
-    def read(self, name: str) -> np.ndarray:
-        """Tensor `name` dequantised to float32, in the shape that `shape(name)` gives.
+    def read(self, name: str, index: Index | None = None) -> np.ndarray:
+        """Tensor `name`, or the part of it that `index` selects, dequantised to float32.
+
+        Only the selected rows are dequantised; a slice of the last axis dequantises whole rows first,
+        because a quantisation's blocks lie along them.
+
+        Args:
+          index: as in `tensors.TensorFile.read`.
 
         Raises:
           UserError: there is no such tensor, or its quantisation is not supported.
         """
         tensor = self._tensor(name)
+        *rows, columns = full_index(index, self.shape(name))
         try:
-            values = gguf.quants.dequantize(np.asarray(tensor.data), tensor.tensor_type)
+            values = gguf.quants.dequantize(np.asarray(tensor.data)[tuple(rows)], tensor.tensor_type)
         except NotImplementedError as error:
             raise UserError(
                 f"{self.path}: tensor {name!r} is stored as {tensor.tensor_type.name}, which cannot be "
                 "dequantised; use a file in F32, F16, BF16, Q8_0 or another common quantisation"
             ) from error
         # A copy even for float32, so that no array keeps the file mapped.
-        return np.array(values, dtype=np.float32).reshape(self.shape(name))
+        return np.array(values[..., columns], dtype=np.float32)
 
     def sha256(self) -> str:
         """The SHA-256 of the whole file, in hex."""
@@ -75,12 +82,6 @@ class GGUFFile:
             raise UserError(
                 f"{self.path}: no tensor named {name!r}; `tensor_names` lists the {len(self._tensors)} there are"
             ) from None
-
-
-def sha256_of_file(path: str | Path) -> str:
-    """The SHA-256 of a file, in hex, read in blocks."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _Metadata(Mapping):

@@ -1,0 +1,56 @@
+"""What the readers of weight files have in common."""
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+Index = tuple[slice, ...]
+
+
+class TensorFile(Protocol):
+    """Named tensors on disk, read one at a time, whole or in part.
+
+    `gguf.GGUFFile` and `safetensors_files.SafetensorsDirectory` are two.
+    """
+
+    @property
+    def tensor_names(self) -> list[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of tensor `name`, row-major: a linear layer's weight is [out, in]."""
+
+    def read(self, name: str, index: Index | None = None) -> np.ndarray:
+        """Tensor `name`, or the part of it that `index` selects, as an array of its own.
+
+        Args:
+          index: a slice of step 1 for each of the leading axes; None is the whole tensor. Values out of
+            range are clipped, as numpy does.
+        """
+
+    def sha256(self) -> str:
+        """A hash that changes when the weights do, in hex; it reads every byte."""
+
+
+def full_index(index: Index | None, shape: tuple[int, ...]) -> Index:
+    """`index` with one slice per axis of `shape`, each with a start and a stop inside the axis.
+
+    Raises:
+      ValueError: more slices than axes, or a step other than 1.
+    """
+    given = index or ()
+    if len(given) > len(shape):
+        raise ValueError(f"{len(given)} slices for a tensor of shape {shape}")
+    ranges = [part.indices(size) for part, size in zip(given, shape)]
+    if any(step != 1 for _, _, step in ranges):
+        raise ValueError(f"only slices of step 1 can be read, not {given}")
+    within = [slice(start, max(start, stop)) for start, stop, _ in ranges]
+    return (*within, *(slice(0, size) for size in shape[len(given) :]))
+
+
+def sha256_of_file(path: str | Path) -> str:
+    """The SHA-256 of a file, in hex, read in blocks."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

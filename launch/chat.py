@@ -20,7 +20,8 @@ def main() -> None:
     import cartridges_jax as cj
 
     cartridge = cj.load_cartridge(_CARTRIDGE.value)
-    model = cj.load_model(_MODEL.value or cartridge.metadata.model_name)
+    metadata = cartridge.metadata
+    model = cj.load_model(_MODEL.value or metadata.model_name, **metadata.model_options)
 
     def answer(turns):
         return cj.generate(
@@ -30,7 +31,7 @@ def main() -> None:
     if _PROMPT.value is not None:
         print(answer([{"role": "user", "content": _PROMPT.value}]))
         return
-    corpus = cartridge.metadata.corpus
+    corpus = metadata.corpus
     print(f"{corpus.name}: {corpus.tokens:,} tokens in {cartridge.prefix.num_slots} slots. Empty line or Ctrl-D ends.")
     turns = []
     while True:

@@ -14,6 +14,8 @@ from cartridges_jax.errors import UserError
 
 PLAIN_POSITIONS = "0..P-1, next_position P"
 EXPLICIT_POSITIONS = "explicit: arrays/positions"
+# Settings of a run that are `load_model`'s, too.
+_MODEL_OPTIONS = ("dtype", "weights", "thinking", "windows_see_prefix", "accept_license")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +114,11 @@ class CartridgeMetadata:
         for start, stop in self.frozen_slots:
             mask[start:stop] = False
         return mask
+
+    @property
+    def model_options(self) -> dict[str, Any]:
+        """What `load_model` has to be told beside the name, to give the model that it was trained with."""
+        return {name: self.config[name] for name in _MODEL_OPTIONS if name in self.config}
 
     @property
     def num_frozen(self) -> int:

@@ -78,6 +78,7 @@ def load_model(
     weights: str = "",
     thinking: bool = False,
     windows_see_prefix: bool = True,
+    accept_license: bool = False,
     sharding_of: ShardingOf | None = None,
 ) -> Model:
     """Loads a model.
@@ -89,6 +90,7 @@ def load_model(
       weights: "int8" keeps the matrices in 8 bits a weight; "" in `dtype`.
       thinking: lets models that can think before they answer do so.
       windows_see_prefix: False lets layers with a sliding window see a whole prefix.
+      accept_license: of a registry model that is offered under terms of its own.
       sharding_of: where parameters go (see `weights.load_params`).
 
     Raises:
@@ -99,7 +101,7 @@ def load_model(
         raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if weights not in WEIGHTS:
         raise UserError(f"weights {weights!r}: choose 'int8', or '' for the model's dtype")
-    path = Path(locate(source))
+    path = locate(source, accept_license=accept_license)
     opened = _open_directory(path, thinking) if path.is_dir() else _open_gguf(path, thinking)
     config = dataclasses.replace(opened.config, windows_see_prefix=windows_see_prefix)
     if opened.tokenizer.vocab_size > config.vocab_size:

@@ -10,7 +10,7 @@ import ml_collections
 from cartridges_jax.distill.trainer import TrainSettings
 from cartridges_jax.errors import UserError
 from cartridges_jax.evaluation.evaluate import EvaluationSettings
-from cartridges_jax.models.model import DTYPES
+from cartridges_jax.models.model import DTYPES, WEIGHTS
 from cartridges_jax.selfstudy.synthesis import SynthesisSettings
 
 # The document that ships with the package.
@@ -35,8 +35,12 @@ class RunConfig:
     """Everything that determines a run.
 
     Attributes:
-      model: registry name, directory or GGUF file.
+      model: registry name, Hugging Face directory, GGUF file, or hub id ("org/name").
       dtype: "float32" or "bfloat16", of the model.
+      weights: "int8" keeps the frozen model's matrices in 8 bits; "" in `dtype`.
+      thinking: lets a model that can think before it answers do so.
+      windows_see_prefix: False lets layers with a sliding window see the whole cartridge.
+      accept_license: of a registry model that is offered under terms of its own.
       seed: determines every draw and the data order.
       corpus: a UTF-8 text or Markdown file, a SQuAD JSON file (with `article`), or
         "quickstart" for the document that ships with the package.
@@ -49,6 +53,10 @@ class RunConfig:
 
     model: str
     dtype: str
+    weights: str
+    thinking: bool
+    windows_see_prefix: bool
+    accept_license: bool
     seed: int
     corpus: str
     article: str
@@ -64,6 +72,8 @@ class RunConfig:
         """Raises UserError for a value that no run could use, before anything is loaded."""
         if self.dtype not in DTYPES:
             raise UserError(f"dtype={self.dtype!r}: choose one of {', '.join(DTYPES)}")
+        if self.weights not in WEIGHTS:
+            raise UserError(f"weights={self.weights!r}: choose 'int8', or '' for the model's dtype")
         if not 0 <= self.seed < 2**31:
             raise UserError(f"seed={self.seed}: must be between 0 and {2**31 - 1}")
         if self.heldout < 0:
@@ -91,6 +101,10 @@ def default_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(dataclasses.asdict(RunConfig(
         model="smollm2-135m-instruct",
         dtype="float32",
+        weights="",
+        thinking=False,
+        windows_see_prefix=True,
+        accept_license=False,
         seed=0,
         corpus=QUICKSTART,
         article="",

@@ -37,7 +37,7 @@ from cartridges_jax.selfstudy.plan import askable_sentences
 from cartridges_jax.selfstudy.synthesis import synthesise
 
 # The source files that a stage's outcome depends on.
-_MODEL_CODE = ("cartridge.py", "rope.py", "attention", "models", "formats", "text", "sampling")
+_MODEL_CODE = ("cartridge.py", "rope.py", "quantized.py", "attention", "models", "formats", "text", "sampling")
 _STUDY_CODE = (*_MODEL_CODE, "corpus", "data", "selfstudy")
 _TRAIN_CODE = (*_STUDY_CODE, "distill", "checkpoint")
 _EVALUATE_CODE = (
@@ -66,7 +66,10 @@ def run(config: RunConfig, path: Path, *, say: Callable[[str], None] = print) ->
     workdir = Workdir(path)
     with workdir.held(), StopSignals() as signals:
         say(f"loading {config.model}")
-        model = load_model(config.model, dtype=config.dtype)
+        model = load_model(
+            config.model, dtype=config.dtype, weights=config.weights, thinking=config.thinking,
+            windows_see_prefix=config.windows_see_prefix, accept_license=config.accept_license,
+        )
         signals.check()
         return _Run(config, workdir, model, signals, say).report()
 
@@ -104,6 +107,9 @@ class _Run:
             "seed": self.config.seed,
             "model": self.model.source_sha256,
             "dtype": self.config.dtype,
+            "weights": self.config.weights,
+            "thinking": self.config.thinking,
+            "windows_see_prefix": self.config.windows_see_prefix,
             "document": self.document.sha256,
             "code": self._code["study"],
             **_flat("study", self.config.study),

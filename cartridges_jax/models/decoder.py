@@ -129,12 +129,15 @@ class Period(nn.Module):
         x, cache, layer = carry
         tapped = []
         for number, view in enumerate(views):
-            own = jax.tree.map(lambda part: part[number], prefix)
             x, cache, values = _layer(self.remat)(self.config, self.taps, name=str(number))(
-                x, cache, layer + number, own, view
+                x, cache, layer + number, _at(prefix, number), view
             )
             tapped.append(values)
         return (x, cache, layer + len(views)), jax.tree.map(lambda *parts: jnp.stack(parts), *tapped)
+
+
+def _at(fronts: LayerPrefix | None, layer: int) -> LayerPrefix | None:
+    return jax.tree.map(lambda part: part[layer], fronts)
 
 
 def _layer(remat: bool) -> type[Layer]:
@@ -210,9 +213,8 @@ class Decoder(nn.Module):
             tapped.append(jax.tree.map(lambda value: value.reshape(scanned, *value.shape[2:]), values))
         x, cache, _ = carry
         for number in range(num_left):
-            own = jax.tree.map(lambda part: part[scanned + number], fronts)
             x, cache, values = _layer(self.remat)(config, taps, name=f"remainder_{number}")(
-                x, cache, scanned + number, own, views[number]
+                x, cache, scanned + number, _at(fronts, scanned + number), views[number]
             )
             tapped.append(jax.tree.map(lambda value: value[None], values))
         if cache is not None:

@@ -7,5 +7,5 @@ from cartridges_jax.pipeline.config import default_config
 
 def get_config():
     config = default_config()
-    config.cartridge.num_slots = 128
+    config.cartridge.num_slots = 144
     return config

@@ -111,7 +111,7 @@ def default_config() -> ml_collections.ConfigDict:
         max_tokens=0,
         questions="",
         heldout=24,
-        cartridge=CartridgeSettings(num_slots=128, num_frozen=1),
+        cartridge=CartridgeSettings(num_slots=144, num_frozen=1),
         study=SynthesisSettings(
             conversations=512,
             requests_per_batch=128,
@@ -133,7 +133,7 @@ def default_config() -> ml_collections.ConfigDict:
         ),
         train=TrainSettings(
             steps=140,
-            learning_rate=2e-2,
+            learning_rate=4e-2,
             schedule="cosine",
             warmup_steps=10,
             final_fraction=0.05,

@@ -31,6 +31,7 @@ def _smollm3(fields: Fields) -> ModelConfig:
     slides = bool(fields.take("use_sliding_window", False)) and bool(fields.take("sliding_window", 0))
     default = [hugging_face.LOCAL if slides and not turns else hugging_face.GLOBAL for turns in turned]
     types = hugging_face.layer_types(fields, num_layers, default)
+    fields.take("max_window_layers", None)  # in its files, and not used by it
     if not slides:
         fields.take("sliding_window", None)
         types = [hugging_face.GLOBAL] * num_layers

@@ -1,0 +1,170 @@
+"""config.json files as their publishers wrote them, and those that must be refused by name."""
+from __future__ import annotations
+
+import pytest
+
+from cartridges_jax.errors import UserError
+from cartridges_jax.models.config import LayerKind, shortest_period
+from cartridges_jax.models.families import read_hugging_face_config
+from cartridges_jax.rope import Rope
+
+_USUAL = {
+    "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": [2, 3], "initializer_range": 0.02, "use_cache": True,
+    "torch_dtype": "bfloat16", "transformers_version": "4.43.0", "model_type": "any",
+}  # fmt: skip
+LLAMA31_8B = {
+    **_USUAL, "architectures": ["LlamaForCausalLM"], "attention_bias": False, "hidden_act": "silu", "hidden_size": 4096,
+    "intermediate_size": 14336, "max_position_embeddings": 131072, "mlp_bias": False, "num_attention_heads": 32,
+    "num_hidden_layers": 32, "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-5,
+    "rope_scaling": {
+        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0, "tie_word_embeddings": False, "vocab_size": 128256,
+}  # fmt: skip
+SMOLLM2 = {
+    **_USUAL, "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "hidden_size": 576, "intermediate_size": 1536,
+    "is_llama_config": True, "max_position_embeddings": 8192, "num_attention_heads": 9, "num_hidden_layers": 30,
+    "num_key_value_heads": 3, "pad_token_id": 2, "rms_norm_eps": 1e-5, "rope_interleaved": False, "rope_scaling": None,
+    "rope_theta": 100000, "tie_word_embeddings": True, "vocab_size": 49152,
+    "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
+}  # fmt: skip
+MISTRAL_03 = {
+    **_USUAL, "architectures": ["MistralForCausalLM"], "hidden_act": "silu", "hidden_size": 4096,
+    "intermediate_size": 14336, "max_position_embeddings": 32768, "num_attention_heads": 32, "num_hidden_layers": 32,
+    "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None,
+    "tie_word_embeddings": False, "vocab_size": 32768,
+}  # fmt: skip
+QWEN3_4B = {
+    **_USUAL, "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "head_dim": 128, "hidden_act": "silu",
+    "hidden_size": 2560, "intermediate_size": 9728, "max_position_embeddings": 40960, "max_window_layers": 36,
+    "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8, "rms_norm_eps": 1e-6,
+    "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True,
+    "use_sliding_window": False, "vocab_size": 151936,
+}  # fmt: skip
+QWEN25_05B = {
+    **_USUAL, "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu", "hidden_size": 896, "intermediate_size": 4864,
+    "max_position_embeddings": 32768, "max_window_layers": 21, "num_attention_heads": 14, "num_hidden_layers": 24,
+    "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "sliding_window": 32768,
+    "tie_word_embeddings": True, "use_sliding_window": False, "vocab_size": 151936,
+}  # fmt: skip
+GEMMA2_2B = {
+    **_USUAL, "architectures": ["Gemma2ForCausalLM"], "attention_bias": False, "attn_logit_softcapping": 50.0,
+    "cache_implementation": "hybrid", "final_logit_softcapping": 30.0, "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 2304,
+    "intermediate_size": 9216, "max_position_embeddings": 8192, "num_attention_heads": 8, "num_hidden_layers": 26,
+    "num_key_value_heads": 4, "pad_token_id": 0, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0, "sliding_window": 4096, "vocab_size": 256000,
+}  # fmt: skip
+GEMMA3_1B = {
+    **_USUAL, "architectures": ["Gemma3ForCausalLM"], "attention_bias": False, "attn_logit_softcapping": None,
+    "cache_implementation": "hybrid", "final_logit_softcapping": None, "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152, "intermediate_size": 6912,
+    "max_position_embeddings": 32768, "num_attention_heads": 4, "num_hidden_layers": 26, "num_key_value_heads": 1,
+    "pad_token_id": 0, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-6, "rope_local_base_freq": 10000,
+    "rope_scaling": None, "rope_theta": 1000000, "sliding_window": 512, "sliding_window_pattern": 6, "vocab_size": 262144,
+}  # fmt: skip
+GEMMA3_27B = {
+    **_USUAL, "architectures": ["Gemma3ForConditionalGeneration"], "boi_token_index": 255999, "eoi_token_index": 256000,
+    "image_token_index": 262144, "mm_tokens_per_image": 256, "vision_config": {"hidden_size": 1152},
+    "text_config": {
+        "head_dim": 128, "hidden_size": 5376, "intermediate_size": 21504, "model_type": "gemma3_text",
+        "num_attention_heads": 32, "num_hidden_layers": 62, "num_key_value_heads": 16, "query_pre_attn_scalar": 168,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024, "sliding_window_pattern": 6,
+    },
+}  # fmt: skip
+SMOLLM3 = {
+    **_USUAL, "architectures": ["SmolLM3ForCausalLM"], "attention_bias": False, "hidden_act": "silu", "hidden_size": 2048,
+    "intermediate_size": 11008, "layer_types": ["full_attention"] * 36, "max_position_embeddings": 65536,
+    "max_window_layers": 28, "mlp_bias": False, "no_rope_layer_interval": 4, "no_rope_layers": [1, 1, 1, 0] * 9,
+    "num_attention_heads": 16, "num_hidden_layers": 36, "num_key_value_heads": 4, "pretraining_tp": 2,
+    "rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 5000000.0, "sliding_window": None,
+    "tie_word_embeddings": True, "use_sliding_window": False, "vocab_size": 128256,
+}  # fmt: skip
+
+
+def read(values):
+    return read_hugging_face_config(values)[1]
+
+
+def test_llama_31_stretches_slow_pairs_by_eight():
+    config = read(LLAMA31_8B)
+    (kind,) = config.period
+    assert (config.num_layers, config.head_dim, config.num_kv_heads, config.tie_embeddings) == (32, 128, 8, False)
+    assert kind.rope.base == 500_000 and len(kind.rope.factors) == 64
+    assert kind.rope.factors[0] == 1 and kind.rope.factors[-1] == pytest.approx(8)
+
+
+def test_published_files_are_read_as_their_models_are():
+    assert read(SMOLLM2).head_dim == 64 and read(SMOLLM2).tie_embeddings
+    assert read(MISTRAL_03).period == (LayerKind(Rope(1e6)),)
+    assert read(QWEN3_4B).qk_norm and not read(QWEN3_4B).qkv_bias and read(QWEN3_4B).head_dim == 128
+    assert read(QWEN25_05B).qkv_bias and not read(QWEN25_05B).o_bias
+    # Set, and without effect: the model does not slide.
+    assert read(QWEN25_05B).period == (LayerKind(Rope(1e6)),)
+    assert read(SMOLLM3).period == (LayerKind(Rope(5e6)),) * 3 + (LayerKind(None),)
+
+
+def test_gemmas_alternate():
+    gemma2 = read(GEMMA2_2B)
+    assert gemma2.period == (LayerKind(Rope(1e4), 4096), LayerKind(Rope(1e4)))
+    assert (gemma2.attention_softcap, gemma2.logit_softcap, gemma2.attention_scale) == (50, 30, 1 / 16)
+    assert gemma2.post_norms and gemma2.embedding_scale == 48 and gemma2.activation == "gelu_tanh"
+    gemma3 = read(GEMMA3_1B)
+    assert gemma3.period == (LayerKind(Rope(1e4), 512),) * 5 + (LayerKind(Rope(1e6)),)
+    assert gemma3.qk_norm and gemma3.attention_softcap == gemma3.logit_softcap == 0
+
+
+def test_a_gemma_3_with_a_vision_part_is_read_without_it():
+    config = read(GEMMA3_27B)
+    assert config.period[0] == LayerKind(Rope(1e4), 1024)
+    assert config.period[5] == LayerKind(Rope(1e6, (8.0,) * 64))
+    assert config.attention_scale == pytest.approx(168**-0.5)
+    # What its file leaves to the library's defaults.
+    assert (config.vocab_size, config.context_length) == (262_208, 131_072)
+
+
+def test_the_first_mistrals_window_holds_where_the_field_is_absent():
+    values = {name: value for name, value in MISTRAL_03.items() if name != "sliding_window"}
+    assert read(values).period[0].window == 4096
+
+
+def test_the_shortest_period_may_be_cut_at_the_end():
+    a, b = LayerKind(Rope(1.0)), LayerKind(Rope(2.0))
+    assert shortest_period([a, a, a]) == (a,)
+    assert shortest_period([a, b, a, b, a]) == (a, b)
+    assert shortest_period([a, b, b]) == (a, b, b)
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM.*mixture of experts"),
+        ({"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM.*mixture of experts"),
+        ({"architectures": ["Qwen3NextForCausalLM"]}, "Qwen3NextForCausalLM.*linear-attention"),
+        ({"architectures": ["Gemma3nForConditionalGeneration"]}, "Gemma3n.*share keys and values"),
+        ({"architectures": ["FalconForCausalLM"]}, "FalconForCausalLM.*use one of LlamaForCausalLM"),
+        ({"architectures": None}, "architecture None"),
+        (LLAMA31_8B | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'"),
+        (LLAMA31_8B | {"rope_scaling": {**LLAMA31_8B["rope_scaling"], "beta_fast": 32}}, "beta_fast"),
+        (LLAMA31_8B | {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        (LLAMA31_8B | {"mlp_bias": True}, "mlp_bias=True"),
+        (LLAMA31_8B | {"hidden_act": "relu"}, "hidden_act='relu'"),
+        (LLAMA31_8B | {"residual_multiplier": 0.22}, "residual_multiplier=0.22"),
+        (LLAMA31_8B | {"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+        (LLAMA31_8B | {"num_key_value_heads": [8] * 32}, "num_key_value_heads.*a number for every layer"),
+        (LLAMA31_8B | {"num_hidden_layers": 0}, "num_hidden_layers=0"),
+        ({k: v for k, v in LLAMA31_8B.items() if k != "vocab_size"}, "lacks the field vocab_size"),
+        (QWEN3_4B | {"layer_types": ["linear_attention"] * 36}, "linear_attention"),
+        (QWEN3_4B | {"layer_types": ["full_attention"] * 3}, "3 layer_types for 36 layers"),
+        (GEMMA3_1B | {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        (SMOLLM3 | {"no_rope_layers": [1, 0]}, "2 no_rope_layers for 36 layers"),
+    ],
+)
+def test_what_is_not_implemented_is_refused_by_name(values, complaint):
+    with pytest.raises(UserError, match=complaint):
+        read(values)
+
+
+def test_null_counts_as_absent():
+    assert read(LLAMA31_8B | {"residual_multiplier": None}) == read(LLAMA31_8B)

@@ -22,6 +22,7 @@ setup(
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
         "pyarrow>=26,<27",
+        "sentencepiece>=0.2,<0.3",
         "tokenizers>=0.23.3,<0.24",
         "tqdm>=4.67,<5",
     ],

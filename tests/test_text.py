@@ -269,12 +269,15 @@ def test_a_template_with_bos_and_trimmed_contents_keeps_its_spans(toy_tokenizer)
     assert 0 not in chat.render_continuation([{"role": "user", "content": "hi"}]).token_ids
 
 
-def test_a_system_message_inside_the_user_turn_cannot_stand_in_front(toy_tokenizer):
+def test_a_system_message_inside_the_user_turn_stands_in_front_up_to_the_users_content(toy_tokenizer):
     chat = ChatTemplate(GEMMA_STYLE, toy_tokenizer)
     both = chat.render([{"role": "system", "content": "S"}, {"role": "user", "content": "U"}])
     assert [toy_tokenizer.decode(both.token_ids[a:b]) for a, b in both.spans] == ["S", "U"]
-    with pytest.raises(UserError, match="message"):
-        chat.render_continuation([{"role": "user", "content": "U"}])
+    prefix, rest = chat.system_prefix("S"), chat.render_continuation([{"role": "user", "content": "U"}])
+    assert toy_tokenizer.decode(prefix.token_ids, skip_control=False) == "<bos><turn>user\nS\n\n"
+    assert toy_tokenizer.decode(rest.token_ids, skip_control=False) == "U<end>\n"
+    assert toy_tokenizer.decode(prefix.token_ids[slice(*prefix.spans[0])]) == "S"
+    assert rest.spans == [(0, 1)]
 
 
 def test_a_token_over_a_border_belongs_to_the_content(toy_tokenizer):

@@ -16,7 +16,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cartridges_jax.errors import UserError
 
-
 # Templates that write today's date get the one that Llama 3's name as their default: a cartridge must not
 # stand behind another text tomorrow.
 _TODAY = datetime(2024, 7, 26)

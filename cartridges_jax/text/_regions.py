@@ -24,7 +24,7 @@ Turn = tuple[str, list["int | str"]]
 class Markers:
     """A pair of characters per message that do not occur in given texts.
 
-    They are from Unicode's private planes, where 131,068 wait.
+    They are from Unicode's private planes, where 131,070 wait.
     """
 
     def __init__(self, count: int, *texts: str):

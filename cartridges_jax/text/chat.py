@@ -15,8 +15,9 @@ A cartridge stands for the system message, so a rendering can be cut in two behi
 * The system message is a turn of its own (ChatML, Llama 3, Qwen, SmolLM): the cut is at its end.
 * It is written into the first user turn (Llama 2, Gemma 3, Mistral): the cut is where the user's own content
   starts. Text on both sides of the cut is encoded apart, so a token that would cover the cut is not made.
-* It is refused (Gemma 2), dropped, or written into the last turn (later Mistral): it is folded into the first
-  user turn as Gemma 3 does it, content, blank line, user's content.
+* It is refused (Gemma 2) or written into the last turn (later Mistral, which drops it if that is an answer).
+  A cartridge needs a front that stays, so the system message is folded into the first user turn as Gemma 3
+  does it: content, blank line, user's content. `render` folds only what the template does not take.
 
 What depends on the day or on a choice is fixed, since a cartridge must stay what it was trained for:
 `strftime_now` gives 26 July 2024, the default that Llama 3's templates name, and `enable_thinking` is passed
@@ -125,8 +126,12 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> Rendered:
         """The whole conversation: what the template puts in front (BOS, default system message) included."""
-        fold = self._refuses_system and bool(messages) and messages[0].get("role") == "system"
-        marked, markers = self._mark(messages, add_generation_prompt, fold=fold)
+        try:
+            marked, markers = self._mark(messages, add_generation_prompt)
+        except UserError:
+            if not messages or messages[0].get("role") != "system" or self._system_turn != "folded":
+                raise
+            marked, markers = self._mark(messages, add_generation_prompt, fold=True)
         return self._encode(marked, markers, len(messages))
 
     def render_continuation(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> Rendered:
@@ -142,8 +147,7 @@ class ChatTemplate:
             raise UserError("a continuation holds no system message, its prefix does; put the text into the prefix")
         head, rest, markers = self._cut(_PROBE, messages, add_generation_prompt)
         # The system message has number 0 and is not in the rest.
-        rendered = self._encode(rest, markers, len(messages), first=1, after=self._place_behind(head))
-        return rendered
+        return self._encode(rest, markers, len(messages), first=1, after=self._place_behind(head))
 
     def system_prefix(self, content: str) -> Rendered:
         """The system message alone: what in-context learning puts in front of a conversation.
@@ -162,10 +166,6 @@ class ChatTemplate:
         if not whole.endswith(turn):
             raise UserError("this chat template writes the first user turn differently when there is a system message")
         return self._encode(whole[: len(whole) - len(turn)], own, 0).token_ids
-
-    @functools.cached_property
-    def _refuses_system(self) -> bool:
-        return self._try_mark(_probes("system", "user")) is None
 
     @functools.cached_property
     def _system_turn(self) -> str:

@@ -59,13 +59,19 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _encode_run(self, text: str, place: Place) -> tuple[list[int], list[tuple[int, int]]]:
         encoding = self._machine(place).encode(text, add_special_tokens=False)
-        return encoding.ids, encoding.offsets
+        return encoding.ids, _without_gaps(encoding.offsets, len(text))
 
     def _decode_run(self, ids: list[int], place: Place) -> str:
         return self._machine(place).decode(ids, skip_special_tokens=False)
 
     def _machine(self, place: Place) -> FastTokenizer:
         return self._in_front if place in self._spaced else self._inside
+
+
+def _without_gaps(offsets: list[tuple[int, int]], length: int) -> list[tuple[int, int]]:
+    """The offsets, with characters that normalisation took into others given to the token before them."""
+    starts = [0, *(start for start, _ in offsets[1:]), length]
+    return [(starts[i], max(end, starts[i + 1])) for i, (_, end) in enumerate(offsets)]
 
 
 def _vocabulary(model: Mapping[str, Any]) -> dict[str, int]:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import gguf
+import jinja2
 import pytest
 import sentencepiece
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
@@ -17,12 +18,13 @@ from cartridges_jax.errors import UserError
 from cartridges_jax.formats.gguf import GGUFFile
 from cartridges_jax.formats.sources import cache_dir
 from cartridges_jax.text.byte_level import ByteLevelBPE
-from cartridges_jax.text.chat import chat_from_gguf
+from cartridges_jax.text.chat import ChatTemplate, chat_from_gguf
 from cartridges_jax.text.sentence_piece import SentencePieceTokenizer
 from cartridges_jax.text.tokenizer import Tokenizer, tokenizer_from_directory, tokenizer_from_gguf
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny  # noqa: E402
+from chat_templates import GEMMA3  # noqa: E402
 from oracles.llama_server import LlamaServer  # noqa: E402
 from test_text import HAND_PICKED, TEXTS  # noqa: E402
 
@@ -382,6 +384,12 @@ def test_gemma_is_tokenized_as_by_llama_cpp(gemma):
     for text in HAND_PICKED:
         offsets = tokenizer.encode_with_offsets(text)[1]
         assert {i for start, end in offsets for i in range(start, end)} == set(range(len(text)))
+    messages = [{"role": r, "content": c} for r, c in zip(["system", "user", "assistant", "user"], ["S.\n", " a <h1>", "é\n\n", "日"])]
+    rendered = ChatTemplate(GEMMA3, tokenizer).render(messages, add_generation_prompt=True)
+    text = jinja2.Template(GEMMA3, trim_blocks=True, lstrip_blocks=True).render(
+        messages=messages, bos_token="<bos>", add_generation_prompt=True
+    )
+    assert rendered.token_ids == llama.tokenize(text, control=True)
     chat = chat_from_gguf(gemma, tokenizer)
     assert chat.is_plain and tokenizer.token_text(chat.end_of_turn_id) == "\n"
     assert {tokenizer.decode([i]).strip("\n") for i in chat.stop_ids} == {""} and len(chat.stop_ids) > 31

@@ -36,8 +36,8 @@ class Markers:
         self._opening, self._closing = chars[0::2], chars[1::2]
         self._number = {char: i for i, char in enumerate(self._opening)}
         every = "".join(chars)
-        self.pattern = f"(?P<open>[{''.join(self._opening)}])(?P<content>[^{every}]*)[{''.join(self._closing)}]"
-        self._regions = re.compile(self.pattern)
+        opening, closing = "".join(self._opening), "".join(self._closing)
+        self._regions = re.compile(f"([{opening}])([^{every}]*)[{closing}]" if chars else r"(?!)")
         self._nothing = dict.fromkeys(map(ord, chars))
 
     def wrap(self, number: int, text: str) -> str:
@@ -45,9 +45,6 @@ class Markers:
 
     def opening(self, number: int) -> str:
         return self._opening[number]
-
-    def number(self, opening: str) -> int:
-        return self._number[opening]
 
     def removed(self, text: str) -> str:
         return text.translate(self._nothing)
@@ -57,7 +54,7 @@ class Markers:
         matches = list(self._regions.finditer(text))
         borders = [0, *(border for match in matches for border in match.span()), len(text)]
         gaps = [text[start:end] for start, end in zip(borders[0::2], borders[1::2])]
-        return [self.number(match["open"]) for match in matches], [match["content"] for match in matches], gaps
+        return [self._number[match[1]] for match in matches], [match[2] for match in matches], gaps
 
 
 def mark(

@@ -1,13 +1,7 @@
 """Chat templates: from messages to token ids, with the tokens of every message's content.
 
-`_regions` tells which parts of a rendering the template wrote and which the messages did. Then:
-
-* Control tokens are looked for in the template's parts only, so content that spells `<|im_end|>` stays
-  text, whatever it stands next to.
-* What lies between two control tokens, template and content together, is encoded as one piece, so BPE
-  merges across their borders exactly as in the plain rendering.
-* The contents' places, mapped through character offsets, give each content's token span. A token that
-  covers characters on both sides of a border belongs to the content.
+`_regions` tells which parts of a rendering the template wrote and which the messages did; `_rendered` makes
+tokens of it, so that no content makes a control token and each content has its span.
 
 A cartridge stands for the system message, so a rendering can be cut in two behind it: `system_prefix` and
 `render_continuation`, which together are, as text, the whole rendering. There are three kinds of templates:
@@ -28,17 +22,16 @@ from __future__ import annotations
 
 import functools
 import re
-from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from cartridges_jax.errors import UserError
 from cartridges_jax.formats.gguf import GGUFFile
 from cartridges_jax.text._jinja import compile_template
 from cartridges_jax.text._regions import Markers, Turn, mark
+from cartridges_jax.text._rendered import Encoder, Rendered
 from cartridges_jax.text.chat_source import PLAIN_TEMPLATE, source_in_directory
-from cartridges_jax.text.tokenizer import Place, Tokenizer
+from cartridges_jax.text.tokenizer import Tokenizer
 
 Message = Mapping[str, str]
 
@@ -46,19 +39,6 @@ Message = Mapping[str, str]
 _PROBE = "Xx"
 # Between a system message and the user's content, where the template leaves it to us.
 _FOLD = "\n\n"
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """Messages as the model reads them.
-
-    Attributes:
-      token_ids: the ids, T of them.
-      spans: per message, the range [start, end) of `token_ids` that holds its content.
-    """
-
-    token_ids: list[int]
-    spans: list[tuple[int, int]]
 
 
 class ChatTemplate:
@@ -91,9 +71,7 @@ class ChatTemplate:
             for name, token_id in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id))
             if token_id is not None
         }
-        self._controls = "|".join(
-            map(re.escape, sorted(filter(None, tokenizer.control_tokens), key=len, reverse=True))
-        )
+        self._encode = Encoder(tokenizer)
         self.end_of_turn_id = self._find_end_of_turn()
         ends = _newline_ids(tokenizer) if self.is_plain else {self.end_of_turn_id}
         self.stop_ids = frozenset({self.end_of_turn_id, *ends, tokenizer.eos_id} - {None})
@@ -132,7 +110,7 @@ class ChatTemplate:
             if not messages or messages[0].get("role") != "system" or self._system_turn != "folded":
                 raise
             marked, markers = self._mark(messages, add_generation_prompt, fold=True)
-        return self._encode(marked, markers, len(messages))
+        return self._encode(marked, markers, range(len(messages)))
 
     def render_continuation(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> Rendered:
         """The conversation without BOS and system message, for use behind a KV prefix that holds both.
@@ -147,7 +125,8 @@ class ChatTemplate:
             raise UserError("a continuation holds no system message, its prefix does; put the text into the prefix")
         head, rest, markers = self._cut(_PROBE, messages, add_generation_prompt)
         # The system message has number 0 and is not in the rest.
-        return self._encode(rest, markers, len(messages), first=1, after=self._place_behind(head))
+        after = self._encode.place_behind(markers.removed(head))
+        return self._encode(rest, markers, range(1, 1 + len(messages)), after=after)
 
     def system_prefix(self, content: str) -> Rendered:
         """The system message alone: what in-context learning puts in front of a conversation.
@@ -155,7 +134,7 @@ class ChatTemplate:
         To shorten it to a number of tokens, cut within `spans[0]` and keep the closing tokens behind.
         """
         head, _, markers = self._cut(content, [{"role": "user", "content": _PROBE}], False)
-        return self._encode(head, markers, 1)
+        return self._encode(head, markers, range(1))
 
     def default_head(self) -> list[int]:
         """What the template itself puts in front of a first user message; may be empty."""
@@ -165,7 +144,7 @@ class ChatTemplate:
         turn, whole = markers.removed(turn), own.removed(whole)
         if not whole.endswith(turn):
             raise UserError("this chat template writes the first user turn differently when there is a system message")
-        return self._encode(whole[: len(whole) - len(turn)], own, 0).token_ids
+        return self._encode(whole[: len(whole) - len(turn)], own, range(0)).token_ids
 
     @functools.cached_property
     def _system_turn(self) -> str:
@@ -202,11 +181,6 @@ class ChatTemplate:
         if head is None or not whole.startswith(head):
             raise UserError("this chat template writes the system message differently in front of these messages")
         return head, whole[len(head) :], markers
-
-    def _place_behind(self, head: str) -> Place:
-        if not head:
-            return "start"
-        return "control" if self._controls and re.search(f"(?:{self._controls})$", head) else "text"
 
     def _find_end_of_turn(self) -> int:
         """The control token that directly follows an assistant's content, else EOS; a newline in plain text."""
@@ -255,40 +229,6 @@ class ChatTemplate:
             **self._variables,
         )
 
-    def _encode(
-        self, marked: str, markers: Markers, num_messages: int, *, first: int = 0, after: Place = "start"
-    ) -> Rendered:
-        """Encodes marked text: control tokens from the template's parts, everything else jointly.
-
-        Args:
-          first: number of the first of the messages.
-          after: what the text stands behind.
-        """
-        pieces = re.compile(f"{markers.pattern}|(?P<control>{self._controls or '(?!)'})")
-        ids: list[int] = []
-        spans: dict[int, tuple[int, int]] = {}
-        text, contents, position = "", {}, 0  # since the last control token
-
-        def flush() -> None:
-            new_ids, offsets = self._tokenizer.encode_with_offsets(text, after=after)
-            for number, (start, end) in contents.items():
-                spans[number] = _token_span(offsets, start, end, shift=len(ids))
-            ids.extend(new_ids)
-
-        for match in pieces.finditer(marked):
-            text += marked[position : match.start()]
-            position = match.end()
-            if match["control"] is not None:
-                flush()
-                ids.append(self._tokenizer.control_tokens[match["control"]])
-                text, contents, after = "", {}, "control"
-            else:
-                contents[markers.number(match["open"])] = (len(text), len(text) + len(match["content"]))
-                text += match["content"]
-        text += marked[position:]
-        flush()
-        return Rendered(ids, [spans[first + i] for i in range(num_messages)])
-
 
 def chat_from_gguf(file: GGUFFile, tokenizer: Tokenizer, thinking: bool = False) -> ChatTemplate:
     """`ChatTemplate.from_gguf`."""
@@ -328,10 +268,3 @@ def _probes(*roles: str) -> list[Message]:
 def _newline_ids(tokenizer: Tokenizer) -> set[int]:
     texts = ((i, tokenizer.decode([i])) for i in range(tokenizer.vocab_size))
     return {i for i, text in texts if text and not text.strip("\n")}
-
-
-def _token_span(offsets: list[tuple[int, int]], start: int, end: int, *, shift: int) -> tuple[int, int]:
-    """The range of tokens that cover any of the characters [start, end), moved by `shift`."""
-    stop = bisect_left(offsets, end, key=lambda offset: offset[0])
-    first = bisect_right(offsets, start, key=lambda offset: offset[1]) if start < end else stop
-    return shift + first, shift + stop

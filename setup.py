@@ -25,6 +25,7 @@ setup(
         "orbax-checkpoint>=0.12.8,<0.13",
         "pyarrow>=26,<27",
         "safetensors>=0.8,<0.9",
+        "sentencepiece>=0.2,<0.3",
         "tokenizers>=0.23.3,<0.24",
         "tqdm>=4.67,<5",
     ],

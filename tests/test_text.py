@@ -13,6 +13,7 @@ from cartridges_jax.errors import UserError
 from cartridges_jax.formats.gguf import GGUFFile
 from cartridges_jax.formats.sources import locate
 from cartridges_jax.text.chat import ChatTemplate
+from cartridges_jax.text.byte_level import ByteLevelBPE
 from cartridges_jax.text.tokenizer import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -101,7 +102,7 @@ def toy_tokenizer() -> Tokenizer:
     user_defined = ["<think>"]
     tokens = control + user_defined + sorted(ByteLevel.alphabet()) + ["Ġa", "ĊĊ"]
     types = [3] * len(control) + [4] * len(user_defined) + [1] * 258
-    return Tokenizer(tokens, ["Ġ a", "Ċ Ċ"], pre="smollm", token_types=types, bos_id=0, eos_id=1)
+    return ByteLevelBPE(tokens, ["Ġ a", "Ċ Ċ"], pre="smollm", token_types=types, bos_id=0, eos_id=1)
 
 
 @pytest.mark.parametrize("control", [False, True])
@@ -165,20 +166,20 @@ def test_threads_share_a_tokenizer(tokenizer):
 
 
 def test_the_fingerprint_tells_vocabularies_and_splitters_apart(toy_tokenizer):
-    same = Tokenizer(["a", "b"], [], pre="smollm")
-    assert same.fingerprint == Tokenizer(["a", "b"], [], pre="smollm").fingerprint
+    same = ByteLevelBPE(["a", "b"], [], pre="smollm")
+    assert same.fingerprint == ByteLevelBPE(["a", "b"], [], pre="smollm").fingerprint
     others = [
-        Tokenizer(["b", "a"], [], pre="smollm"),
-        Tokenizer(["a", "b"], [], pre="smollm", token_types=[1, 3]),
-        Tokenizer(["a", "b", "ab"], [], pre="smollm"),
-        Tokenizer(["a", "b", "ab"], ["a b"], pre="smollm"),
+        ByteLevelBPE(["b", "a"], [], pre="smollm"),
+        ByteLevelBPE(["a", "b"], [], pre="smollm", token_types=[1, 3]),
+        ByteLevelBPE(["a", "b", "ab"], [], pre="smollm"),
+        ByteLevelBPE(["a", "b", "ab"], ["a b"], pre="smollm"),
     ]
     assert len({same.fingerprint, *(other.fingerprint for other in others)}) == 5
 
 
 def test_an_unknown_pre_tokenizer_is_named():
     with pytest.raises(UserError, match="'mystery'"):
-        Tokenizer(["a"], [], pre="mystery")
+        ByteLevelBPE(["a"], [], pre="mystery")
 
 
 CONVERSATIONS = [
@@ -268,12 +269,15 @@ def test_a_template_with_bos_and_trimmed_contents_keeps_its_spans(toy_tokenizer)
     assert 0 not in chat.render_continuation([{"role": "user", "content": "hi"}]).token_ids
 
 
-def test_a_system_message_inside_the_user_turn_cannot_stand_in_front(toy_tokenizer):
+def test_a_system_message_inside_the_user_turn_stands_in_front_up_to_the_users_content(toy_tokenizer):
     chat = ChatTemplate(GEMMA_STYLE, toy_tokenizer)
     both = chat.render([{"role": "system", "content": "S"}, {"role": "user", "content": "U"}])
     assert [toy_tokenizer.decode(both.token_ids[a:b]) for a, b in both.spans] == ["S", "U"]
-    with pytest.raises(UserError, match="message"):
-        chat.render_continuation([{"role": "user", "content": "U"}])
+    prefix, rest = chat.system_prefix("S"), chat.render_continuation([{"role": "user", "content": "U"}])
+    assert toy_tokenizer.decode(prefix.token_ids, skip_control=False) == "<bos><turn>user\nS\n\n"
+    assert toy_tokenizer.decode(rest.token_ids, skip_control=False) == "U<end>\n"
+    assert toy_tokenizer.decode(prefix.token_ids[slice(*prefix.spans[0])]) == "S"
+    assert rest.spans == [(0, 1)]
 
 
 def test_a_token_over_a_border_belongs_to_the_content(toy_tokenizer):

@@ -63,7 +63,8 @@ def attend(
     K = keys.shape[1]
     G = N // K
     dtype = queries.dtype
-    q = (queries * (H**-0.5 if scale is None else scale)).astype(dtype).reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
+    scaled = (queries * (H**-0.5 if scale is None else scale)).astype(dtype)
+    q = scaled.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
 
     own = jnp.einsum(
         "bkmh,bksh->bkms", q.reshape(B, K, G * T, H), keys, preferred_element_type=jnp.float32

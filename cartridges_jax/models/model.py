@@ -18,8 +18,8 @@ from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.decoder import Decoder
 from cartridges_jax.models.families import Names, read_gguf_metadata, read_hugging_face_config
 from cartridges_jax.models.weights import ShardingOf, load_params
-from cartridges_jax.text.chat import ChatTemplate
-from cartridges_jax.text.tokenizer import Tokenizer
+from cartridges_jax.text.chat import ChatTemplate, chat_from_directory, chat_from_gguf
+from cartridges_jax.text.tokenizer import Tokenizer, tokenizer_from_directory, tokenizer_from_gguf
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # How frozen matrices may be kept; "" is in the model's dtype.
@@ -130,14 +130,14 @@ def _open_gguf(path: Path, thinking: bool) -> _Opened:
     family, config = read_gguf_metadata(
         file.metadata, tie_embeddings="output.weight" not in names, rope_freqs=rope_freqs
     )
-    tokenizer = Tokenizer.from_gguf(file)
-    return _Opened(file, family.gguf_names, config, tokenizer, ChatTemplate.from_gguf(file, tokenizer, thinking=thinking))
+    tokenizer = tokenizer_from_gguf(file)
+    return _Opened(file, family.gguf_names, config, tokenizer, chat_from_gguf(file, tokenizer, thinking))
 
 
 def _open_directory(path: Path, thinking: bool) -> _Opened:
     file = SafetensorsDirectory(path)
     family, config = read_hugging_face_config(file.config)
-    tokenizer = Tokenizer.from_directory(path)
+    tokenizer = tokenizer_from_directory(path)
     return _Opened(
-        file, family.names, config, tokenizer, ChatTemplate.from_directory(path, tokenizer, thinking=thinking)
+        file, family.names, config, tokenizer, chat_from_directory(path, tokenizer, thinking)
     )

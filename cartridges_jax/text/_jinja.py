@@ -16,6 +16,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cartridges_jax.errors import UserError
 
+# Templates that write today's date get the one that Llama 3's name as their default: a cartridge must not
+# stand behind another text tomorrow.
+_TODAY = datetime(2024, 7, 26)
+
 
 class _GenerationBlock(jinja2.ext.Extension):
     """`{% generation %} … {% endgeneration %}`, which marks assistant text; here it only passes it on."""
@@ -38,7 +42,7 @@ def compile_template(source: str) -> Callable[..., str]:
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
+    environment.globals["strftime_now"] = _TODAY.strftime
     try:
         template = environment.from_string(source)
     except jinja2.TemplateError as error:

@@ -1,48 +1,44 @@
 """Chat templates: from messages to token ids, with the tokens of every message's content.
 
-A template is run twice, once as it is and once with each content between two marker characters that
-occur nowhere else. The second text tells which parts the template wrote and which the user did:
+`_regions` tells which parts of a rendering the template wrote and which the messages did; `_rendered` makes
+tokens of it, so that no content makes a control token and each content has its span.
 
-* Control tokens are looked for in the template's parts only, so content that spells `<|im_end|>` stays
-  text, whatever it stands next to.
-* What lies between two control tokens, template and content together, is encoded as one piece with the
-  markers taken out, so BPE merges across their borders exactly as in the plain rendering.
-* The markers' places, mapped through character offsets, give each content's token span. A token that
-  covers characters on both sides of a border belongs to the content.
+A cartridge stands for the system message, so a rendering can be cut in two behind it: `system_prefix` and
+`render_continuation`, which together are, as text, the whole rendering. There are three kinds of templates:
 
-The first text checks the second: if taking out the markers does not give it back, the template changes
-contents. Trimming is understood (Llama 3 trims); any other change is refused in words, not guessed at.
+* The system message is a turn of its own (ChatML, Llama 3, Qwen, SmolLM): the cut is at its end.
+* It is written into the first user turn (Llama 2, Gemma 3, Mistral): the cut is where the user's own content
+  starts. Text on both sides of the cut is encoded apart, so a token that would cover the cut is not made.
+* It is refused (Gemma 2) or written into the last turn (later Mistral, which drops it if that is an answer).
+  A cartridge needs a front that stays, so the system message is folded into the first user turn as Gemma 3
+  does it: content, blank line, user's content. `render` folds only what the template does not take.
+
+What depends on the day or on a choice is fixed, since a cartridge must stay what it was trained for:
+`strftime_now` gives 26 July 2024, the default that Llama 3's templates name, and `enable_thinking` is passed
+as chosen. With `thinking=False` a generation prompt holds whatever the template writes to skip thinking
+(Qwen3, SmolLM3: an empty think block), and answers are written, and trained on, behind it.
 """
 from __future__ import annotations
 
+import functools
 import re
-from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from pathlib import Path
 
 from cartridges_jax.errors import UserError
 from cartridges_jax.formats.gguf import GGUFFile
 from cartridges_jax.text._jinja import compile_template
+from cartridges_jax.text._regions import Markers, Turn, mark
+from cartridges_jax.text._rendered import Encoder, Rendered
+from cartridges_jax.text.chat_source import PLAIN_TEMPLATE, source_in_directory
 from cartridges_jax.text.tokenizer import Tokenizer
 
 Message = Mapping[str, str]
 
 # Stands for any content where only the template's own text around it matters.
 _PROBE = "Xx"
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """Messages as the model reads them.
-
-    Attributes:
-      token_ids: the ids, T of them.
-      spans: per message, the range [start, end) of `token_ids` that holds its content.
-    """
-
-    token_ids: list[int]
-    spans: list[tuple[int, int]]
+# Between a system message and the user's content, where the template leaves it to us.
+_FOLD = "\n\n"
 
 
 class ChatTemplate:
@@ -53,16 +49,21 @@ class ChatTemplate:
 
     Attributes:
       source: the Jinja text.
+      thinking: whether the model is asked to think before it answers, where its template has a choice.
+      is_plain: whether this is the built-in template for models that have none (`PLAIN_TEMPLATE`).
       end_of_turn_id: the token that ends an assistant's turn.
-      stop_ids: the tokens after which sampling stops: end of turn and EOS.
+      stop_ids: the tokens after which sampling stops: end of turn and EOS; without a chat template every
+        token of newlines alone, since vocabularies have tokens for several.
     """
 
-    def __init__(self, source: str, tokenizer: Tokenizer):
+    def __init__(self, source: str, tokenizer: Tokenizer, thinking: bool = False):
         """
         Raises:
           UserError: `source` is no valid template, or no token ends an assistant's turn.
         """
         self.source = source
+        self.thinking = thinking
+        self.is_plain = source == PLAIN_TEMPLATE
         self._tokenizer = tokenizer
         self._template = compile_template(source)
         self._variables = {
@@ -70,69 +71,122 @@ class ChatTemplate:
             for name, token_id in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id))
             if token_id is not None
         }
+        self._encode = Encoder(tokenizer)
         self.end_of_turn_id = self._find_end_of_turn()
-        self.stop_ids = frozenset({self.end_of_turn_id, tokenizer.eos_id} - {None})
+        ends = _newline_ids(tokenizer) if self.is_plain else {self.end_of_turn_id}
+        self.stop_ids = frozenset({self.end_of_turn_id, *ends, tokenizer.eos_id} - {None})
 
     @classmethod
-    def from_gguf(cls, file: GGUFFile, tokenizer: Tokenizer) -> ChatTemplate:
-        """The template in a GGUF file's metadata.
+    def from_gguf(cls, file: GGUFFile, tokenizer: Tokenizer, thinking: bool = False) -> ChatTemplate:
+        """The template in a GGUF file's metadata; the plain one if there is none.
 
         Raises:
-          UserError: the file has none, or it is not usable.
+          UserError: it is not usable.
         """
         source = file.metadata.get("tokenizer.chat_template")
-        if source is None:
-            raise UserError(f"{file.path}: no chat template (tokenizer.chat_template); use an instruct model's file")
         try:
-            return cls(source, tokenizer)
+            return cls(PLAIN_TEMPLATE if source is None else source, tokenizer, thinking)
         except UserError as error:
             raise UserError(f"{file.path}: {error}") from error
 
+    @classmethod
+    def from_directory(cls, path: str | Path, tokenizer: Tokenizer, thinking: bool = False) -> ChatTemplate:
+        """The template in a Hugging Face directory; the plain one if there is none.
+
+        Raises:
+          UserError: it is not usable, or a file is damaged.
+        """
+        source = source_in_directory(Path(path))
+        try:
+            return cls(PLAIN_TEMPLATE if source is None else source, tokenizer, thinking)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> Rendered:
         """The whole conversation: what the template puts in front (BOS, default system message) included."""
-        return self._encode(self._mark(messages, add_generation_prompt), len(messages))
+        try:
+            marked, markers = self._mark(messages, add_generation_prompt)
+        except UserError:
+            if not messages or messages[0].get("role") != "system" or self._system_turn != "folded":
+                raise
+            marked, markers = self._mark(messages, add_generation_prompt, fold=True)
+        return self._encode(marked, markers, range(len(messages)))
 
     def render_continuation(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> Rendered:
         """The conversation without BOS and system message, for use behind a KV prefix that holds both.
 
-        It is what the template writes after a system message that stands in front.
+        It is what stands behind `system_prefix` in the rendering of both, whatever the system message is.
 
         Raises:
-          UserError: also if one of `messages` is a system message, or the template has no system
-            message that stands by itself (Gemma writes it into the first user turn).
+          UserError: also if one of `messages` is a system message, or the first is not the user's where the
+            template writes the system message into the user's turn.
         """
         if any(message.get("role") == "system" for message in messages):
             raise UserError("a continuation holds no system message, its prefix does; put the text into the prefix")
-        system = {"role": "system", "content": _PROBE}
-        whole, markers = self._mark([system, *messages], add_generation_prompt)
-        head, _ = self._mark([system], False, markers)
-        if not whole.startswith(head):
-            raise UserError(
-                "this chat template does not write the system message as a part of its own, so a conversation "
-                "cannot continue behind a prefix; use a model whose template does"
-            )
-        return self._encode((whole[len(head) :], markers), len(messages))
+        head, rest, markers = self._cut(_PROBE, messages, add_generation_prompt)
+        # The system message has number 0 and is not in the rest.
+        after = self._encode.place_behind(markers.removed(head))
+        return self._encode(rest, markers, range(1, 1 + len(messages)), after=after)
 
     def system_prefix(self, content: str) -> Rendered:
         """The system message alone: what in-context learning puts in front of a conversation.
 
         To shorten it to a number of tokens, cut within `spans[0]` and keep the closing tokens behind.
         """
-        return self.render([{"role": "system", "content": content}])
+        head, _, markers = self._cut(content, [{"role": "user", "content": _PROBE}], False)
+        return self._encode(head, markers, range(1))
 
     def default_head(self) -> list[int]:
         """What the template itself puts in front of a first user message; may be empty."""
-        user = [{"role": "user", "content": _PROBE}]
-        whole = self.render(user).token_ids
-        turn = self.render_continuation(user, add_generation_prompt=False).token_ids
-        if whole[-len(turn) :] != turn:
+        user = {"role": "user", "content": _PROBE}
+        _, turn, markers = self._cut(_PROBE, [user], False)
+        whole, own = self._mark([user], False)
+        turn, whole = markers.removed(turn), own.removed(whole)
+        if not whole.endswith(turn):
             raise UserError("this chat template writes the first user turn differently when there is a system message")
-        return whole[: -len(turn)]
+        return self._encode(whole[: len(whole) - len(turn)], own, range(0)).token_ids
+
+    @functools.cached_property
+    def _system_turn(self) -> str:
+        """Where the system message goes: "own", "first" (into the user's) or "folded" (by us)."""
+        messages = _probes("system", "user", "assistant", "user")
+        markers = self._markers(messages)
+        whole = self._try_mark(messages, markers)
+        if whole is None:
+            return "folded"
+        alone = self._try_mark(messages[:1], markers)
+        if alone is not None and whole.startswith(alone):
+            return "own"
+        pair = self._try_mark(messages[:2], markers)
+        first_user = markers.opening(1)
+        if markers.split(whole)[0] == [0, 1, 2, 3] and pair is not None:
+            if whole.split(first_user)[0] == pair.split(first_user)[0]:
+                return "first"
+        return "folded"
+
+    def _cut(
+        self, system: str, messages: Sequence[Message], add_generation_prompt: bool
+    ) -> tuple[str, str, Markers]:
+        """The marked rendering up to the end of the system message, and the rest of it."""
+        messages = [{"role": "system", "content": system}, *messages]
+        place = self._system_turn
+        if place == "own":
+            whole, markers = self._mark(messages, add_generation_prompt)
+            head = self._try_mark(messages[:1], markers)
+        else:
+            if len(messages) < 2 or messages[1].get("role") != "user":
+                raise UserError("this chat template writes the system message into a user turn; begin with one")
+            whole, markers = self._mark(messages, add_generation_prompt, fold=place == "folded")
+            head = whole.split(markers.opening(1))[0]
+        if head is None or not whole.startswith(head):
+            raise UserError("this chat template writes the system message differently in front of these messages")
+        return head, whole[len(head) :], markers
 
     def _find_end_of_turn(self) -> int:
-        """The control token that directly follows an assistant's content, else EOS."""
-        turns = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
-        rendered = self.render(turns)
+        """The control token that directly follows an assistant's content, else EOS; a newline in plain text."""
+        if self.is_plain:
+            return self._tokenizer.encode_with_offsets("\n", after="text")[0][-1]
+        rendered = self.render(_probes("user", "assistant"))
         closing = rendered.token_ids[rendered.spans[-1][1] :]
         if closing and closing[0] in self._tokenizer.control_tokens.values():
             return closing[0]
@@ -140,89 +194,77 @@ class ChatTemplate:
             raise UserError("the chat template closes no turn with a control token and the model names no EOS token")
         return self._tokenizer.eos_id
 
+    def _markers(self, messages: Sequence[Message]) -> Markers:
+        return Markers(len(messages), self.source, *(message["content"] for message in messages))
+
+    def _try_mark(self, messages: list[Message], markers: Markers | None = None) -> str | None:
+        """The marked rendering without a generation prompt, or None if the template does not like it."""
+        try:
+            turns = _turns(messages, fold=False)
+            contents = [message["content"] for message in messages]
+            return mark(self._runner(False), turns, contents, markers or self._markers(messages))
+        except UserError:
+            return None
+
     def _mark(
-        self, messages: Sequence[Message], add_generation_prompt: bool, markers: str | None = None
-    ) -> tuple[str, str]:
-        """The rendered text with every content between two markers, and the two markers."""
-        messages = [self._checked(message) for message in messages]
+        self, messages: Sequence[Message], add_generation_prompt: bool, *, fold: bool = False
+    ) -> tuple[str, Markers]:
+        """The rendered text with every content between its markers, and the markers."""
+        messages = [_checked(message) for message in messages]
+        markers = self._markers(messages)
         contents = [message["content"] for message in messages]
-        markers = markers or _unused_characters("".join([self.source, *contents]))
-        plain = self._run(messages, add_generation_prompt)
-        # Second try: a template that trims contents would trim nothing between markers.
-        for kept in (contents, [content.strip() for content in contents]):
-            wrapped = [{**m, "content": markers[0] + text + markers[1]} for m, text in zip(messages, kept)]
-            marked = self._run(wrapped, add_generation_prompt)
-            found = re.findall(_content_pattern(markers), marked)
-            if found == kept and _without(markers, marked) == plain:
-                return marked, markers
-        raise UserError(
-            "this chat template drops, reorders or rewrites message contents, so their tokens cannot be told apart; "
-            f"the {len(messages)} messages have the roles {', '.join(m['role'] for m in messages) or 'none'}"
+        marked = mark(self._runner(add_generation_prompt), _turns(messages, fold=fold), contents, markers)
+        if marked is None:
+            raise UserError(
+                "this chat template drops, repeats or rewrites message contents, so their tokens cannot be told apart; "
+                f"the {len(messages)} messages have the roles {', '.join(m['role'] for m in messages) or 'none'}"
+            )
+        return marked, markers
+
+    def _runner(self, add_generation_prompt: bool):
+        return lambda messages: self._template(
+            messages=messages,
+            add_generation_prompt=add_generation_prompt,
+            enable_thinking=self.thinking,
+            **self._variables,
         )
 
-    def _checked(self, message: Message) -> dict[str, str]:
-        role, content = message.get("role"), message.get("content")
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise UserError(
-                f"a message needs the strings 'role' and 'content', got role {role!r} and content {content!r:.80}"
-            )
-        # The template writes roles as its own text, where control tokens count.
-        if not re.fullmatch(r"[\w-]+", role):
-            raise UserError(f"{role!r} is no role; use system, user or assistant")
-        return {"role": role, "content": content}
 
-    def _run(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        return self._template(messages=messages, add_generation_prompt=add_generation_prompt, **self._variables)
-
-    def _encode(self, marked_text: tuple[str, str], num_messages: int) -> Rendered:
-        """Encodes marked text: control tokens from the template's parts, everything else jointly."""
-        marked, markers = marked_text
-        control = self._tokenizer.control_tokens
-        names = "|".join(map(re.escape, sorted(control, key=len, reverse=True))) or r"(?!)"
-        pieces = re.compile(f"{_content_pattern(markers)}|(?P<control>{names})")
-        ids: list[int] = []
-        spans: list[tuple[int, int]] = []
-        text, contents, position = "", [], 0  # since the last control token
-
-        def flush() -> None:
-            new_ids, offsets = self._tokenizer.encode_with_offsets(text)
-            spans.extend(_token_span(offsets, *content, shift=len(ids)) for content in contents)
-            ids.extend(new_ids)
-
-        for match in pieces.finditer(marked):
-            text += marked[position : match.start()]
-            position = match.end()
-            if match["control"] is not None:
-                flush()
-                ids.append(control[match["control"]])
-                text, contents = "", []
-            else:
-                contents.append((len(text), len(text) + len(match["content"])))
-                text += match["content"]
-        text += marked[position:]
-        flush()
-        if len(spans) != num_messages:
-            raise UserError("this chat template writes a system message inside another turn; use another model")
-        return Rendered(ids, spans)
+def chat_from_gguf(file: GGUFFile, tokenizer: Tokenizer, thinking: bool = False) -> ChatTemplate:
+    """`ChatTemplate.from_gguf`."""
+    return ChatTemplate.from_gguf(file, tokenizer, thinking)
 
 
-def _token_span(offsets: list[tuple[int, int]], start: int, end: int, *, shift: int) -> tuple[int, int]:
-    """The range of tokens that cover any of the characters [start, end), moved by `shift`."""
-    stop = bisect_left(offsets, end, key=lambda offset: offset[0])
-    first = bisect_right(offsets, start, key=lambda offset: offset[1]) if start < end else stop
-    return shift + first, shift + stop
+def chat_from_directory(path: str | Path, tokenizer: Tokenizer, thinking: bool = False) -> ChatTemplate:
+    """`ChatTemplate.from_directory`."""
+    return ChatTemplate.from_directory(path, tokenizer, thinking)
 
 
-def _content_pattern(markers: str) -> str:
-    opening, closing = markers
-    return f"{opening}(?P<content>[^{opening}{closing}]*){closing}"
+def _turns(messages: Sequence[Message], *, fold: bool) -> list[Turn]:
+    """The turns to give a template: the messages, or a system message folded into the first user turn."""
+    if not fold:
+        return [(message["role"], [i]) for i, message in enumerate(messages)]
+    if len(messages) < 2 or messages[1]["role"] != "user":
+        raise UserError("this chat template has no place for a system message without a user message behind it; add one")
+    return [("user", [0, _FOLD, 1]), *((m["role"], [i + 2]) for i, m in enumerate(messages[2:]))]
 
 
-def _without(markers: str, text: str) -> str:
-    return text.translate(dict.fromkeys(map(ord, markers)))
+def _checked(message: Message) -> dict[str, str]:
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise UserError(
+            f"a message needs the strings 'role' and 'content', got role {role!r} and content {content!r:.80}"
+        )
+    # The template writes roles as its own text, where control tokens count.
+    if not re.fullmatch(r"[\w-]+", role):
+        raise UserError(f"{role!r} is no role; use system, user or assistant")
+    return {"role": role, "content": content}
 
 
-def _unused_characters(text: str) -> str:
-    """Two characters that do not occur in `text`: from Unicode's private planes, where 131,072 wait."""
-    used = set(text)
-    return "".join(islice((c for c in map(chr, range(0xF0000, 0x10FFFE)) if c not in used), 2))
+def _probes(*roles: str) -> list[Message]:
+    return [{"role": role, "content": _PROBE} for role in roles]
+
+
+def _newline_ids(tokenizer: Tokenizer) -> set[int]:
+    texts = ((i, tokenizer.decode([i])) for i in range(tokenizer.vocab_size))
+    return {i for i, text in texts if text and not text.strip("\n")}

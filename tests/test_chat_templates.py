@@ -49,7 +49,7 @@ FAMILIES = {
     "qwen2.5": Family(chat_templates.QWEN25, CHATML, bos=None, eos=2),
     "qwen3": Family(chat_templates.QWEN3, CHATML, bos=None, eos=2),
     "qwen3-thinking": Family(chat_templates.QWEN3, CHATML, bos=None, eos=2, thinking=True),
-    "mistral-v1": Family(chat_templates.MISTRAL_V1, ["<s>", "</s>"], "always", folds=True),
+    "mistral-v1": Family(chat_templates.MISTRAL_V1, ["<s>", "</s>"], "first", folds=True),
     "mistral-v2": Family(chat_templates.MISTRAL_V2, ["<s>", "</s>"], "first"),
     "mistral-v3": Family(chat_templates.MISTRAL_V3, ["<s>", "</s>", "[INST]", "[/INST]"], "first"),
     "gemma2": Family(chat_templates.GEMMA2, GEMMA, "never", folds=True),

@@ -32,7 +32,7 @@ CONTROL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 SPLITTERS = ["smollm", "gpt-2", "llama-bpe", "qwen2"]
 # Digits in rows, white space in rows and contractions, which the splitters treat differently.
 SPLIT_TEXTS = [
-    *TEXTS, "12345678 1234 12 a1b22c333", "DON'T we'Re I'LL 'd'S", "a  b   c    \n  d \r\n\r\n e", "foo_bar--baz!!\n\n?",
+    *TEXTS, "12345678 1234 12 a1b22c333", "DON'T we'Re I'LL 'd'S", "a  b   c    \n  d \r\n\r\n e", "foo_bar--baz!!\n\n?", "a zebra, zebra",
 ]  # fmt: skip
 
 
@@ -68,9 +68,10 @@ def vocabulary() -> tuple[list[str], list[str]]:
     machine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, show_progress=False)
-    machine.train_from_iterator([text[:60] for text in SPLIT_TEXTS if "|" not in text] + SPLIT_TEXTS[-4:] * 50, trainer)
+    machine.train_from_iterator([text[:60] for text in SPLIT_TEXTS if "|" not in text] + SPLIT_TEXTS[-5:-1] * 50, trainer)
     model = json.loads(machine.to_str())["model"]
-    return CONTROL + list(model["vocab"]), [" ".join(merge) for merge in model["merges"]]
+    # A word that no merges make; Llama 3 takes it all the same.
+    return [*CONTROL, *model["vocab"], "Ġzebra"], [" ".join(merge) for merge in model["merges"]]
 
 
 @pytest.fixture(scope="module")
@@ -319,6 +320,13 @@ def test_a_turns_border_is_a_control_token_whatever_the_file_says(kind):
     bpe = ByteLevelBPE(["<", "<|im_end|>", "<think>"], [], pre="qwen2", token_types=[1, 4, 4])
     assert bpe.encode("<|im_end|><think>") == [*bpe.encode("<|im_end|>"), 2]
     assert 1 not in bpe.encode("<|im_end|>")
+
+
+def test_user_defined_runs_of_spaces_are_found_though_a_gguf_file_writes_them_plainly():
+    tokenizer = SentencePieceTokenizer(**toy_pieces(("▁", 1), ("  ", 4)), space_in_front=False)
+    assert tokenizer.encode("a  a a") == [259, 261, 259, 260, 259]
+    assert tokenizer.encode_with_offsets("a  a a")[1] == [(0, 1), (1, 3), (3, 4), (4, 5), (5, 6)]
+    assert tokenizer.decode([259, 261, 259]) == "a  a"
 
 
 def test_tokens_added_to_a_sentence_piece_model_are_found(sentence_piece_model, tmp_path):

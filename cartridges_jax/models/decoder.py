@@ -25,7 +25,7 @@ from cartridges_jax.attention import LayerPrefix, attend, cache_mask, packed_cau
 from cartridges_jax.cartridge import KVPrefix
 from cartridges_jax.models.cache import Cache
 from cartridges_jax.models.config import LayerKind, ModelConfig
-from cartridges_jax.quantized import linear, linear_rows, rows
+from cartridges_jax.quantized import Quantized, linear, linear_rows, rows
 from cartridges_jax.rope import rope_tables, rotate
 
 TAPS = ("queries", "keys", "values")
@@ -251,6 +251,11 @@ def _view(
     return _View(turn, own, front)
 
 
+def lm_head(params: Any, config: ModelConfig) -> Array | Quantized:
+    """The output embedding, [V, D]."""
+    return params["embedding"] if config.tie_embeddings else params["lm_head"]
+
+
 def lm_logits(params: Any, config: ModelConfig, hidden: Array) -> Array:
     """Logits of the rows that need them.
 
@@ -261,7 +266,7 @@ def lm_logits(params: Any, config: ModelConfig, hidden: Array) -> Array:
     Returns:
       [..., V] float32.
     """
-    logits = linear_rows(hidden, params["embedding"] if config.tie_embeddings else params["lm_head"])
+    logits = linear_rows(hidden, lm_head(params, config))
     return config.logit_softcap * jnp.tanh(logits / config.logit_softcap) if config.logit_softcap else logits
 
 

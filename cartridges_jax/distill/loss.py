@@ -30,8 +30,9 @@ TAILS = ("class", "drop")
 _ROUNDING = 1e-6
 # Takes a logit out of a sum of exponentials; finite, so that its gradient stays finite.
 _EXCLUDED = -1e30
-# Logits held at a time: 16 MiB in float32, but no fewer tokens than keep a product busy.
-_BLOCK_LOGITS = 2**22
+# Logits held at a time: 4 MiB in float32 (what stays in a cache is measurably faster on CPUs),
+# but no fewer tokens than keep a product busy.
+_BLOCK_LOGITS = 2**20
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 1024, 8192
 
 

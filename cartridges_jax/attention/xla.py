@@ -4,8 +4,8 @@ The prefix part (no batch axis, no mask) and the conversation's own part are sco
 apart and normalised together, so the prefix is neither copied per row nor
 concatenated per layer. The gradient is written out over both parts with the maximum,
 the sum and the output of the whole (as in FlashAttention, arXiv 2205.14135): the
-probabilities are computed again instead of being kept, which on a CPU takes less time
-than storing them. A merge of two finished attentions by their log-sum-exp would lose
+probabilities are computed again instead of being kept, which takes about the same time
+on a CPU and half of the memory. A merge of two finished attentions by their log-sum-exp would lose
 the gradient through it (guarded by
 tests/test_rope_and_attention.py::test_gradients_equal_those_of_one_dense_softmax).
 

@@ -1,8 +1,7 @@
 """What a layer does to single numbers between its products.
 
 All of it is computed again in the backward pass from what is kept anyway, the products'
-results: storing the values in between takes more time than computing them, and more than
-half of a step's memory.
+results: no slower on a CPU than storing the values in between, and far less memory.
 """
 from __future__ import annotations
 

@@ -76,6 +76,17 @@ def linear_rows(x: Array, table: Array | Quantized) -> Array:
     return jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
 
 
+def mix_rows(weights: Array, table: Array | Quantized) -> Array:
+    """weights [..., V] times table [V, D]: a weighted sum of its rows, accumulated in float32.
+
+    The transpose of `linear_rows`.
+    """
+    if isinstance(table, Quantized):
+        weights = weights * table.scale.astype(weights.dtype)
+        table = table.values.astype(weights.dtype)
+    return jnp.einsum("...v,vd->...d", weights, table, preferred_element_type=jnp.float32)
+
+
 def num_bytes(params: Any) -> int:
     """Bytes that a tree of weights takes, in the dtypes that are stored."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))

@@ -9,7 +9,7 @@ import torch
 
 from cartridges_jax.attention import LayerPrefix, attend, cache_mask, packed_causal_mask
 from cartridges_jax.attention.reference import dense_attention
-from cartridges_jax.rope import rope_tables, rotate
+from cartridges_jax.rope import Rope, rope_tables, rotate
 
 torch.set_num_threads(1)
 
@@ -73,32 +73,40 @@ def test_every_query_head_reads_the_key_head_of_its_group(rng, with_prefix):
     np.testing.assert_allclose(mixed, np.broadcast_to(expected, mixed.shape), rtol=1e-5)
 
 
-def dense_in_torch(queries, keys, values, front_keys, front_values, bias, mask):
+def dense_in_torch(queries, keys, values, front_keys, front_values, bias, mask, *, prefix_mask=None, softcap=0.0):
     """One softmax over concatenated keys, every key repeated for its group; differentiable."""
     rows = queries.shape[0]
     front = [x[None].expand(rows, *x.shape) for x in (front_keys, front_values)]
     all_keys = torch.cat([front[0], keys], dim=2).repeat_interleave(G, dim=1)
     all_values = torch.cat([front[1], values], dim=2).repeat_interleave(G, dim=1)
     scores = torch.einsum("btnh,bnsh->bnts", queries, all_keys) / queries.shape[-1] ** 0.5
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     hidden = torch.zeros(mask.shape, dtype=scores.dtype).masked_fill(~torch.from_numpy(np.array(mask)), -torch.inf)
     own = hidden[:, None].expand(-1, N, -1, -1)
     front_bias = bias.repeat_interleave(G, dim=0)[None, :, None].expand(rows, -1, queries.shape[1], -1)
+    if prefix_mask is not None:
+        front_bias = front_bias.masked_fill(~torch.from_numpy(prefix_mask)[:, None], -torch.inf)
     weights = torch.softmax(scores + torch.cat([front_bias, own], dim=-1), dim=-1)
     return torch.einsum("bnts,bnsh->btnh", weights, all_values)
 
 
+@pytest.mark.parametrize("with_prefix_mask", [False, True])
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize("scale", [1.0, 4.0])
-def test_gradients_equal_those_of_one_dense_softmax(rng, scale):
+def test_gradients_equal_those_of_one_dense_softmax(rng, scale, softcap, with_prefix_mask):
     queries, keys, values, prefix = random_case(rng, scale=scale)
     mask, upstream = random_mask(rng), normal(rng, B, T, N, H)
+    prefix_mask = rng.random((B, T, P)) < 0.6 if with_prefix_mask else None
 
     def ours(queries, keys, values, *prefix):
-        return jnp.sum(attend(queries, keys, values, mask, LayerPrefix(*prefix)) * upstream)
+        mixed = attend(queries, keys, values, mask, LayerPrefix(*prefix), prefix_mask=prefix_mask, softcap=softcap)
+        return jnp.sum(mixed * upstream)
 
     found = jax.grad(ours, argnums=range(6))(queries, keys, values, *prefix)
 
     leaves = [torch.from_numpy(x).double().requires_grad_() for x in (queries, keys, values, *prefix)]
-    (dense_in_torch(*leaves, mask) * torch.from_numpy(upstream)).sum().backward()
+    (dense_in_torch(*leaves, mask, prefix_mask=prefix_mask, softcap=softcap) * torch.from_numpy(upstream)).sum().backward()
     names = ("queries", "keys", "values", "prefix keys", "prefix values", "bias")
     for name, ours_grad, leaf in zip(names, found, leaves, strict=True):
         expected = leaf.grad.numpy()
@@ -179,7 +187,7 @@ def test_packed_segments_attend_as_each_does_alone(rng):
 def test_rotation_turns_each_pair_of_halves_by_position_times_frequency(rng):
     base, positions = 730.0, rng.integers(0, 4000, (2, 5))
     x = normal(rng, 2, 5, 3, H)
-    found = np.asarray(rotate(jnp.asarray(x), *rope_tables(jnp.asarray(positions, jnp.int32), H, base)))
+    found = np.asarray(rotate(jnp.asarray(x), *rope_tables(jnp.asarray(positions, jnp.int32), H, Rope(base))))
     pairs = x[..., : H // 2].astype(np.complex128) + 1j * x[..., H // 2 :]
     angle = positions[:, :, None, None] * base ** (-np.arange(H // 2) * 2 / H)
     turned = pairs * np.exp(1j * angle)
@@ -192,7 +200,7 @@ def test_scores_depend_on_the_distance_of_two_positions_only(rng):
 
     def score(query_position, key_position):
         turned = [
-            rotate(jnp.asarray(x), *rope_tables(jnp.asarray([[at]], jnp.int32), H, 730.0))
+            rotate(jnp.asarray(x), *rope_tables(jnp.asarray([[at]], jnp.int32), H, Rope(730.0)))
             for x, at in ((queries, query_position), (keys, key_position))
         ]
         return float(jnp.sum(turned[0] * turned[1]))
@@ -203,7 +211,7 @@ def test_scores_depend_on_the_distance_of_two_positions_only(rng):
 
 def test_rotation_keeps_the_dtype_and_computes_in_float32(rng):
     x = jnp.asarray(normal(rng, 1, 4, 2, H), jnp.bfloat16)
-    tables = rope_tables(jnp.asarray([[0, 100, 1000, 1001]], jnp.int32), H, 730.0)
+    tables = rope_tables(jnp.asarray([[0, 100, 1000, 1001]], jnp.int32), H, Rope(730.0))
     turned = rotate(x, *tables)
     assert turned.dtype == jnp.bfloat16 and tables[0].dtype == jnp.float32
     exact = rotate(x.astype(jnp.float32), *tables)

@@ -17,7 +17,8 @@ from cartridges_jax.data.conversations import Conversation, Message
 from cartridges_jax.errors import UserError
 from cartridges_jax.text.chat import ChatTemplate
 
-# How far ahead of the queue a row may look for a conversation that fills it.
+# Among how many waiting conversations a row looks for those that fill it; since every row
+# takes the first, none waits for more rows than that.
 _LOOKAHEAD = 64
 
 
@@ -169,6 +170,36 @@ def _endless_order(num_examples: int, seed: int) -> Iterator[int]:
         position += 1
 
 
+def _fullest_row(sizes: Sequence[int], row_tokens: int) -> list[int]:
+    """The first item, and the subset of the others that leaves the least of a row empty.
+
+    Subset sum by dynamic programming: bit c of `sums[n]` says that some of the first n
+    items have c tokens together. Of equally full subsets, the one that is complete
+    earliest in the queue is taken.
+
+    Args:
+      sizes: in tokens; none above `row_tokens`. May be empty.
+
+    Returns:
+      Ascending indices into `sizes`.
+    """
+    if not sizes:
+        return []
+    within = (1 << (row_tokens + 1)) - 1
+    sums = [1 << sizes[0]]
+    for size in sizes[1:]:
+        sums.append((sums[-1] | sums[-1] << size) & within)
+        if sums[-1] >> row_tokens:
+            break
+    left = sums[-1].bit_length() - 1
+    members = []
+    for item in range(len(sums) - 1, 0, -1):
+        if not sums[item - 1] >> left & 1:
+            members.append(item)
+            left -= sizes[item]
+    return [0, *reversed(members)]
+
+
 def plan_packing(
     examples: Sequence[Example],
     *,
@@ -180,8 +211,8 @@ def plan_packing(
 ) -> PackingPlan:
     """Assigns examples to the rows of every step, epoch after epoch, each shuffled.
 
-    A step's rows are filled best-fit from the head of the queue; a conversation that
-    does not fit stays at the head for the next step.
+    Row by row: the first conversation of the queue, and of those behind it the ones that
+    fill the rest of the row best (see `_fullest_row`).
 
     Args:
       num_steps: how many; None takes every example once, in the order given.
@@ -208,28 +239,20 @@ def plan_packing(
     steps, used, placed = [], 0, 0
     fullest = 0
     while len(steps) < num_steps if num_steps is not None else placed < len(examples):
-        rows: list[list[int]] = [[] for _ in range(rows_per_step)]
-        room = [row_tokens] * rows_per_step
-        at = 0
-        while at < _LOOKAHEAD:
-            if len(queue) <= at:
-                queue += itertools.islice(order, at + 1 - len(queue))
-            if len(queue) <= at:
-                break
-            size = len(examples[queue[at]].tokens)
-            fitting = [row for row in range(rows_per_step) if room[row] >= size]
-            if fitting:
-                best = min(fitting, key=lambda row: room[row])
-                rows[best].append(queue.pop(at))
-                room[best] -= size
-                placed += 1
-            else:
-                at += 1
+        rows: list[list[int]] = []
+        for _ in range(rows_per_step):
+            queue += itertools.islice(order, _LOOKAHEAD - len(queue))
+            members = _fullest_row([len(examples[index].tokens) for index in queue], row_tokens)
+            rows.append([queue[at] for at in members])
+            for at in reversed(members):
+                queue.pop(at)
+        members = [index for row in rows for index in row]
+        placed += len(members)
+        used += sum(len(examples[index].tokens) for index in members)
         per_micro = rows_per_step // micro_batches
         for first in range(0, rows_per_step, per_micro):
             members = [index for row in rows[first : first + per_micro] for index in row]
             fullest = max(fullest, sum(len(examples[index].rows) for index in members))
-        used += rows_per_step * row_tokens - sum(room)
         steps.append(rows)
     return PackingPlan(
         examples=examples,

@@ -5,12 +5,24 @@ the teacher's k most likely tokens are stored, so both are compared on k + 1 cla
 those tokens, and everything else (`tail="class"`, the default: a proper KL on the
 coarsened distributions). `tail="drop"` is the paper's plain form: the sum runs over the
 k stored tokens alone.
+
+The student's logits [M, V] are never held: the vocabulary passes in blocks. The loss of
+a row depends on k + 1 numbers, the chosen logits and the log-sum-exp of the rest, so a
+running maximum and sum suffice, and the gradient of that log-sum-exp is a weighted mean
+of the head's rows that is carried along and rescaled as the maximum moves (as in online
+softmax, arXiv 1805.02867, and FlashAttention, arXiv 2205.14135). Forward and gradient
+together cost the two products that they cost with all logits at hand.
 """
 from __future__ import annotations
+
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from cartridges_jax.quantized import Quantized, linear_rows, mix_rows, rows
 
 TAILS = ("class", "drop")
 
@@ -18,34 +30,158 @@ TAILS = ("class", "drop")
 _ROUNDING = 1e-6
 # Takes a logit out of a sum of exponentials; finite, so that its gradient stays finite.
 _EXCLUDED = -1e30
+# Logits held at a time: 4 MiB in float32 (what stays in a cache is measurably faster on CPUs),
+# but no fewer tokens than keep a product busy.
+_BLOCK_LOGITS = 2**20
+_SMALLEST_BLOCK, _LARGEST_BLOCK = 1024, 8192
 
 
-def divergence_per_token(logits: Array, ids: Array, logprobs: Array, tail: str = "class") -> Array:
+def divergence_per_token(
+    hidden: Array,
+    head: Array | Quantized,
+    ids: Array,
+    logprobs: Array,
+    tail: str = "class",
+    *,
+    softcap: float = 0.0,
+    block: int | None = None,
+) -> Array:
     """KL(teacher || student) of every target row, in nats.
 
     All k entries count, however little mass they carry together: rows of high entropy
-    are where the knowledge is.
+    are where the knowledge is. The gradient goes to `hidden` alone: the teacher and the
+    head are frozen.
 
     Args:
-      logits: [M, V] float32, the student's.
+      hidden: [M, D], the student's, after the final norm.
+      head: [V, D], the model's output embedding.
       ids: [M, k] int32, the teacher's most likely tokens, distinct within a row.
       logprobs: [M, k] float32, their log-probabilities; -inf marks an unused entry.
       tail: "class" or "drop".
+      softcap: c bounds the logits as c * tanh(logit / c); 0 is off.
+      block: tokens of the vocabulary at a time; None chooses.
 
     Returns:
       [M] float32.
+
+    Raises:
+      ValueError: unknown `tail`.
+      NotImplementedError: differentiated with respect to the head.
     """
     if tail not in TAILS:
         raise ValueError(f"tail {tail!r} is not one of {TAILS}")
+    block = block_size(head.shape[0], hidden.shape[0]) if block is None else min(block, head.shape[0])
+    return _divergence((tail, softcap, block), hidden, head, ids, logprobs)
+
+
+def block_size(vocab_size: int, num_rows: int) -> int:
+    """Tokens of the vocabulary at a time: equal blocks, the last at most a little smaller."""
+    limit = min(max(_BLOCK_LOGITS // max(num_rows, 1), _SMALLEST_BLOCK), _LARGEST_BLOCK)
+    num_blocks = -(-vocab_size // limit)
+    even = -(-vocab_size // num_blocks)
+    return min(-(-even // 128) * 128, vocab_size)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _divergence(static: tuple[str, float, int], hidden: Array, head: Any, ids: Array, logprobs: Array) -> Array:
+    tail, softcap, block = static
+    chosen, rest, _ = _stream(hidden, head, ids, logprobs, softcap, block, gradient=False)
+    return _coarsened(chosen, rest, logprobs, tail)
+
+
+def _forward(static, hidden, head, ids, logprobs):
+    tail, softcap, block = static
+    if any(leaf.perturbed for leaf in jax.tree.leaves(head, is_leaf=_is_primal)):
+        raise NotImplementedError("the distillation loss has no gradient with respect to the LM head, which is frozen")
+    hidden, ids, logprobs = hidden.value, ids.value, logprobs.value
+    head = jax.tree.map(lambda leaf: leaf.value, head, is_leaf=_is_primal)
+    chosen, rest, mean_row = _stream(hidden, head, ids, logprobs, softcap, block, gradient=True)
+    divergence, pull = jax.vjp(lambda *logits: _coarsened(*logits, logprobs, tail), chosen, rest)
+    to_chosen, to_rest = pull(jnp.ones_like(divergence))
+    to_chosen = to_chosen * _slope(chosen, softcap)
+
+    def add(total, entry):
+        # One stored token of every row at a time: [M, k, D] may be large.
+        entry_ids, weight = entry
+        return total + weight[:, None] * rows(head, entry_ids).astype(jnp.float32), None
+
+    slope, _ = jax.lax.scan(add, to_rest[:, None] * mean_row, (ids.T, to_chosen.T))
+    # The zero-sized array carries the dtype that the gradient must have.
+    return divergence, (slope, jnp.zeros((0,), hidden.dtype))
+
+
+def _backward(static, saved, upstream):
+    slope, like = saved
+    return (upstream[:, None] * slope).astype(like.dtype), None, None, None
+
+
+def _is_primal(leaf: Any) -> bool:
+    return isinstance(leaf, jax.custom_derivatives.CustomVJPPrimal)
+
+
+_divergence.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _stream(
+    hidden: Array, head: Any, ids: Array, logprobs: Array, softcap: float, block: int, *, gradient: bool
+) -> tuple[Array, Array, Array | None]:
+    """What the loss needs of the logits.
+
+    Returns:
+      chosen [M, k] float32, the stored tokens' logits (0 for unused entries); rest [M]
+      float32, the log-sum-exp of all others; and with `gradient` mean_row [M, D] float32,
+      the gradient of `rest` with respect to `hidden`.
+    """
+    num_rows, vocab_size = hidden.shape[0], head.shape[0]
+    stored = jnp.isfinite(logprobs)
+    row = jnp.arange(num_rows)[:, None]
+
+    def take(carry, start, size):
+        maximum, total, chosen, mixed = carry
+        part = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size), head)
+        logits = _capped(linear_rows(hidden, part), softcap)
+        at = ids - start
+        here = stored & (at >= 0) & (at < size)
+        chosen = jnp.where(here, jnp.take_along_axis(logits, jnp.clip(at, 0, size - 1), axis=-1), chosen)
+        # The rest is summed over its own logits: one minus the sum of the k would lose its
+        # value, and its gradient, where the student is sure of the k.
+        others = logits.at[row, jnp.where(here, at, size)].set(_EXCLUDED, mode="drop")
+        higher = jnp.maximum(maximum, others.max(axis=-1))
+        shrink = jnp.exp(maximum - higher)
+        weights = jnp.exp(others - higher[:, None])
+        total = total * shrink + weights.sum(axis=-1)
+        if gradient:
+            mixed = mixed * shrink[:, None] + mix_rows((weights * _slope(logits, softcap)).astype(hidden.dtype), part)
+        return higher, total, chosen, mixed
+
+    carry = (
+        jnp.full(num_rows, _EXCLUDED, jnp.float32),
+        jnp.zeros(num_rows, jnp.float32),
+        jnp.zeros(ids.shape, jnp.float32),
+        jnp.zeros(hidden.shape, jnp.float32) if gradient else None,
+    )
+    whole = vocab_size // block
+    carry, _ = jax.lax.scan(lambda carry, start: (take(carry, start, block), None), carry, jnp.arange(whole) * block)
+    if vocab_size % block:
+        carry = take(carry, whole * block, vocab_size % block)
+    maximum, total, chosen, mixed = carry
+    return chosen, maximum + jnp.log(total), mixed / total[:, None] if gradient else None
+
+
+def _capped(logits: Array, softcap: float) -> Array:
+    return softcap * jnp.tanh(logits / softcap) if softcap else logits
+
+
+def _slope(capped: Array, softcap: float) -> Array | float:
+    """The derivative of the cap, from what it gave."""
+    return 1.0 - (capped / softcap) ** 2 if softcap else 1.0
+
+
+def _coarsened(chosen: Array, rest: Array, logprobs: Array, tail: str) -> Array:
+    """The divergence from the student's chosen logits [M, k] and the log-sum-exp [M] of the rest."""
     stored = jnp.isfinite(logprobs)
     teacher = jnp.where(stored, logprobs, 0.0)
     probability = jnp.where(stored, jnp.exp(teacher), 0.0)
-    chosen = jnp.take_along_axis(logits, ids, axis=-1)
-    # The rest is summed over its own logits: one minus the sum of the k would lose its
-    # value, and its gradient, where the student is sure of the k.
-    rows = jnp.arange(logits.shape[0])[:, None]
-    exclusion = jnp.zeros_like(logits).at[rows, ids].min(jnp.where(stored, _EXCLUDED, 0.0))
-    rest = jax.nn.logsumexp(logits + exclusion, axis=-1)
     normaliser = jnp.logaddexp(rest, jax.nn.logsumexp(jnp.where(stored, chosen, _EXCLUDED), axis=-1))
     divergence = jnp.sum(probability * (teacher - (chosen - normaliser[:, None])), axis=-1)
     if tail == "class":

@@ -14,7 +14,7 @@ from jax import Array
 from cartridges_jax.cartridge import KVPrefix
 from cartridges_jax.data.packing import TrainBatch
 from cartridges_jax.distill.loss import divergence_per_token
-from cartridges_jax.models import Decoder, ModelConfig, lm_logits
+from cartridges_jax.models import Decoder, ModelConfig, lm_head
 
 # (params, frozen, trainable) -> (params, prefix): what is trained and where it goes.
 Combine = Callable[[Any, Any, Any], tuple[Any, KVPrefix]]
@@ -82,7 +82,9 @@ def batch_loss(
         prefix=prefix,
     )
     rows = hidden.reshape(-1, hidden.shape[-1])[batch.rows]
-    divergence = divergence_per_token(lm_logits(params, config, rows), batch.ids, batch.logprobs, tail)
+    divergence = divergence_per_token(
+        rows, lm_head(params, config), batch.ids, batch.logprobs, tail, softcap=config.logit_softcap
+    )
     return jnp.sum(divergence * batch.weight)
 
 

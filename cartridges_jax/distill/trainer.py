@@ -4,10 +4,11 @@ Knows nothing of tasks or files of text: it is given examples and gives back a p
 """
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -17,7 +18,8 @@ import optax
 
 from cartridges_jax.cartridge import KVPrefix
 from cartridges_jax.checkpoint import TrainCheckpoints
-from cartridges_jax.data.packing import Example, PackingPlan, plan_packing
+from cartridges_jax.data.ahead import prepare_ahead
+from cartridges_jax.data.packing import Example, PackingPlan, TrainBatch, plan_packing
 from cartridges_jax.distill.loss import TAILS
 from cartridges_jax.distill.step import (
     cartridge_trainable,
@@ -157,6 +159,11 @@ def heldout_loss(model: Model, prefix: KVPrefix, trainable, plan: PackingPlan, t
     return total / count
 
 
+def _batches(plan: PackingPlan, steps: range) -> contextlib.closing[Iterator[TrainBatch]]:
+    """The batches of the given steps on the device, packed and copied while earlier steps run."""
+    return contextlib.closing(prepare_ahead(lambda step: jax.device_put(plan.batch(step)), steps))
+
+
 def train(
     model: Model,
     initial: KVPrefix,
@@ -237,15 +244,15 @@ def train(
         if checkpoints.latest_step() != step:
             checkpoints.save(step, state, {"history": history})
 
-    try:
+    with contextlib.closing(checkpoints), _batches(plan, range(done, settings.steps)) as batches:
         end_if_refused(int(state.refused_in_a_row), done)
         if done == 0:
             measure_heldout(0)
         pending = None
-        for step in range(done + 1, settings.steps + 1):
+        for step, batch in enumerate(batches, start=done + 1):
             state, metrics = train_step(
                 model.config, optimizer, combine_cartridge, model.params, initial, mask, state,
-                plan.batch(step - 1), tail=settings.tail, remat=settings.remat,
+                batch, tail=settings.tail, remat=settings.remat,
             )
             # Fetched one step late: the device works on this step while the host reads the last.
             refused_in_a_row = record(*pending) if pending else 0
@@ -262,8 +269,6 @@ def train(
             end_if_refused(refused_in_a_row, step)
             if stopping and not last:
                 raise StopRequested
-    finally:
-        checkpoints.close()
     trained = jax.tree.map(np.asarray, state.trainable)
     return TrainResult(
         prefix=initial.replace(keys=jnp.asarray(trained["keys"]), values=jnp.asarray(trained["values"])),

@@ -25,18 +25,11 @@ from cartridges_jax.attention import LayerPrefix, attend, cache_mask, packed_cau
 from cartridges_jax.cartridge import KVPrefix
 from cartridges_jax.models.cache import Cache
 from cartridges_jax.models.config import LayerKind, ModelConfig
-from cartridges_jax.quantized import linear, linear_rows, rows
+from cartridges_jax.models.pointwise import gated, rms_norm
+from cartridges_jax.quantized import Quantized, linear, linear_rows, rows
 from cartridges_jax.rope import rope_tables, rotate
 
 TAPS = ("queries", "keys", "values")
-_ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": lambda x: nn.gelu(x, approximate=True)}
-
-
-def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """x / rms(x) * weight over the last axis, in float32."""
-    wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (wide * weight.astype(jnp.float32)).astype(x.dtype)
 
 
 class _View(NamedTuple):
@@ -109,9 +102,9 @@ class Layer(nn.Module):
         x = x + mixed
 
         h = self._norm(x, "mlp_norm")
-        gate = _ACTIVATIONS[config.activation](linear(h, self._matrix("gate_proj", (D, F), ("embed", "mlp"))))
+        gate = linear(h, self._matrix("gate_proj", (D, F), ("embed", "mlp")))
         up = linear(h, self._matrix("up_proj", (D, F), ("embed", "mlp")))
-        h = linear(gate * up, self._matrix("down_proj", (F, D), ("mlp", "embed")))
+        h = linear(gated(config.activation, gate, up), self._matrix("down_proj", (F, D), ("mlp", "embed")))
         if config.post_norms:
             h = self._norm(h, "post_mlp_norm")
         return x + h, cache, {name: tapped[name] for name in self.taps}
@@ -251,6 +244,11 @@ def _view(
     return _View(turn, own, front)
 
 
+def lm_head(params: Any, config: ModelConfig) -> Array | Quantized:
+    """The output embedding, [V, D]."""
+    return params["embedding"] if config.tie_embeddings else params["lm_head"]
+
+
 def lm_logits(params: Any, config: ModelConfig, hidden: Array) -> Array:
     """Logits of the rows that need them.
 
@@ -261,7 +259,7 @@ def lm_logits(params: Any, config: ModelConfig, hidden: Array) -> Array:
     Returns:
       [..., V] float32.
     """
-    logits = linear_rows(hidden, params["embedding"] if config.tie_embeddings else params["lm_head"])
+    logits = linear_rows(hidden, lm_head(params, config))
     return config.logit_softcap * jnp.tanh(logits / config.logit_softcap) if config.logit_softcap else logits
 
 

@@ -1,0 +1,34 @@
+"""Work for the next steps, done in the background while this step runs."""
+from __future__ import annotations
+
+import collections
+import itertools
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+
+def prepare_ahead(make: Callable[[int], Item], steps: range, depth: int = 2) -> Iterator[Item]:
+    """`make(step)` for every step in order, up to `depth` of them before they are asked for.
+
+    One thread makes them, one after the other, so the order of the calls is that of the
+    steps. Close the iterator when leaving it early (`contextlib.closing`): what was made
+    and not taken is dropped, which is of no consequence where `make` is a pure function.
+
+    Raises:
+      Whatever `make` raised, when its step is reached.
+    """
+    left = iter(steps)
+    worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prepare-ahead")
+    try:
+        waiting: collections.deque[Future[Item]] = collections.deque(
+            worker.submit(make, step) for step in itertools.islice(left, depth)
+        )
+        while waiting:
+            item = waiting.popleft().result()
+            waiting.extend(worker.submit(make, step) for step in itertools.islice(left, 1))
+            yield item
+    finally:
+        worker.shutdown(cancel_futures=True)

@@ -1,8 +1,14 @@
-"""The sizes that programs are compiled for: few, and never far above what is needed."""
+"""The sizes that programs are compiled for: few, and never far above what is needed.
+
+A program of a large model takes seconds to compile, so a size that saves little has none
+of its own: decoding 8 rows costs hardly more than decoding 2, all weights are read for both.
+"""
 from __future__ import annotations
 
 READ_CHUNK = 256
-_WIDTHS = (16, 32, 48, 64, 96, 128, 192, READ_CHUNK)
+_WIDTHS = (16, 32, 64, 128, READ_CHUNK)
+_ROWS = (1, 8, 16, 32)
+_READ_ROWS = (1, 4, 16)
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -16,8 +22,25 @@ def power_of_two(value: int) -> int:
 
 
 def row_bucket(num_rows: int) -> int:
-    """Rows of a batch: powers of two up to 32, then multiples of 32."""
-    return power_of_two(num_rows) if num_rows <= 32 else round_up(num_rows, 32)
+    """Rows that decode together: 1, 8, 16, then multiples of 32."""
+    return next((size for size in _ROWS if num_rows <= size), round_up(num_rows, 32))
+
+
+def smaller_bucket(num_rows: int) -> int:
+    """The largest size of a batch that is at most half of this one; 0 for 1."""
+    return max((size for size in (*_ROWS, num_rows // 64 * 32) if 2 * size <= num_rows), default=0)
+
+
+def read_rows(num_rows: int) -> int:
+    """Prompts that are read together: 1, 4, 16, then multiples of 32.
+
+    Rows are what reading costs, so it is rather a smaller size, and another dispatch for
+    the rest, than one of which more than a quarter is empty.
+    """
+    above = next((size for size in _READ_ROWS if num_rows <= size), round_up(num_rows, 32))
+    if num_rows >= 0.75 * above:
+        return above
+    return above - 32 if above > 32 else max(size for size in _READ_ROWS if size <= num_rows)
 
 
 def slot_bucket(num_tokens: int) -> int:
@@ -26,7 +49,7 @@ def slot_bucket(num_tokens: int) -> int:
 
 
 def prompt_bucket(num_tokens: int) -> int:
-    """Tokens of a prompt that is read: two sizes an octave up to a chunk, then whole chunks."""
+    """Tokens of a prompt that is read: powers of two up to a chunk, then whole chunks."""
     return next((width for width in _WIDTHS if num_tokens <= width), round_up(num_tokens, READ_CHUNK))
 
 

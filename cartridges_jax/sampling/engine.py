@@ -188,8 +188,8 @@ class Engine:
         parts: dict[int, list[Event]] = {}
         place: dict[int, int] = {}
         try:
-            # Prompts of like length are read together, so that little of it is padding.
-            for number in sorted(range(len(requests)), key=lambda i: len(requests[i].prompt)):
+            # Prompts of like length are read together; shorter ones fill the rows that the longer leave.
+            for number in sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt)):
                 request_id = self.submit(requests[number])
                 parts[request_id], place[request_id] = [], number
             unfinished = len(requests)

@@ -23,7 +23,7 @@ import numpy as np
 
 from cartridges_jax.models import Cache, Model, empty_cache
 from cartridges_jax.sampling import programs
-from cartridges_jax.sampling.buckets import READ_CHUNK, power_of_two, prompt_bucket, row_bucket, slot_bucket, top_bucket
+from cartridges_jax.sampling.buckets import READ_CHUNK, power_of_two, prompt_bucket, read_rows, row_bucket, slot_bucket, smaller_bucket, top_bucket
 from cartridges_jax.sampling.request import Live
 from cartridges_jax.sampling.select import GREEDY, Choice, RowSampling
 
@@ -54,11 +54,6 @@ class _Reading:
     cache: Cache
     last: Any
     begin: int = 0
-
-
-@functools.lru_cache(maxsize=1024)
-def _key_data(seed: int) -> np.ndarray:
-    return np.asarray(jax.random.key_data(jax.random.key(seed)))
 
 
 class Group:
@@ -124,13 +119,11 @@ class Group:
         """Takes prompts of one size off the queue, the first of it and those like it."""
         width = prompt_bucket(len(self._waiting[0].request.prompt))
         chunk = min(width, READ_CHUNK)
-        most = row_bucket(max(1, self._tokens_per_read // chunk))
+        most = read_rows(max(1, self._tokens_per_read // chunk))
         mates = [live for live in self._waiting if prompt_bucket(len(live.request.prompt)) == width][:most]
-        num_rows = row_bucket(len(mates))
-        if len(mates) <= 0.75 * num_rows:
-            # Rather a second dispatch than much padding; shorter prompts fill what is left of it.
-            num_rows = max(1, num_rows // 2 if num_rows <= 32 else num_rows - 32)
-            mates = mates[:num_rows]
+        num_rows = read_rows(len(mates))
+        mates = mates[:num_rows]
+        # What is left of the rows is filled with shorter prompts.
         taken = set(map(id, mates))
         shorter = (live for live in self._waiting if id(live) not in taken and len(live.request.prompt) <= width)
         mates += [live for _, live in zip(range(num_rows - len(mates)), shorter)]
@@ -149,7 +142,7 @@ class Group:
             mates=mates,
             tokens=tokens,
             segment_ids=(np.arange(width) < lengths[:, None]).astype(np.int32),
-            cache=empty_cache(model.config, num_rows, width, model.dtype),
+            cache=empty_cache(model.config, num_rows, slot_bucket(width), model.dtype),
             last=jnp.zeros((num_rows, model.config.d_model), model.dtype),
         )
 
@@ -179,11 +172,13 @@ class Group:
             self._occupants[row] = None if live.over else live
             live.in_flight += 1
         self._rows = None
-        padded = at + at[:1] * (reading.tokens.shape[0] - len(at))
-        self._state, outputs = programs.admit(
-            self._model.config, self._model.params, self._state, reading.cache, reading.last,
-            np.asarray(padded, np.int32), self._settings(), **self._static(),
+        padding = reading.tokens.shape[0] - len(at)
+        running, outputs = programs.first_tokens(
+            self._model.config, self._model.params, reading.last, _rows_of(reading.mates + reading.mates[:1] * padding),
+            **self._static(reading.mates),
         )
+        at = np.asarray(at + at[:1] * padding, np.int32)
+        self._state = programs.admit(self._state, reading.cache, outputs[0][0], running, at)
         return Pending([(column, live, 1) for column, live in enumerate(reading.mates)], outputs)
 
     def _make_room(self, coming: Sequence[Live]) -> None:
@@ -200,7 +195,7 @@ class Group:
     def _decode(self, more: bool) -> Pending:
         running = self._num_running
         num_rows, num_slots = len(self._occupants), self._state.cache.num_slots
-        if not more and not self._num_coming and 2 * row_bucket(running) <= num_rows:
+        if not more and not self._num_coming and running <= smaller_bucket(num_rows):
             num_rows = row_bucket(running)
         need = max(live.slots_for(self._num_steps) for live in self._occupants if live is not None)
         if num_rows < len(self._occupants) or need > num_slots:
@@ -210,13 +205,13 @@ class Group:
             enough = running - max(1, running // 8)
         else:
             # Half of them empty is worth a smaller batch.
-            enough = 0 if self._num_coming else num_rows // 2
+            enough = 0 if self._num_coming else smaller_bucket(num_rows)
         promised = [(row, live, self._num_steps) for row, live in enumerate(self._occupants) if live is not None]
         for _, live, steps in promised:
             live.in_flight += steps
         self._state, outputs = programs.decode(
             self._model.config, self._model.params, self._front, self._state, self._settings(), np.int32(enough),
-            num_steps=self._num_steps, **self._static(),
+            num_steps=self._num_steps, **self._static(self._occupants),
         )
         return Pending(promised, outputs)
 
@@ -234,8 +229,8 @@ class Group:
         at = np.asarray(kept + kept[:1] * (num_rows - len(kept)), np.int32)
         self._state = programs.resize(self._state, at, np.arange(num_rows) < len(kept), num_slots=num_slots)
 
-    def _static(self) -> dict[str, Any]:
-        requests = [live.request for live in self._occupants if live is not None]
+    def _static(self, lives: Sequence[Live | None]) -> dict[str, Any]:
+        requests = [live.request for live in lives if live is not None]
         return {
             "choice": Choice.of(request.sampling for request in requests),
             "num_top": min(
@@ -246,17 +241,26 @@ class Group:
     def _settings(self) -> programs.Rows:
         """The rows' settings on the device, made anew when rows have changed hands."""
         if self._rows is None:
-            requests = [None if live is None else live.request for live in self._occupants]
-            num_stops = max((len(live.stops) for live in self._occupants if live is not None), default=0)
-            stop_ids = np.full((len(requests), max(4, power_of_two(num_stops))), -1, np.int32)
-            for row, live in enumerate(self._occupants):
-                if live is not None:
-                    stop_ids[row, : len(live.stops)] = sorted(live.stops)
-            self._rows = jax.device_put(programs.Rows(
-                limits=np.asarray([request.max_tokens if request else 0 for request in requests], np.int32),
-                stop_ids=stop_ids,
-                seeds=np.stack([_key_data(request.seed if request else 0) for request in requests]),
-                streams=np.asarray([request.stream if request else 0 for request in requests], np.uint32),
-                sampling=RowSampling.of([request.sampling if request else GREEDY for request in requests]),
-            ))
+            self._rows = jax.device_put(_rows_of(self._occupants))
         return self._rows
+
+
+@functools.lru_cache(maxsize=1024)
+def _key_data(seed: int) -> np.ndarray:
+    return np.asarray(jax.random.key_data(jax.random.key(seed)))
+
+
+def _rows_of(lives: Sequence[Live | None]) -> programs.Rows:
+    """What requests ask for, as NumPy arrays; a row without one is stopped."""
+    requests = [None if live is None or live.over else live.request for live in lives]
+    stop_ids = np.full((len(lives), max(4, power_of_two(max((len(live.stops) for live in lives if live), default=0)))), -1, np.int32)
+    for row, live in enumerate(lives):
+        if live is not None:
+            stop_ids[row, : len(live.stops)] = sorted(live.stops)
+    return programs.Rows(
+        limits=np.asarray([request.max_tokens if request else 0 for request in requests], np.int32),
+        stop_ids=stop_ids,
+        seeds=np.stack([_key_data(request.seed if request else 0) for request in requests]),
+        streams=np.asarray([request.stream if request else 0 for request in requests], np.uint32),
+        sampling=RowSampling.of([request.sampling if request else GREEDY for request in requests]),
+    )

@@ -1,4 +1,4 @@
-"""The compiled programs under the engine: read a chunk, admit rows, decode, resize.
+"""The compiled programs under the engine: read a chunk, take first tokens, admit rows, decode, resize.
 
 All of a request that differs from row to row comes in as data; what is static (`choice`,
 `num_top`) says only which parts a batch needs at all. B rows of S slots decode; R rows
@@ -146,22 +146,26 @@ def read_chunk(
     return cache, jnp.where((count > 0)[:, None], newest, last)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "choice", "num_top"), donate_argnames=("state",))
-def admit(
-    config: ModelConfig, params: Any, state: State, read: Cache, last: Array, at: Array, rows: Rows,
-    *, choice: Choice, num_top: int,
-) -> tuple[State, Outputs]:
-    """Puts R prompts that were read into rows `at` [R] and takes their first tokens.
-
-    A row may occur twice in `at` if what goes there is the same.
+@functools.partial(jax.jit, static_argnames=("config", "choice", "num_top"))
+def first_tokens(
+    config: ModelConfig, params: Any, last: Array, rows: Rows, *, choice: Choice, num_top: int
+) -> tuple[Array, Outputs]:
+    """What follows prompts that were read to their end, given `last` [R, D].
 
     Returns:
-      The state and outputs [1, R].
+      running [R], whether a second token is to follow; outputs [1, R].
     """
-    mine = jax.tree.map(lambda part: part[at], rows)
     logits = lm_logits(params, config, last)
-    token, top_ids, top = _choose(logits, jnp.zeros_like(at), mine, choice, num_top)
+    token, top_ids, top = _choose(logits, jnp.zeros((last.shape[0],), jnp.int32), rows, choice, num_top)
+    return _goes_on(token, jnp.ones_like(token), rows), (token[None], top_ids[None], top[None])
 
+
+@functools.partial(jax.jit, donate_argnames=("state",))
+def admit(state: State, read: Cache, tokens: Array, running: Array, at: Array) -> State:
+    """Puts R prompts that were read, and their first tokens [R], into rows `at` [R].
+
+    A row may occur twice in `at` if what goes there is the same.
+    """
     width = min(read.num_slots, state.cache.num_slots)
 
     # Row by row: one scatter of all would be a loop over single numbers on the CPU.
@@ -174,13 +178,12 @@ def admit(
         )
 
     keys, values = jax.lax.fori_loop(0, at.shape[0], put, (state.cache.keys, state.cache.values))
-    state = State(
+    return State(
         cache=Cache(keys, values, state.cache.lengths.at[at].set(read.lengths)),
-        tokens=state.tokens.at[at].set(token),
+        tokens=state.tokens.at[at].set(tokens),
         num_generated=state.num_generated.at[at].set(1),
-        running=state.running.at[at].set(_goes_on(token, jnp.ones_like(at), mine)),
+        running=state.running.at[at].set(running),
     )
-    return state, (token[None], top_ids[None], top[None])
 
 
 @functools.partial(

@@ -80,7 +80,7 @@ class Engine:
         self._sizes = {
             "num_steps": steps_per_dispatch, "max_slots": round_up(self._max_tokens, 64), "tokens_per_read": tokens_per_read,
         }
-        self._lookahead = (jax.default_backend() != "cpu") if lookahead is None else lookahead
+        self._lookahead = int(jax.default_backend() != "cpu") if lookahead is None else lookahead
         self._residents: dict[PrefixHandle, _Resident] = {}
         self._queue: dict[int, Live] = {}
         self._lives: dict[int, Live] = {}

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from cartridges_jax.cartridge import KVPrefix
 from cartridges_jax.models import Model
 from cartridges_jax.sampling.engine import Engine
-from cartridges_jax.sampling.prefill import check_token_ids
 from cartridges_jax.sampling.request import Generation, Request
 from cartridges_jax.sampling.select import GREEDY, Sampling
 
@@ -43,8 +42,6 @@ def generate_tokens(
     Raises:
       UserError: a prompt that the model cannot read or continue so far.
     """
-    for prompt in prompts:
-        check_token_ids(model, prompt, prefix, room=max_tokens)
     stops = tuple(model.chat.stop_ids if stop_ids is None else stop_ids)
     engine = Engine(model, num_slots=batch_size)
     handle = None if prefix is None else engine.add_prefix(prefix)

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from families import saved_family
-from tiny import random_prefix, random_tokens
+from tiny import make_pair, random_prefix, random_tokens, twin_run
 
 from cartridges_jax import sampling
 from cartridges_jax.errors import UserError
@@ -21,9 +22,17 @@ from cartridges_jax.sampling import Engine, Request, Sampling, buckets, programs
 TIE = 1e-4
 
 
-def assert_greedy(model, request, prefix, token_ids):
+def full_logits(twin, tokens, prefix):
+    """One forward pass: by transformers, or by ours without an engine where `twin` is our model."""
+    if not isinstance(twin, torch.nn.Module):
+        return sampling.logits(twin, tokens, prefix)
+    front = {} if prefix is None else {"keys": prefix.keys, "values": prefix.values, "start": prefix.next_position}
+    return twin_run(twin, tokens, **front).numpy()
+
+
+def assert_greedy(twin, request, prefix, token_ids):
     """Every token is the most likely one behind all before it; returns how many were ties."""
-    logits = sampling.logits(model, [*request.prompt, *token_ids], prefix)[len(request.prompt) - 1 : -1]
+    logits = full_logits(twin, [*request.prompt, *token_ids], prefix)[len(request.prompt) - 1 : -1]
     best = logits.max(axis=-1)
     chosen = logits[np.arange(len(token_ids)), token_ids]
     np.testing.assert_array_less(best - chosen, TIE)
@@ -69,7 +78,8 @@ class Served:
 
 
 @pytest.mark.parametrize("lookahead", [0, 1])
-def test_every_request_is_answered_as_if_it_were_alone_in_any_interleaving(tiny_model, rng, lookahead):
+def test_every_request_is_answered_as_if_it_were_alone_in_any_interleaving(tiny_pair, rng, lookahead):
+    tiny_model, twin = tiny_pair
     config = tiny_model.config
     engine = Engine(tiny_model, num_slots=8, lookahead=lookahead, steps_per_dispatch=4, tokens_per_read=64)
     # Two that are padded, one that is not, one whose positions run ahead of its slots.
@@ -99,7 +109,7 @@ def test_every_request_is_answered_as_if_it_were_alone_in_any_interleaving(tiny_
         if request_id not in cancelled:
             assert_ended_rightly(request, token_ids, served.reasons[request_id])
         if token_ids:
-            ties += assert_greedy(tiny_model, request, None if which == 0 else prefixes[which - 1], token_ids)
+            ties += assert_greedy(twin, request, None if which == 0 else prefixes[which - 1], token_ids)
             checked += len(token_ids)
     print(f"{checked} tokens, {ties} ties, {len(cancelled)} cancelled")
     assert checked > 300 and ties < checked / 100
@@ -145,9 +155,7 @@ def test_draws_depend_on_seed_and_stream_and_not_on_neighbours(tiny_model, rng):
 
 
 def test_a_prompt_of_several_chunks_grows_the_cache_while_others_decode(rng, tmp_path):
-    from tiny import make_pair
-
-    model, _ = make_pair(tmp_path, context_length=1024)
+    model, twin = make_pair(tmp_path, context_length=1024)
     prompts = [random_tokens(rng, model.config, length).tolist() for length in (3, 2, 600, 250, 40)]
     requests = [Request(prompt, limit) for prompt, limit in zip(prompts, (100, 70, 5, 20, 90))]
     engine = Engine(model, num_slots=4)
@@ -156,10 +164,11 @@ def test_a_prompt_of_several_chunks_grows_the_cache_while_others_decode(rng, tmp
     served.finish()
     for request_id, request in zip(ids, requests):
         assert len(served.tokens[request_id]) == request.max_tokens
-        assert assert_greedy(model, request, None, served.tokens[request_id]) == 0
+        assert assert_greedy(twin, request, None, served.tokens[request_id]) == 0
 
 
-def test_top_logprobs_are_those_of_one_full_forward(tiny_model, rng):
+def test_top_logprobs_are_those_of_one_full_forward(tiny_pair, rng):
+    tiny_model, twin = tiny_pair
     prefix = random_prefix(rng, tiny_model.config, 9)
     engine = Engine(tiny_model, num_slots=3)
     handle = engine.add_prefix(prefix)
@@ -168,7 +177,7 @@ def test_top_logprobs_are_those_of_one_full_forward(tiny_model, rng):
         if not request.top_logprobs:
             assert generation.top_ids is None and generation.top_logprobs is None
             continue
-        logits = sampling.logits(tiny_model, [*request.prompt, *generation.token_ids], prefix)
+        logits = full_logits(twin, [*request.prompt, *generation.token_ids], prefix)
         expected = np.asarray(jax.nn.log_softmax(logits, axis=-1))[len(request.prompt) - 1 : -1]
         assert generation.top_ids.shape == (len(generation.token_ids), request.top_logprobs)
         best = -np.sort(-expected, axis=-1)[:, : request.top_logprobs]
@@ -233,7 +242,8 @@ def test_new_prefixes_prompts_and_settings_of_like_size_compile_nothing(tiny_mod
     assert [program._cache_size() for program in compiled] == before
 
 
-def test_a_dropped_prefix_serves_its_requests_to_the_end_and_is_freed(tiny_model, rng):
+def test_a_dropped_prefix_serves_its_requests_to_the_end_and_is_freed(tiny_pair, rng):
+    tiny_model, twin = tiny_pair
     engine = Engine(tiny_model, num_slots=2)
     prefix = random_prefix(rng, tiny_model.config, 64)
     handle = engine.add_prefix(prefix)
@@ -246,7 +256,7 @@ def test_a_dropped_prefix_serves_its_requests_to_the_end_and_is_freed(tiny_model
     with pytest.raises(UserError, match="not held"):
         engine.submit(request)
     served.finish()
-    assert_greedy(tiny_model, request, prefix, served.tokens[request_id])
+    assert_greedy(twin, request, prefix, served.tokens[request_id])
     engine.step()
     gc.collect()
     assert keys() is None

@@ -37,6 +37,10 @@ def run_program(main: Callable[[], None]) -> None:
             _fail(f"unexpected argument {argv[1]!r}: options are written --name=value")
         # Orbax tells of every file it writes.
         absl.logging.set_verbosity(absl.logging.WARNING)
+        # Not needed by --help, and not free.
+        from cartridges_jax.pipeline.compilation import keep_compilations
+
+        keep_compilations()
         try:
             main()
         except UserError as error:

@@ -14,17 +14,16 @@ from cartridges_jax import cartridge
 from cartridges_jax.cartridge import KVPrefix
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Cache, Decoder, Model, ModelConfig, empty_cache, lm_logits, row_as_prefix
+from cartridges_jax.sampling.buckets import round_up
+from cartridges_jax.sampling.request import PrefixHandle
 
 # Tokens read per dispatch: bounds the attention scores at N x CHUNK x S.
 CHUNK = 512
 
 
-def round_up(value: int, multiple: int) -> int:
-    """The smallest multiple that is not below `value`; few shapes, few compilations."""
-    return -(-value // multiple) * multiple
-
-
-def check_token_ids(model: Model, token_ids: Sequence[int], prefix: KVPrefix | None, room: int = 0) -> None:
+def check_token_ids(
+    model: Model, token_ids: Sequence[int], prefix: KVPrefix | PrefixHandle | None, room: int = 0
+) -> None:
     """Refuses what the model cannot read.
 
     Args:

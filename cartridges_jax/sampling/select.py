@@ -2,9 +2,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 
+import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 _NUCLEUS_CANDIDATES = 512
@@ -37,31 +40,98 @@ class Sampling:
 GREEDY = Sampling()
 
 
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What choosing costs a batch; static, so that a greedy batch's program draws nothing.
+
+    Attributes:
+      candidates: of how many tokens the rows with a top_k draw; 0 if there are none.
+      whole: a row draws from the whole vocabulary.
+      nucleus: a row has a top_p below 1.
+    """
+
+    candidates: int = 0
+    whole: bool = False
+    nucleus: bool = False
+
+    @classmethod
+    def of(cls, settings: Iterable[Sampling]) -> Choice:
+        """What rows of these settings need together."""
+        drawing = [sampling for sampling in settings if sampling.temperature > 0]
+        top_k = max((sampling.top_k for sampling in drawing), default=0)
+        return cls(
+            # Few values, few programs; a row's draw does not depend on how many candidates stand behind its own.
+            candidates=1 << (top_k - 1).bit_length() if top_k else 0,
+            whole=any(not sampling.top_k for sampling in drawing),
+            nucleus=any(sampling.top_p < 1 for sampling in drawing),
+        )
+
+
+@flax.struct.dataclass
+class RowSampling:
+    """`Sampling` as data.
+
+    Attributes:
+      temperature: [B] float32.
+      top_k: [B] int32.
+      top_p: [B] float32.
+    """
+
+    temperature: Array
+    top_k: Array
+    top_p: Array
+
+    @classmethod
+    def of(cls, settings: Sequence[Sampling]) -> RowSampling:
+        """One row per settings; NumPy arrays."""
+        return cls(
+            np.asarray([sampling.temperature for sampling in settings], np.float32),
+            np.asarray([sampling.top_k for sampling in settings], np.int32),
+            np.asarray([sampling.top_p for sampling in settings], np.float32),
+        )
+
+
 def select_tokens(logits: Array, keys: Array, sampling: Sampling) -> Array:
+    """`select_rows` where all rows have the same settings."""
+    rows = RowSampling.of([sampling] * logits.shape[0])
+    return select_rows(logits, keys, rows, Choice.of([sampling]))
+
+
+def select_rows(logits: Array, keys: Array, rows: RowSampling, choice: Choice) -> Array:
     """Draws one token per row.
 
     Args:
       logits: [B, V] float32.
       keys: [B] PRNG keys, one per row, so that a row's draw does not depend on the
         batch it is in. Unused when greedy.
-      sampling: static settings.
+      rows: each row's settings.
+      choice: static; covers them.
 
     Returns:
       [B] int32.
     """
-    if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
-    if sampling.top_k:
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if not (choice.candidates or choice.whole):
+        return greedy
+    logits = logits / jnp.where(rows.temperature > 0, rows.temperature, 1)[:, None]
+    drawn = greedy
+    if choice.whole:
+        allowed = logits
+        if choice.nucleus:
+            limited = (rows.top_p < 1) & (rows.top_k == 0) & (rows.temperature > 0)
+            floor = _nucleus_floor(logits, jnp.where(limited, rows.top_p, 0)[:, None])
+            allowed = jnp.where((logits < floor[:, None]) & limited[:, None], -jnp.inf, logits)
+        drawn = jax.vmap(jax.random.categorical)(keys, allowed)
+    if choice.candidates:
         # Drawing among the k costs far less than random numbers for a whole vocabulary.
-        candidates, ids = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))
-        if sampling.top_p < 1:
-            candidates = jnp.where(_before(candidates, None) < sampling.top_p, candidates, -jnp.inf)
-        drawn = jax.vmap(jax.random.categorical)(keys, candidates)
-        return jnp.take_along_axis(ids, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)
-    if sampling.top_p < 1:
-        logits = jnp.where(logits < _nucleus_floor(logits, sampling.top_p)[:, None], -jnp.inf, logits)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+        values, ids = jax.lax.top_k(logits, min(choice.candidates, logits.shape[-1]))
+        values = jnp.where(jnp.arange(values.shape[-1]) < rows.top_k[:, None], values, -jnp.inf)
+        if choice.nucleus:
+            inside = (_before(values, None) < rows.top_p[:, None]) | (rows.top_p == 1)[:, None]
+            values = jnp.where(inside, values, -jnp.inf)
+        place = jax.vmap(jax.random.categorical)(keys, values)
+        drawn = jnp.where(rows.top_k > 0, jnp.take_along_axis(ids, place[:, None], axis=-1)[:, 0], drawn)
+    return jnp.where(rows.temperature > 0, drawn, greedy).astype(jnp.int32)
 
 
 def _before(descending: Array, normaliser: Array | None) -> Array:
@@ -72,8 +142,8 @@ def _before(descending: Array, normaliser: Array | None) -> Array:
     return jnp.cumsum(probability, axis=-1) - probability
 
 
-def _nucleus_floor(logits: Array, top_p: float) -> Array:
-    """The smallest logit [B] inside the nucleus of each row of [B, V]."""
+def _nucleus_floor(logits: Array, top_p: Array) -> Array:
+    """The smallest logit [B] inside the nucleus (top_p [B, 1]; 0 is none) of each row of [B, V]."""
     normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
 
     def floor(descending: Array) -> tuple[Array, Array]:

@@ -23,7 +23,16 @@ import numpy as np
 
 from cartridges_jax.models import Cache, Model, empty_cache
 from cartridges_jax.sampling import programs
-from cartridges_jax.sampling.buckets import READ_CHUNK, power_of_two, prompt_bucket, read_rows, row_bucket, slot_bucket, smaller_bucket, top_bucket
+from cartridges_jax.sampling.buckets import (
+    READ_CHUNK,
+    power_of_two,
+    prompt_bucket,
+    read_rows,
+    row_bucket,
+    slot_bucket,
+    smaller_bucket,
+    top_bucket,
+)
 from cartridges_jax.sampling.request import Live
 from cartridges_jax.sampling.select import GREEDY, Choice, RowSampling
 
@@ -253,7 +262,8 @@ def _key_data(seed: int) -> np.ndarray:
 def _rows_of(lives: Sequence[Live | None]) -> programs.Rows:
     """What requests ask for, as NumPy arrays; a row without one is stopped."""
     requests = [None if live is None or live.over else live.request for live in lives]
-    stop_ids = np.full((len(lives), max(4, power_of_two(max((len(live.stops) for live in lives if live), default=0)))), -1, np.int32)
+    most_stops = max((len(live.stops) for live in lives if live), default=0)
+    stop_ids = np.full((len(lives), max(4, power_of_two(most_stops))), -1, np.int32)
     for row, live in enumerate(lives):
         if live is not None:
             stop_ids[row, : len(live.stops)] = sorted(live.stops)

@@ -87,17 +87,17 @@ def test_prefill_then_decode_gives_the_logits_of_one_forward(pair, rng, with_pre
 
 
 def test_logits_at_far_positions_equal_transformers(pair, rng):
-    """Behind twelve slots that stand for 400 tokens, as a thinned cache does; where a window sees none of them."""
+    """Behind twelve slots that stand for 150 tokens, as a thinned cache does; where a window sees none of them."""
     model, twin = pair
-    prefix = random_prefix(rng, model.config, 12).replace(next_position=400)
+    prefix = random_prefix(rng, model.config, 12).replace(next_position=150)
     tokens = random_tokens(rng, model.config, 30)
     found, _, _ = run(model, tokens[None], prefix=prefix)
     if any(kind.window for kind in model.config.period):
         # transformers counts a window in slots; without a prefix slots and positions agree.
-        alone, _, _ = run(model, tokens[None], positions=400 + np.arange(30)[None])
-        close(alone[0], twin_run(twin, tokens, start=400))
+        alone, _, _ = run(model, tokens[None], positions=150 + np.arange(30)[None])
+        close(alone[0], twin_run(twin, tokens, start=150))
     else:
-        close(found[0], twin_run(twin, tokens, keys=prefix.keys, values=prefix.values, start=400))
+        close(found[0], twin_run(twin, tokens, keys=prefix.keys, values=prefix.values, start=150))
 
 
 @pytest.mark.parametrize("name", WITH_WINDOWS)

@@ -29,7 +29,7 @@ def workdir(tmp_path_factory):
         "heldout": 4, "cartridge.num_slots": 64, "study.conversations": 24, "study.requests_per_batch": 48,
         "study.families.qa": 1.0, "study.families.question": 0.0, "study.families.summarization": 0.0,
         "study.writer_max_tokens": 16, "study.answer_max_tokens": 16, "train.steps": 8, "train.rows_per_step": 2,
-        "train.warmup_steps": 1, "train.eval_every": 8, "evaluation.max_questions": 4,
+        "train.warmup_steps": 1, "train.learning_rate": 0.02, "train.eval_every": 8, "evaluation.max_questions": 4,
         "evaluation.max_answer_tokens": 16, "train.row_tokens": 96,
     }  # fmt: skip
     done = program(

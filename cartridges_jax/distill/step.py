@@ -57,13 +57,15 @@ def learning_mask(num_slots: int, num_frozen: int) -> Array:
 def init_state(trainable: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
     # Every scalar its own buffer: the step donates the state.
-    return TrainState(
+    state = TrainState(
         step=jnp.array(0, jnp.int32),
         trainable=jax.tree.map(jnp.array, trainable),
         opt_state=optimizer.init(trainable),
         refused=jnp.array(0, jnp.int32),
         refused_in_a_row=jnp.array(0, jnp.int32),
     )
+    # Committed to a device as the step's outputs are, or the second step would compile anew.
+    return jax.device_put(state, jax.local_devices()[0])
 
 
 def batch_loss(

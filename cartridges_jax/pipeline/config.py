@@ -132,7 +132,7 @@ def default_config() -> ml_collections.ConfigDict:
             score_user_messages=False,
         ),
         train=TrainSettings(
-            steps=180,
+            steps=150,
             learning_rate=4e-2,
             schedule="cosine",
             warmup_steps=10,

@@ -54,8 +54,8 @@ def prompt_bucket(num_tokens: int) -> int:
 
 
 def prefix_bucket(num_slots: int) -> int:
-    """Slots of a prefix: multiples of 64 up to 512, then of 256."""
-    return round_up(num_slots, 64 if num_slots <= 512 else 256)
+    """Slots of a prefix: multiples of 256. Small prefixes of all sizes share their programs."""
+    return round_up(num_slots, 256)
 
 
 def top_bucket(num_top: int) -> int:

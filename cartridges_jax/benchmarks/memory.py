@@ -1,8 +1,10 @@
 """Peak memory of a piece of work in a process of its own.
 
-The high-water mark is reset after a few steps, so that it shows what the steady work needs
-(weights, libraries and program included) and not what reading a file or compiling took. It is read from /proc: `ru_maxrss` of a child also
-counts what its parent held when it was started. Linux only; elsewhere None.
+The high-water mark is reset after a few steps, so that it shows what the steady work
+needs (weights, libraries and program included) and not what reading a file or compiling
+took. It is read from /proc: `ru_maxrss` of a child also counts what its parent held when
+it was started (tests/test_benchmarks.py::test_peak_memory_is_the_child_s_own). Linux
+only; elsewhere None.
 """
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,11 @@ class Bar:
     """Progress on stderr: one tick per timed call."""
 
     def __init__(self, total: int, name: str):
-        self._bar = tqdm.tqdm(total=total, desc=name, dynamic_ncols=True, mininterval=0.5)
+        terminal = sys.stderr.isatty()
+        # A log gets a line now and then instead of a redrawn bar.
+        self._bar = tqdm.tqdm(
+            total=total, desc=name, file=sys.stderr, dynamic_ncols=terminal, mininterval=0.5 if terminal else 10.0
+        )
 
     def __enter__(self) -> Callable[[str], None]:
         def tick(name: str) -> None:
@@ -96,6 +101,6 @@ class Bar:
 def say_absent(absent: list[Absent]) -> None:
     """One line per peer that is not measured."""
     for peer in absent:
-        tqdm.tqdm.write(f"{peer.name} is absent, not measured: {peer.how_to_install}")
+        print(f"{peer.name} is absent, not measured: {peer.how_to_install}", file=sys.stderr)
 
 

@@ -11,7 +11,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 
-
 # The first round compiles; a state that a program returned may compile once more.
 WARMUPS = 2
 

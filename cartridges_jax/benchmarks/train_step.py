@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from cartridges_jax.benchmarks import figures, memory, peers
@@ -104,7 +105,8 @@ class Ours:
         self._model, self._prefix, self._plan, self._settings = model, prefix, plan, settings
         self._optimizer = make_optimizer(settings.train)
         self._mask = learning_mask(prefix.num_slots, settings.num_frozen)[:, None]
-        self.state = init_state(cartridge_trainable(prefix), self._optimizer)
+        # Committed to the device, as what the step returns is: else the second step compiles again.
+        self.state = jax.device_put(init_state(cartridge_trainable(prefix), self._optimizer), jax.devices()[0])
 
     def step(self, batch: int) -> float:
         """One optimizer step on a batch of the plan; returns the loss."""
@@ -165,7 +167,8 @@ def run(settings: TrainStepSettings, workdir: Path) -> Result:
         from cartridges_jax.benchmarks.peers import transformers_peft
 
         transformers_peft.use_threads(common.threads)
-        directory = hugging_face.export(read_model(common) if settings.dtype != "float32" else model, workdir / "hugging_face")
+        float_model = model if settings.dtype == "float32" else read_model(common)
+        directory = hugging_face.export(float_model, workdir / "hugging_face")
         loaded = {dtype: transformers_peft.load(directory, dtype) for dtype in settings.peer_dtypes}
 
     tokens = settings.train.rows_per_step * settings.train.row_tokens

@@ -32,7 +32,8 @@ def export(model: Model, directory: Path) -> Path:
     plain = (
         not others and kind.rope is not None and not kind.rope.factors and not kind.window
         and config.activation == "silu" and set(layers) == set(_NAMES)
-        and (config.embedding_scale, config.attention_scale, config.attention_softcap, config.logit_softcap) == (1.0, None, 0.0, 0.0)
+        and (config.embedding_scale, config.attention_scale) == (1.0, None)
+        and not config.attention_softcap and not config.logit_softcap
     )  # fmt: skip
     if not plain:
         raise UserError(f"the benchmarks' peers run plain Llama models, {model.name} is none: choose smollm2-135m-instruct")

@@ -2,11 +2,11 @@
 
 PEFT keeps the cartridge as one flat parameter [P, L * 2 * K * H] and hands it to the
 model as `past_key_values`, expanded to every row of the batch (`PeftModel.get_prompt`).
-Imports torch and must not import jax: its memory is measured in a process of its own.
 """
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +26,7 @@ def use_threads(num_threads: int) -> None:
 def load(directory: Path | str, dtype: str) -> transformers.PreTrainedModel:
     """The frozen model of a Hugging Face directory; attention is torch's fused one, its default."""
     transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     model = transformers.LlamaForCausalLM.from_pretrained(directory, dtype=DTYPES[dtype])
     return model.eval().requires_grad_(False)
 
@@ -130,3 +131,33 @@ def generate(model: torch.nn.Module, prompts: Sequence[Sequence[int]], new_token
         max_new_tokens=new_tokens, min_new_tokens=new_tokens, eos_token_id=None, pad_token_id=0, use_cache=True,
     )
     return out[:, tokens.shape[1] :].tolist()
+
+
+@torch.no_grad()
+def generate_padded(
+    model: torch.nn.Module, prompts: Sequence[Sequence[int]], new_tokens: int, top_logprobs: int
+) -> tuple[list[list[int]], torch.Tensor]:
+    """Greedy tokens of prompts of unlike lengths, padded on the left, and their most likely tokens.
+
+    Returns:
+      Tokens per prompt, and log-probabilities [new_tokens, B, k].
+    """
+    longest = max(map(len, prompts))
+    tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros_like(tokens)
+    for row, prompt in enumerate(prompts):
+        tokens[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    collected: list[torch.Tensor] = []
+
+    def collect(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        top = torch.topk(logits, top_logprobs, dim=-1).values
+        collected.append(top - torch.logsumexp(logits, dim=-1, keepdim=True))
+        return logits
+
+    out = model.generate(
+        input_ids=tokens, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens, min_new_tokens=new_tokens,
+        eos_token_id=None, pad_token_id=0, use_cache=True,
+        logits_processor=transformers.LogitsProcessorList([collect]),
+    )  # fmt: skip
+    return out[:, longest:].tolist(), torch.stack(collected)

@@ -14,7 +14,12 @@ from cartridges_jax.benchmarks.results import Result
 
 OURS = "cartridges_jax"
 _INK, _MUTED, _GRID = "#1c1f26", "#5d6573", "#e3e6eb"
-_COLOURS = ("#0f766e", "#b45309", "#d9a066", "#6d7fb3", "#9aa3b2", "#be3455")
+_COLOURS = ("#0f766e", "#b45309")
+# The same side has the same colour in every figure: the first that fits its name.
+_BY_NAME = (
+    ("cartridges_jax int8", "#7cc4bb"), ("cartridges_jax", "#0f766e"), ("llama.cpp", "#9aa3b2"),
+    ("vllm bfloat16", "#aab6da"), ("vllm", "#6d7fb3"), ("bfloat16", "#e5b67f"), ("", "#b45309"),
+)  # fmt: skip
 _STYLE = {
     "font.size": 9,
     "text.color": _INK,
@@ -48,7 +53,7 @@ def grouped_bars(axes: Axes, groups: Sequence[str], series: dict[str, Sequence[f
     width = 0.8 / max(len(series), 1)
     for number, (name, values) in enumerate(series.items()):
         at = [group + (number - (len(series) - 1) / 2) * width for group in range(len(groups))]
-        drawn = axes.bar(at, [value or 0.0 for value in values], width * 0.92, label=name, color=_COLOURS[number % len(_COLOURS)])
+        drawn = axes.bar(at, [value or 0.0 for value in values], width * 0.92, label=name, color=_colour(name))
         labels = ["" if value is None else f"{value:.3g}" if value < 1000 else f"{value:,.0f}" for value in values]
         axes.bar_label(drawn, labels, fontsize=7, padding=2, color=_INK)
     axes.set_xticks(range(len(groups)), groups)
@@ -56,6 +61,10 @@ def grouped_bars(axes: Axes, groups: Sequence[str], series: dict[str, Sequence[f
     axes.grid(axis="x", visible=False)
     axes.margins(y=0.15)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.08), ncols=2)
+
+
+def _colour(name: str) -> str:
+    return next(colour for part, colour in _BY_NAME if part in name)
 
 
 def _series(rows: Sequence[dict[str, Any]], ours: str = OURS) -> dict[str, list[float | None]]:
@@ -90,6 +99,8 @@ def decode(result: Result, path: Path) -> None:
     def draw(axes):
         grouped_bars(axes[0], [f"batch {row['batch']}" for row in result.rows], _series(result.rows), result.unit)
         axes[0].set_yscale("log")
+        axes[0].yaxis.set_major_formatter("{x:g}")
+        axes[0].yaxis.set_minor_formatter("")
         axes[0].set_title("Greedy decode, tokens/s over the batch")
         first = result.more["first_token_seconds"]
         grouped_bars(
@@ -118,6 +129,9 @@ def cache_sweep(result: Result, path: Path) -> None:
                 )  # fmt: skip
         axes[0].set_xscale("log", base=2)
         axes[0].set_yscale("log")
+        for axis in (axes[0].xaxis, axes[0].yaxis):
+            axis.set_major_formatter("{x:g}")
+        axes[0].yaxis.set_minor_formatter("")
         axes[0].set_xlabel("cache size, slots (in brackets: the best batch)")
         axes[0].set_ylabel(result.unit)
         axes[0].set_title(f"Decode within {result.more['budget_gib']:g} GiB of KV")

@@ -26,4 +26,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, fields="the settings classes in cartridges_jax/benchmarks/ list the fields")

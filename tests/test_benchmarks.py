@@ -157,6 +157,8 @@ def test_the_launch_program_refuses_what_it_does_not_know(tmp_path):
     config = f"--config={ROOT / 'experiments' / 'benchmarks' / 'decode.py'}"
     done = launch(config, f"--workdir={tmp_path}", "--config.common.repeats=0")
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: repeats=0")
+    done = launch(config, f"--workdir={tmp_path}", "--config.batchs=(1,)")
+    assert done.returncode == 2 and "cartridges_jax/benchmarks/" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -229,13 +231,15 @@ def test_peft_generates_our_greedy_tokens_behind_a_cartridge_and_transformers_be
     ours = [g.token_ids for g in sampling.generate_tokens(tiny_model, prompts, prefix, max_tokens=10, stop_ids=())]
     plain = transformers_peft.load(exported, "float32")
     behind = transformers_peft.with_cartridge(
-        transformers_peft.load(exported, "float32"), np.asarray(prefix.keys), np.asarray(prefix.values), 1, trained=False
+        plain, np.asarray(prefix.keys), np.asarray(prefix.values), 1, trained=False
     )
+    # In turns, as the benchmark calls them: both are one model.
     assert transformers_peft.generate(behind, prompts, 10) == ours
     assert transformers_peft.generate(plain, [document + prompt for prompt in prompts], 10) == ours
     unlike = [document + prompts[0], document + prompts[1][:5]]
     padded, top = transformers_peft.generate_padded(plain, unlike, 10, 4)
     assert padded[0] == ours[0] and padded[1] == transformers_peft.generate(plain, unlike[1:], 10)[0]
+    assert transformers_peft.generate(behind, prompts, 10) == ours
     assert top.shape == (10, 2, 4) and (top.exp().sum(-1) <= 1).all()
 
 

@@ -100,9 +100,7 @@ def run(settings: DecodeSettings, workdir: Path) -> Result:
             arrays = [np.asarray(x, np.float32) for x in (cartridge.keys, cartridge.values)]
             for dtype in settings.peer_dtypes:
                 plain = transformers_peft.load(directory, dtype)
-                behind = transformers_peft.with_cartridge(
-                    transformers_peft.load(directory, dtype), *arrays, 1, trained=False
-                )
+                behind = transformers_peft.with_cartridge(plain, *arrays, 1, trained=False)
                 side[f"{TRANSFORMERS} {dtype}"] = behind, plain
         context = len(whole) + settings.prompt_tokens + settings.new_tokens + 16
         file = locate(common.model)

@@ -185,6 +185,7 @@ def run(settings: DecodeSettings, workdir: Path) -> Result:
                 ) / batch,
                 "same_tokens": {name: _agreement(answers[OURS], answers[name]) for name in side},
                 "seconds": {name: list(times[name].seconds) for name in calls},
+                "spread": {name: times[name].spread for name in calls},
                 "machine": {name: machine[name] for name in ("matmul_gflops", "bandwidth_gb_s")},
             })  # fmt: skip
 

@@ -33,6 +33,11 @@ class Times:
         """Amount of work a round / median seconds."""
         return amount / self.median
 
+    @property
+    def spread(self) -> float:
+        """Slowest round over fastest. Far above 1, somebody else used the machine: measure again."""
+        return max(self.seconds) / min(self.seconds)
+
     def times_faster_than(self, other: Times) -> float:
         """Median over the rounds of the other's seconds by one's own."""
         return statistics.median(b / a for a, b in zip(self.seconds, other.seconds, strict=True))

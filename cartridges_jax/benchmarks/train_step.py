@@ -214,6 +214,7 @@ def run(settings: TrainStepSettings, workdir: Path) -> Result:
             "fraction_of_limit": flops / own.median / (machine["matmul_gflops"] * 1e9),
             "gflop_per_round": flops / 1e9,
             "seconds": {name: list(times[name].seconds) for name in candidates},
+            "spread": {name: times[name].spread for name in candidates},
             "first_losses": {name: values[0] for name, values in losses.items()},
             "matmul_gflops": machine["matmul_gflops"],
         }

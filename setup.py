@@ -30,6 +30,13 @@ setup(
         "tqdm>=4.67,<5",
     ],
     extras_require={
+        "peers": [
+            "accelerate>=1.15,<2",
+            "peft>=0.21,<0.22",
+            "torch==2.13.0",
+            "transformers>=5.23,<6",
+            "xllamacpp==2026.10.11549",
+        ],
         "test": [
             "pytest>=9,<10",
             "pytest-xdist>=3.8,<4",

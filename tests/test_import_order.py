@@ -27,7 +27,7 @@ ORDER = [
     {"text"},
     {"formats"},
     {"parallel"},
-    {"cartridge", "rope", "quantized"},
+    {"cartridge", "rope", "quantized", "typed_config"},
     {"errors"},
 ]
 LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts}

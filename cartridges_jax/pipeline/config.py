@@ -2,8 +2,6 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
-from typing import Any
 
 import ml_collections
 
@@ -12,6 +10,7 @@ from cartridges_jax.errors import UserError
 from cartridges_jax.evaluation.evaluate import EvaluationSettings
 from cartridges_jax.models.model import DTYPES, WEIGHTS
 from cartridges_jax.selfstudy.synthesis import SynthesisSettings
+from cartridges_jax.typed_config import build
 
 # The document that ships with the package.
 QUICKSTART = "quickstart"
@@ -165,36 +164,6 @@ def from_config_dict(config: ml_collections.ConfigDict) -> RunConfig:
     except OSError as error:
         # A config flag reports a file that it could not load when its value is first read.
         raise UserError(f"the config file cannot be loaded: {str(error).splitlines()[-1].strip()}") from None
-    run = _build(RunConfig, values, "config")
+    run = build(RunConfig, values, "config", "pipeline.config.default_config()")
     run.check()
     return run
-
-
-def _build(cls: type, values: dict[str, Any], path: str) -> Any:
-    types = typing.get_type_hints(cls)
-    unknown = sorted(set(values) - set(types))
-    if unknown:
-        raise UserError(f"{path} has no field {unknown[0]!r}: its fields are {', '.join(types)}")
-    missing = sorted(set(types) - set(values))
-    if missing:
-        raise UserError(f"{path} lacks the field {missing[0]!r}: start from pipeline.config.default_config()")
-    built = {}
-    for name, kind in types.items():
-        value = values[name]
-        if dataclasses.is_dataclass(kind):
-            value = _build(kind, value, f"{path}.{name}")
-        else:
-            value = _typed(kind, value, f"{path}.{name}")
-        built[name] = value
-    return cls(**built)
-
-
-def _typed(kind: Any, value: Any, path: str) -> Any:
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    plain = typing.get_origin(kind) or kind
-    if not isinstance(value, plain) or (plain is int and isinstance(value, bool)):
-        raise UserError(f"{path}={value!r} is a {type(value).__name__}: give a {plain.__name__}")
-    if plain is dict:
-        return {key: _typed(float, item, f"{path}.{key}") for key, item in value.items()}
-    return value

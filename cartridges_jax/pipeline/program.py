@@ -13,8 +13,11 @@ from cartridges_jax.errors import UserError
 from cartridges_jax.pipeline.signals import Interrupted
 
 
-def run_program(main: Callable[[], None]) -> None:
+def run_program(main: Callable[[], None], *, fields: str = "cartridges_jax/pipeline/config.py lists the fields") -> None:
     """Parses the flags, runs `main` and exits.
+
+    Args:
+      fields: where a user finds the config's fields, for the message about an unknown one.
 
     Exit codes: 0; 2 for bad input, after one line on stderr; 128 + the signal's number
     when stopped by SIGINT or SIGTERM.
@@ -28,7 +31,7 @@ def run_program(main: Callable[[], None]) -> None:
         except (KeyError, AttributeError) as error:
             # What ml_collections raises for a field that the config does not have.
             name = str(error).strip("\"'")
-            _fail(f"the config has no field {name!r}: cartridges_jax/pipeline/config.py lists the fields")
+            _fail(f"the config has no field {name!r}: {fields}")
         except (flags.Error, TypeError, ValueError) as error:
             _fail(str(error))
 

@@ -1,0 +1,1 @@
+"""Measurements against other libraries on this machine; `launch/benchmark.py` runs them."""

@@ -1,0 +1,227 @@
+"""Decode speed over the size of the cache, at the best batch that a memory budget allows.
+
+Two sides: every row with slots of its own (a document per conversation in its context),
+and one prefix that all rows share (a cartridge, or a document that everybody asks
+about). The keys are random: how fast they are read does not depend on what they say.
+"""
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from cartridges_jax import cartridge
+from cartridges_jax.benchmarks import figures
+from cartridges_jax.benchmarks.inputs import COMMON, Common, config_dict, read_model
+from cartridges_jax.benchmarks.limits import decode_bytes, decode_flops, kv_bytes_per_token, step_seconds_at_least
+from cartridges_jax.benchmarks.machine import BANDWIDTH, MATMUL, Ceilings
+from cartridges_jax.benchmarks.results import Bar, Result
+from cartridges_jax.benchmarks.timing import WARMUPS, Times, interleaved
+from cartridges_jax.cartridge import KVPrefix
+from cartridges_jax.errors import UserError
+from cartridges_jax.models import Cache, Decoder, Model, ModelConfig, empty_cache, lm_logits
+
+NAME = "cache_sweep"
+OWN, SHARED = "own", "shared"
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheSweepSettings:
+    """What is measured.
+
+    Attributes:
+      sizes: slots of the cache, own or shared; the smallest and largest give the ratios.
+      headline: the size whose shared prefix gives the headline.
+      budget_gib: of keys and values, prefix and rows together.
+      batches: the batch sizes to choose among; those that do not fit are left out.
+      own_tokens: what every row behind a shared prefix holds of its own.
+      steps: decode steps a measured round.
+      dtype: of the model and the cache.
+    """
+
+    common: Common
+    sizes: tuple[int, ...]
+    headline: int
+    budget_gib: float
+    batches: tuple[int, ...]
+    own_tokens: int
+    steps: int
+    dtype: str
+
+    def check(self) -> None:
+        """Raises UserError for a value that the benchmark could not use."""
+        if self.headline not in self.sizes:
+            raise UserError(f"headline={self.headline} is none of sizes={self.sizes}")
+        if self.steps < 1 or not self.batches or min(self.batches) < 1 or not self.budget_gib > 0:
+            raise UserError("steps, batches and budget_gib must be above 0")
+
+
+def default_config():
+    """The defaults that experiments override."""
+    return config_dict(NAME, CacheSweepSettings(
+        common=dataclasses.replace(COMMON, peers=False), sizes=(128, 256, 512, 1024, 2048, 4096, 8192), headline=256,
+        budget_gib=6.0, batches=(1, 4, 8, 16, 32, 64, 128, 256), own_tokens=64, steps=8, dtype="float32",
+    ))  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("config", "num_steps"), donate_argnames=("cache",))
+def greedy_steps(
+    config: ModelConfig, params: Any, prefix: KVPrefix | None, cache: Cache, tokens: Array, *, num_steps: int
+) -> tuple[Cache, Array]:
+    """`num_steps` greedy tokens of every row [B]; the cache goes back to the lengths it came with."""
+    start = 0 if prefix is None else prefix.next_position
+
+    def step(carry, _):
+        cache, tokens = carry
+        hidden, cache, _ = Decoder(config).apply(
+            {"params": params}, tokens[:, None], start + cache.lengths[:, None], jnp.ones_like(tokens)[:, None],
+            prefix=prefix, cache=cache,
+        )
+        return (cache, jnp.argmax(lm_logits(params, config, hidden[:, 0]), axis=-1).astype(jnp.int32)), None
+
+    lengths = cache.lengths
+    (cache, tokens), _ = jax.lax.scan(step, (cache, tokens), length=num_steps)
+    return cache.replace(lengths=lengths), tokens
+
+
+class Decoding:
+    """B rows that hold `own` slots each, behind a prefix or none."""
+
+    def __init__(self, model: Model, prefix: KVPrefix | None, num_rows: int, own: int, num_steps: int):
+        self._model, self._prefix, self._steps = model, prefix, num_steps
+        empty = empty_cache(model.config, num_rows, own + num_steps, model.dtype)
+        # Small and not constant: nothing may be folded away.
+        fill = jnp.linspace(-0.5, 0.5, model.config.head_dim, dtype=model.dtype)
+        cache = Cache(
+            keys=empty.keys + fill, values=empty.values + fill, lengths=jnp.full((num_rows,), own, jnp.int32)
+        )
+        tokens = jnp.arange(num_rows, dtype=jnp.int32) % model.config.vocab_size
+        # Committed to the device, as what the program returns is: else the second call compiles again.
+        self._cache, self._tokens = jax.device_put((cache, tokens), jax.devices()[0])
+
+    def __call__(self) -> None:
+        self._cache, self._tokens = greedy_steps(
+            self._model.config, self._model.params, self._prefix, self._cache, self._tokens, num_steps=self._steps
+        )
+        jax.block_until_ready(self._tokens)
+
+
+def random_prefix(model: Model, num_slots: int, seed: int) -> KVPrefix:
+    config = model.config
+    shape = (config.num_layers, config.num_kv_heads, num_slots, config.head_dim)
+    keys, values = (jax.random.normal(key, shape, model.dtype) for key in jax.random.split(jax.random.key(seed)))
+    return cartridge.from_plain_tokens(keys, values)
+
+
+def fitting(settings: CacheSweepSettings, bytes_per_slot: int, kind: str, size: int) -> list[int]:
+    """The batch sizes whose keys and values fit the budget."""
+    budget = settings.budget_gib * 2**30
+
+    def needed(rows: int) -> int:
+        own = size if kind == OWN else settings.own_tokens
+        return bytes_per_slot * ((size if kind == SHARED else 0) + rows * (own + settings.steps))
+
+    return [rows for rows in sorted(settings.batches) if needed(rows) <= budget]
+
+
+def run(settings: CacheSweepSettings, workdir: Path) -> Result:
+    """Measures both sides over all sizes; writes the figure.
+
+    A side's batch is chosen from single warm rounds, climbing while it pays; only the
+    chosen one is measured with repeats, in turns with the other side.
+    """
+    common = settings.common
+    model = read_model(common, dtype=settings.dtype)
+    bytes_per_slot = kv_bytes_per_token(model.config, model.dtype)
+    ceilings = Ceilings(model.config, 512, 128)
+    rows, machines = [], []
+    for size in settings.sizes:
+        prefix = random_prefix(model, size, common.seed)
+        best: dict[str, int] = {}
+        for kind in (SHARED, OWN):
+            batches = fitting(settings, bytes_per_slot, kind, size)
+            if batches:
+                best[kind] = _best_batch(settings, model, prefix, kind, size, batches)
+        both: dict[str, Callable[[], object]] = {
+            kind: _decoding(settings, model, prefix, kind, size, batch) for kind, batch in best.items()
+        }
+        with Bar((common.repeats + WARMUPS) * (len(both) + 2), f"{NAME} {size} slots") as tick:
+            times = interleaved({**both, **ceilings.candidates}, repeats=common.repeats, on_progress=tick)
+        machine = ceilings.measured(times)
+        machines.append(machine)
+        rows += [_row(settings, model, kind, size, batch, times, machine) for kind, batch in best.items()]
+        del both
+
+    headline = next(row for row in rows if row["kind"] == SHARED and row["slots"] == settings.headline)
+    others = {
+        f"{kind} {size}": next((row for row in rows if row["kind"] == kind and row["slots"] == size), None)
+        for kind in (OWN, SHARED) for size in (settings.headline, max(settings.sizes))
+    }  # fmt: skip
+    headline["peers"] = {name: row["value"] for name, row in others.items() if row and row is not headline}
+    headline["ratio"] = {name: headline["value"] / value for name, value in headline["peers"].items()}
+    result = Result(
+        benchmark=NAME,
+        unit="tokens/s",
+        rows=[headline, *(row for row in rows if row is not headline)],
+        machine=machines[0],
+        absent=[],
+        more={"budget_gib": settings.budget_gib, "own_tokens": settings.own_tokens, "kv_bytes_per_token": bytes_per_slot,
+              "repeats": common.repeats},
+    )  # fmt: skip
+    figures.cache_sweep(result, workdir / f"{NAME}.png")
+    return result
+
+
+def _decoding(
+    settings: CacheSweepSettings, model: Model, prefix: KVPrefix, kind: str, size: int, batch: int
+) -> Decoding:
+    if kind == OWN:
+        return Decoding(model, None, batch, size, settings.steps)
+    return Decoding(model, prefix, batch, settings.own_tokens, settings.steps)
+
+
+def _best_batch(
+    settings: CacheSweepSettings, model: Model, prefix: KVPrefix, kind: str, size: int, batches: list[int]
+) -> int:
+    """Doubles the batch until it no longer pays."""
+    best, speed = batches[0], 0.0
+    with Bar(3 * len(batches), f"{NAME} {size} slots, batch of {kind}") as tick:
+        for batch in batches:
+            name = f"{kind} {batch}"
+            calls = {name: _decoding(settings, model, prefix, kind, size, batch)}
+            found = interleaved(calls, repeats=1, on_progress=tick)[name].per_second(batch * settings.steps)
+            if found < 0.9 * speed:
+                break
+            if found > speed:
+                best, speed = batch, found
+    return best
+
+
+def _row(
+    settings: CacheSweepSettings, model: Model, kind: str, size: int, batch: int, times: dict[str, Times],
+    machine: dict[str, Any],
+) -> dict[str, Any]:
+    own = (size if kind == OWN else settings.own_tokens) + settings.steps / 2
+    shared = size if kind == SHARED else 0
+    flops = decode_flops(model.config, batch, shared + own)
+    read = decode_bytes(model.config, model.params, model.dtype, batch, shared, own)
+    at_least = settings.steps * step_seconds_at_least(flops, read, machine)
+    return {
+        "kind": kind,
+        "slots": size,
+        "batch": batch,
+        "value": times[kind].per_second(batch * settings.steps),
+        "peers": {},
+        "ratio": {},
+        "fraction_of_limit": at_least / times[kind].median,
+        "limit": batch * settings.steps / at_least,
+        "bound_by": BANDWIDTH if read / machine["bandwidth_gb_s"] > flops / machine["matmul_gflops"] else MATMUL,
+        "kv_gib": kv_bytes_per_token(model.config, model.dtype) * (shared + batch * (own + settings.steps / 2)) / 2**30,
+        "seconds": list(times[kind].seconds),
+    }

@@ -1,0 +1,104 @@
+"""What this machine can do at best: matrix products at the model's shapes, and memory reads.
+
+Both ceilings are candidates of `timing.interleaved` like everything else, so that they
+are slowed by the same neighbours as what is measured against them.
+"""
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cartridges_jax.benchmarks.limits import layer_matmul_shapes, layer_weights
+from cartridges_jax.benchmarks.timing import Times
+from cartridges_jax.models import ModelConfig
+
+MATMUL, BANDWIDTH = "ceiling: matmul", "ceiling: memory"
+# Well beyond the last-level cache of a desktop or a cloud slice.
+_BANDWIDTH_ROWS, _BANDWIDTH_COLUMNS = 1 << 16, 1 << 10
+
+
+class Ceilings:
+    """The two probes, and what their times mean.
+
+    Attributes:
+      candidates: name to call, for `timing.interleaved`.
+    """
+
+    def __init__(self, config: ModelConfig, num_tokens: int, num_head_rows: int):
+        """
+        Args:
+          num_tokens: rows of the layers' products, as the benchmark has them.
+          num_head_rows: rows of the LM head's product.
+        """
+        self._flops = 2 * (
+            config.num_layers * num_tokens * layer_weights(config)
+            + num_head_rows * config.d_model * config.vocab_size
+        )
+        rng = np.random.default_rng(0)
+
+        def normal(*shape):
+            return jnp.asarray(rng.standard_normal(shape, np.float32) * shape[-1] ** -0.5)
+
+        weights = [normal(*shape) for shape in layer_matmul_shapes(config)]
+        x, rows, table = normal(num_tokens, config.d_model), normal(num_head_rows, config.d_model), normal(
+            config.vocab_size, config.d_model
+        )
+        memory = jnp.ones((_BANDWIDTH_ROWS, _BANDWIDTH_COLUMNS), jnp.float32)
+        self._bytes = memory.nbytes
+
+        @jax.jit
+        def products(x, weights, rows, table):
+            """The products of one forward pass and little else."""
+            q, k, v, o, gate, up, down = weights
+
+            def layer(_, x):
+                mixed = (x @ q) @ o + (x @ k).sum() + (x @ v).sum()
+                return 0.1 * (mixed + ((x @ gate) * (x @ up)) @ down)
+
+            return jax.lax.fori_loop(0, config.num_layers, layer, x), jnp.einsum("nd,vd->nv", rows, table)
+
+        read = jax.jit(lambda memory: memory.sum(axis=1))
+        self.candidates: dict[str, Callable[[], object]] = {
+            MATMUL: lambda: jax.block_until_ready(products(x, weights, rows, table)),
+            BANDWIDTH: lambda: jax.block_until_ready(read(memory)),
+        }
+
+    def measured(self, times: Mapping[str, Times]) -> dict[str, Any]:
+        """What the results' `machine` holds: both ceilings, and what ran where."""
+        return {
+            "matmul_gflops": times[MATMUL].per_second(self._flops) / 1e9,
+            "bandwidth_gb_s": times[BANDWIDTH].per_second(self._bytes) / 1e9,
+            **description(),
+        }
+
+
+def description() -> dict[str, Any]:
+    """Processor, cores, load, and the versions of what is compared."""
+    versions = {}
+    for package in ("jax", "torch", "transformers", "peft", "xllamacpp"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 1),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,43 @@
+"""llama.cpp (the `xllamacpp` wheel) at batch 1: its server inside this process, on loopback."""
+from __future__ import annotations
+
+import json
+import os
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+
+import xllamacpp
+
+
+class Server:
+    """Serves one GGUF file; it stops when the object is garbage."""
+
+    def __init__(self, model: Path, *, context: int, num_threads: int):
+        parameters = xllamacpp.CommonParams()
+        parameters.model.path = str(model)
+        parameters.n_ctx = context
+        parameters.n_parallel = 1
+        parameters.verbosity = -1
+        parameters.cpuparams.n_threads = num_threads or os.cpu_count() or 1
+        parameters.hostnames = ["127.0.0.1"]
+        parameters.port = 0
+        self._server = xllamacpp.Server(parameters)
+        self._address = self._server.listening_address
+
+    def generate(self, prompt: Sequence[int], new_tokens: int, *, cached: bool = True) -> int:
+        """Greedy tokens behind a prompt whose beginning may still be in the cache; returns how many."""
+        answer = self._post("/completion", {
+            "prompt": list(prompt), "n_predict": new_tokens, "temperature": 0, "ignore_eos": True,
+            "cache_prompt": cached,
+        })  # fmt: skip
+        return answer["tokens_predicted"]
+
+    def _post(self, path: str, body: dict) -> dict:
+        request = urllib.request.Request(
+            self._address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        # No proxy: the server is on loopback.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request, timeout=600) as response:
+            return json.load(response)

@@ -1,0 +1,204 @@
+"""Self-study of one chunk, in conversations per second, against the same loop without sharing.
+
+Ours is `selfstudy.synthesise`: A's examples and the chunk are read once, all rows share
+them, and rows that end make room. The peer does the same loop with transformers'
+`generate`: every row carries its own copy of the examples or the chunk in its prompt, and a
+batch runs until its longest row ends. It reads the same prompts, generates as many
+messages as A wrote and as many answers as were kept, to the lengths they had; and it
+takes the teacher's top log-probabilities from the same steps.
+"""
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from cartridges_jax.benchmarks import figures, peers
+from cartridges_jax.benchmarks.inputs import COMMON, STUDY, Common, config_dict, read_model, read_text
+from cartridges_jax.benchmarks.limits import layer_weights
+from cartridges_jax.benchmarks.machine import Ceilings
+from cartridges_jax.benchmarks.peers import TRANSFORMERS, hugging_face
+from cartridges_jax.benchmarks.results import Bar, Result, say_absent
+from cartridges_jax.benchmarks.timing import WARMUPS, interleaved
+from cartridges_jax.corpus.documents import Document
+from cartridges_jax.data.conversations import Conversation, read_shard
+from cartridges_jax.errors import UserError
+from cartridges_jax.models import Model, ModelConfig
+from cartridges_jax.selfstudy.plan import plan_batches
+from cartridges_jax.selfstudy.seeds import FAMILIES
+from cartridges_jax.selfstudy.synthesis import SynthesisSettings, synthesise
+
+NAME = "self_study"
+OURS = "cartridges_jax"
+
+
+@dataclasses.dataclass(frozen=True)
+class SelfStudySettings:
+    """What is measured.
+
+    Attributes:
+      chunk_tokens: of the document's beginning.
+      study: how it is studied; `conversations` are wanted of it, from batches of
+        `requests_per_batch` messages. Batches beyond the first count too.
+      peer_dtypes: the peer's.
+      peer_rows: rows the peer decodes together.
+    """
+
+    common: Common
+    chunk_tokens: int
+    study: SynthesisSettings
+    peer_dtypes: tuple[str, ...]
+    peer_rows: int
+
+    def check(self) -> None:
+        """Raises UserError for a value that the benchmark could not use."""
+        self.study.check()
+        if self.chunk_tokens < 1 or self.peer_rows < 1:
+            raise UserError("chunk_tokens and peer_rows must be 1 or more")
+        if self.study.writer != "completion":
+            raise UserError("study.writer: the benchmark's peer writes by completion only")
+
+
+def default_config():
+    """The defaults that experiments override."""
+    return config_dict(NAME, SelfStudySettings(
+        common=COMMON,
+        chunk_tokens=1024,
+        study=dataclasses.replace(
+            STUDY, conversations=32, requests_per_batch=64, chunk_min_tokens=1024, chunk_max_tokens=1024,
+            teacher_context="chunk",
+        ),
+        peer_dtypes=("float32", "bfloat16"),
+        peer_rows=32,
+    ))  # fmt: skip
+
+
+class Row(NamedTuple):
+    """One row of the peer's batches.
+
+    Attributes:
+      front: what other rows have in front as well.
+      own: the rest of the prompt.
+      new_tokens: how many follow.
+    """
+
+    front: tuple[int, ...]
+    own: list[int]
+    new_tokens: int
+
+
+def rows_of(
+    model: Model, chunk: Document, settings: SynthesisSettings, kept: list[Conversation], num_batches: int, seed: int
+) -> tuple[list[Row], list[Row]]:
+    """The same work as one prompt per row: messages, and answers.
+
+    Messages that were dropped are not on disk: all are taken to be as long as the kept
+    ones are on average.
+    """
+    encode = model.tokenizer.encode
+    plan = plan_batches(
+        chunk.text, model.tokenizer, num_batches=num_batches, requests_per_batch=settings.requests_per_batch,
+        chunk_min_tokens=settings.chunk_min_tokens, chunk_max_tokens=settings.chunk_max_tokens,
+        families=settings.families, seed=seed,
+    )  # fmt: skip
+    lengths = [len(conversation.messages[0].token_ids) for conversation in kept]
+    typical = round(sum(lengths) / len(lengths))
+    messages, answers = [], []
+    for request in (request for batch in plan for request in batch.requests):
+        pattern = FAMILIES[request.family].pattern
+        lines = [pattern.header, ""]
+        for sentence, message in pattern.examples:
+            lines += [f"Fact: {sentence}", f"{pattern.label}: {message}", ""]
+        own = encode(f"Fact: {request.sentence}\n{pattern.label}:")
+        messages.append(Row(tuple(encode("\n".join(lines) + "\n")), own, typical))
+    front = tuple(model.chat.system_prefix(chunk.text).token_ids)
+    for conversation in kept:
+        user, assistant = conversation.messages
+        turn = model.chat.render_continuation([{"role": "user", "content": user.content}])
+        answers.append(Row(front, turn.token_ids, len(assistant.token_ids)))
+    return messages, answers
+
+
+def batched(rows: list[Row], num_rows: int) -> list[list[Row]]:
+    """Rows of like length together, so that little of a batch is padding."""
+    ordered = sorted(rows, key=lambda row: len(row.front) + len(row.own))
+    return [ordered[at : at + num_rows] for at in range(0, len(ordered), num_rows)]
+
+
+def flops_with_sharing(config: ModelConfig, rows: list[Row]) -> int:
+    """Products with weights when every front is read once; attention is left out (a lower bound)."""
+    generated = sum(row.new_tokens for row in rows)
+    read = sum(map(len, {row.front for row in rows})) + sum(len(row.own) for row in rows)
+    layers = 2 * config.num_layers * layer_weights(config) * (read + generated)
+    return layers + 2 * config.d_model * config.vocab_size * generated
+
+
+def run(settings: SelfStudySettings, workdir: Path) -> Result:
+    """Measures both sides; writes the figure."""
+    common, study = settings.common, settings.study
+    model = read_model(common)
+    document = read_text(common)
+    tokens = model.tokenizer.encode(document.text)[: settings.chunk_tokens]
+    chunk = Document(document.name, model.tokenizer.decode(tokens))
+    shards = workdir / "shards"
+
+    def ours() -> None:
+        shutil.rmtree(shards, ignore_errors=True)
+        shards.mkdir(parents=True)
+        synthesise(model, chunk, shards, study, seed=common.seed)
+
+    with Bar(1, f"{NAME} first run") as tick:
+        ours()
+        tick(OURS)
+    paths = sorted(shards.glob("shard-*.parquet"))
+    kept = [conversation for path in paths for conversation in read_shard(path)]
+    messages, answers = rows_of(model, chunk, study, kept, 4 * -(-study.conversations // study.requests_per_batch), common.seed)
+    messages = messages[: len(paths) * study.requests_per_batch]
+
+    missing = [peer for peer in [peers.absent(TRANSFORMERS)] if peer and common.peers]
+    say_absent(missing)
+    calls = {OURS: ours}
+    if common.peers and not missing:
+        from cartridges_jax.benchmarks.peers import transformers_peft
+
+        transformers_peft.use_threads(common.threads)
+        directory = hugging_face.export(model, workdir / "hugging_face")
+        batches = batched(messages, settings.peer_rows) + batched(answers, settings.peer_rows)
+        for dtype in settings.peer_dtypes:
+            loaded = transformers_peft.load(directory, dtype)
+
+            def theirs(loaded=loaded) -> None:
+                for batch in batches:
+                    transformers_peft.generate_padded(
+                        loaded, [[*row.front, *row.own] for row in batch], max(row.new_tokens for row in batch),
+                        study.top_logprobs,
+                    )  # fmt: skip
+
+            calls[f"transformers {dtype}"] = theirs
+    ceilings = Ceilings(model.config, 512, 128)
+    both = {**calls, **ceilings.candidates}
+    with Bar((common.repeats + WARMUPS) * len(both), NAME) as tick:
+        times = interleaved(both, repeats=common.repeats, on_progress=tick)
+    machine = ceilings.measured(times)
+    own = times[OURS]
+    rivals = [name for name in calls if name != OURS]
+    flops = flops_with_sharing(model.config, messages + answers)
+    row = {
+        "chunk_tokens": len(tokens),
+        "conversations": len(kept),
+        "messages": len(messages),
+        "tokens_generated": sum(row.new_tokens for row in messages + answers),
+        "value": own.per_second(len(kept)),
+        "peers": {name: times[name].per_second(len(kept)) for name in rivals},
+        "ratio": {name: own.times_faster_than(times[name]) for name in rivals},
+        "fraction_of_limit": flops / (machine["matmul_gflops"] * 1e9) / own.median,
+        "seconds": {name: list(times[name].seconds) for name in calls},
+    }
+    shutil.rmtree(shards, ignore_errors=True)
+    result = Result(
+        benchmark=NAME, unit="conversations/s", rows=[row], machine=machine, absent=missing,
+        more={"repeats": common.repeats},
+    )  # fmt: skip
+    figures.self_study(result, workdir / f"{NAME}.png")
+    return result

@@ -1,0 +1,269 @@
+"""One distillation step, in target tokens per second, against transformers + PEFT's cartridge.
+
+Both sides train the same cartridge of the same model on the same conversations, with the
+same targets, loss, clipping and optimizer. Ours packs the conversations into rows as the
+trainer does; the peer pads its batch to the longest of them. Both pay for preparing the
+batch.
+"""
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from cartridges_jax.benchmarks import figures, memory, peers
+from cartridges_jax.benchmarks.inputs import (
+    COMMON,
+    Common,
+    config_dict,
+    make_conversations,
+    read_conversations,
+    read_model,
+    read_text,
+)
+from cartridges_jax.benchmarks.limits import distillation_flops
+from cartridges_jax.benchmarks.machine import Ceilings
+from cartridges_jax.benchmarks.peers import TRANSFORMERS, hugging_face
+from cartridges_jax.benchmarks.results import Bar, Result, say_absent
+from cartridges_jax.benchmarks.timing import WARMUPS, interleaved
+from cartridges_jax.cartridge import KVPrefix
+from cartridges_jax.data.packing import Example, PackingPlan, plan_packing, render_example
+from cartridges_jax.distill.initialise import initialise_from_first_tokens
+from cartridges_jax.distill.step import cartridge_trainable, combine_cartridge, init_state, learning_mask, train_step
+from cartridges_jax.distill.trainer import TrainSettings, make_optimizer
+from cartridges_jax.errors import UserError
+from cartridges_jax.models import Model
+
+NAME = "train_step"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStepSettings:
+    """What is measured.
+
+    Attributes:
+      slots: P, one setting each; the first gives the headline.
+      dtype: ours.
+      peer_dtypes: the peer's.
+      conversations: study directory of a finished run; "" makes a few.
+      num_conversations: how many are made.
+      steps_per_round: different batches in a measured round.
+      measure_memory: also run each side by itself in a process of its own.
+      num_frozen: first slots that do not learn.
+      train: the trainer's settings; rows, lengths and rates are used.
+    """
+
+    common: Common
+    slots: tuple[int, ...]
+    dtype: str
+    peer_dtypes: tuple[str, ...]
+    conversations: str
+    num_conversations: int
+    steps_per_round: int
+    measure_memory: bool
+    num_frozen: int
+    train: TrainSettings
+
+    def check(self) -> None:
+        """Raises UserError for a value that the benchmark could not use."""
+        if not self.slots or min(self.slots) <= self.num_frozen:
+            raise UserError(f"slots={self.slots}: give sizes above num_frozen={self.num_frozen}")
+        if self.steps_per_round < 1 or self.num_conversations < 1:
+            raise UserError("steps_per_round and num_conversations must be 1 or more")
+        self.train.check()
+
+
+def default_config():
+    """The defaults that experiments override."""
+    return config_dict(NAME, TrainStepSettings(
+        common=COMMON,
+        slots=(128, 512),
+        dtype="float32",
+        peer_dtypes=("float32", "bfloat16"),
+        conversations="",
+        num_conversations=48,
+        steps_per_round=1,
+        measure_memory=True,
+        num_frozen=1,
+        train=TrainSettings(
+            steps=140, learning_rate=4e-2, schedule="constant", warmup_steps=0, final_fraction=1.0, clip_norm=1.0,
+            rows_per_step=4, row_tokens=128, micro_batches=1, targets="assistant", tail="class", remat=False,
+            eval_every=40, checkpoint_every=20, keep_checkpoints=2, max_refused_in_a_row=5,
+        ),
+    ))  # fmt: skip
+
+
+class Ours:
+    """Our trainer's step, one batch after the other."""
+
+    def __init__(self, model: Model, prefix: KVPrefix, plan: PackingPlan, settings: TrainStepSettings):
+        self._model, self._prefix, self._plan, self._settings = model, prefix, plan, settings
+        self._optimizer = make_optimizer(settings.train)
+        self._mask = learning_mask(prefix.num_slots, settings.num_frozen)[:, None]
+        # Committed to the device, as what the step returns is: else the second step compiles again.
+        self.state = jax.device_put(init_state(cartridge_trainable(prefix), self._optimizer), jax.devices()[0])
+
+    def step(self, batch: int) -> float:
+        """One optimizer step on a batch of the plan; returns the loss."""
+        self.state, metrics = train_step(
+            self._model.config, self._optimizer, combine_cartridge, self._model.params, self._prefix, self._mask,
+            self.state, self._plan.batch(batch), tail=self._settings.train.tail, remat=self._settings.train.remat,
+        )  # fmt: skip
+        return float(metrics["loss"])
+
+    def round(self) -> list[float]:
+        return [self.step(batch) for batch in range(len(self._plan.steps))]
+
+
+def members(plan: PackingPlan) -> list[list[Example]]:
+    """The conversations of every step, as the peer is given them."""
+    return [[plan.examples[i] for row in rows for i in row] for rows in plan.steps]
+
+
+def peer_round(trainer: Any, batches: Sequence[Sequence[Example]]) -> Callable[[], list[float]]:
+    return lambda: [trainer.step(batch) for batch in batches]
+
+
+def plan_of(examples: list[Example], settings: TrainStepSettings) -> PackingPlan:
+    train = settings.train
+    return plan_packing(
+        examples, num_steps=settings.steps_per_round, rows_per_step=train.rows_per_step, row_tokens=train.row_tokens,
+        micro_batches=train.micro_batches, seed=settings.common.seed,
+    )  # fmt: skip
+
+
+def examples_of(model: Model, settings: TrainStepSettings, workdir: Path) -> list[Example]:
+    """The conversations that fit a row, rendered."""
+    if settings.conversations:
+        conversations = read_conversations(settings.conversations)
+    else:
+        common = settings.common
+        directory = workdir / "study" / f"{settings.num_conversations}-{common.seed}-{model.source_sha256[:8]}"
+        conversations = make_conversations(model, read_text(common), directory, settings.num_conversations, common.seed)
+    examples = [render_example(c, model.chat, targets=settings.train.targets) for c in conversations]
+    return [example for example in examples if len(example.tokens) <= settings.train.row_tokens]
+
+
+def run(settings: TrainStepSettings, workdir: Path) -> Result:
+    """Measures every P; writes the figure."""
+    common = settings.common
+    model = read_model(common, dtype=settings.dtype)
+    document = read_text(common)
+    examples = examples_of(model, settings, workdir)
+    plan = plan_of(examples, settings)
+    batches = members(plan)
+    used = [example for batch in batches for example in batch]
+    lengths, num_targets = [len(e.tokens) for e in used], sum(len(e.rows) for e in used)
+
+    missing = [peer for peer in [peers.absent(TRANSFORMERS)] if peer and common.peers]
+    say_absent(missing)
+    with_peers = common.peers and not missing
+    if with_peers:
+        from cartridges_jax.benchmarks.peers import transformers_peft
+
+        transformers_peft.use_threads(common.threads)
+        float_model = model if settings.dtype == "float32" else read_model(common)
+        directory = hugging_face.export(float_model, workdir / "hugging_face")
+        loaded = {dtype: transformers_peft.load(directory, dtype) for dtype in settings.peer_dtypes}
+
+    tokens = settings.train.rows_per_step * settings.train.row_tokens
+    ceilings = Ceilings(model.config, tokens, plan.num_targets * settings.train.micro_batches)
+    rows, machines = [], []
+    for num_slots in settings.slots:
+        prefix = initialise_from_first_tokens(model, document.text, num_slots)
+        ours = Ours(model, prefix, plan, settings)
+        losses: dict[str, list[float]] = {}
+
+        def keep(name: str, call: Callable[[], list[float]], losses=losses) -> Callable[[], None]:
+            def timed() -> None:
+                losses.setdefault(name, call())
+
+            return timed
+
+        candidates = {"cartridges_jax": keep("cartridges_jax", ours.round)}
+        if with_peers:
+            arrays = [np.asarray(x, np.float32) for x in (prefix.keys, prefix.values)]
+            for dtype, frozen in loaded.items():
+                wrapped = transformers_peft.with_cartridge(frozen, *arrays, settings.num_frozen, trained=True)
+                trainer = transformers_peft.Trainer(
+                    wrapped, learning_rate=settings.train.learning_rate, clip_norm=settings.train.clip_norm
+                )
+                name = f"{TRANSFORMERS} {dtype}"
+                candidates[name] = keep(name, peer_round(trainer, batches))
+        both = {**candidates, **ceilings.candidates}
+        with Bar((common.repeats + WARMUPS) * len(both), f"{NAME} P={num_slots}") as tick:
+            times = interleaved(both, repeats=common.repeats, on_progress=tick)
+        machine = ceilings.measured(times)
+        machines.append(machine)
+        own = times["cartridges_jax"]
+        flops = sum(
+            distillation_flops(model.config, [len(e.tokens) for e in batch], sum(len(e.rows) for e in batch), num_slots)
+            for batch in batches
+        )
+        rivals = [name for name in candidates if name != "cartridges_jax"]
+        row = {
+            "slots": num_slots,
+            "value": own.per_second(num_targets),
+            "peers": {name: times[name].per_second(num_targets) for name in rivals},
+            "ratio": {name: own.times_faster_than(times[name]) for name in rivals},
+            "fraction_of_limit": flops / own.median / (machine["matmul_gflops"] * 1e9),
+            "gflop_per_round": flops / 1e9,
+            "seconds": {name: list(times[name].seconds) for name in candidates},
+            "spread": {name: times[name].spread for name in candidates},
+            "first_losses": {name: values[0] for name, values in losses.items()},
+            "matmul_gflops": machine["matmul_gflops"],
+        }
+        if settings.measure_memory:
+            row["peak_bytes"] = _peaks(settings, workdir, used, prefix, [n for n in candidates])
+        rows.append(row)
+
+    result = Result(
+        benchmark=NAME,
+        unit="target tokens/s",
+        rows=rows,
+        machine=machines[0],
+        absent=missing,
+        more={
+            "conversations": len(used),
+            "target_tokens": num_targets,
+            "tokens": sum(lengths),
+            "packed_tokens": settings.steps_per_round * tokens,
+            "padded_tokens": sum(len(batch) * max(len(e.tokens) for e in batch) for batch in batches),
+            "length_histogram": dict(sorted(collections.Counter(len(e.tokens) for e in examples).items())),
+            "repeats": common.repeats,
+        },
+    )
+    figures.train_step(result, workdir / f"{NAME}.png")
+    return result
+
+
+def _peaks(
+    settings: TrainStepSettings, workdir: Path, used: Sequence[Example], prefix: KVPrefix, names: Sequence[str]
+) -> dict[str, int | None]:
+    """Peak bytes of each side, weights and libraries included, in steady steps."""
+    data = workdir / "memory.npz"
+    workdir.mkdir(parents=True, exist_ok=True)
+    arrays = {f"{field}{i}": getattr(e, field) for i, e in enumerate(used) for field in ("tokens", "rows", "ids", "logprobs")}
+    np.savez(data, keys=np.asarray(prefix.keys), values=np.asarray(prefix.values), count=len(used), **arrays)
+    peaks = {}
+    for name in names:
+        task = {
+            "side": "ours" if name == "cartridges_jax" else "peer",
+            "dtype": settings.dtype if name == "cartridges_jax" else name.split(" ")[-1],
+            "model": settings.common.model,
+            "directory": str(workdir / "hugging_face"),
+            "data": str(data),
+            "threads": settings.common.threads,
+            "num_frozen": settings.num_frozen,
+            "train": dataclasses.asdict(settings.train),
+        }
+        peaks[name] = memory.peak_bytes("cartridges_jax.benchmarks.train_step_memory", task)
+    data.unlink()
+    return peaks
+
+

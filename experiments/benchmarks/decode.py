@@ -1,0 +1,10 @@
+"""Decode behind a cartridge at batch 1 to 128, and the time to the first token.
+
+    python launch/benchmark.py --config=experiments/benchmarks/decode.py --workdir=runs/bench_decode
+    … --config.vllm_python=$HOME/vllm/bin/python      # measures vLLM too (BUILD.md says how to install it)
+"""
+from cartridges_jax.benchmarks.decode import default_config
+
+
+def get_config():
+    return default_config()

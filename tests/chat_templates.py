@@ -2,7 +2,7 @@
 
 As published, as far as memory goes: LLAMA2, LLAMA3, GEMMA2, GEMMA3 (text only), QWEN2, MISTRAL_V1 and SMOLLM2.
 Shortened by tools and images, with the rest kept in the published form: LLAMA31, LLAMA32, QWEN25, QWEN3,
-MISTRAL_V2, MISTRAL_V3. SMOLLM3 has the published frame with a shorter default system message.
+MISTRAL_V2, MISTRAL_V3, GRANITE3. SMOLLM3 has the published frame with a shorter default system message.
 """
 from __future__ import annotations
 
@@ -290,4 +290,24 @@ SMOLLM3 = """\
     {{ "<|im_start|>assistant\\n" + "<think>\\n\\n</think>\\n"  }}
   {%- endif -%}
 {%- endif -%}
+"""
+
+# Without the tools, documents and controls of the published one.
+GRANITE3 = """\
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content'] %}
+    {%- set loop_messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "Knowledge Cutoff Date: April 2024.\\nToday's Date: " + strftime_now('%B %d, %Y') + ".\\nYou are Granite, developed by IBM." %}
+    {%- set system_message = system_message + " You are a helpful AI assistant." %}
+    {%- set loop_messages = messages %}
+{%- endif %}
+{{- '<|start_of_role|>system<|end_of_role|>' + system_message + '<|end_of_text|>\\n' }}
+{%- for message in loop_messages %}
+    {{- '<|start_of_role|>' + message['role'] + '<|end_of_role|>' + message['content'] + '<|end_of_text|>\\n' }}
+    {%- if loop.last and add_generation_prompt %}
+        {{- '<|start_of_role|>assistant' }}
+        {{- '<|end_of_role|>' }}
+    {%- endif %}
+{%- endfor %}
 """

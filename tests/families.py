@@ -130,6 +130,18 @@ FAMILIES = {
         gguf="smollm3",
         perturbed=({"no_rope_layers": [1, 0, 1, 0, 1, 0]}, _rope(100.0)),
     ),
+    "granite": TinyFamily(
+        transformers.GraniteConfig,
+        {
+            **_rope(3000.0), "tie_word_embeddings": True, "embedding_multiplier": 6.0, "attention_multiplier": 0.4,
+            "residual_multiplier": 0.6, "logits_scaling": 1.5,
+        },
+        gguf="granite",
+        perturbed=(
+            {"embedding_multiplier": 2.0}, {"attention_multiplier": 0.1}, {"residual_multiplier": 0.3},
+            {"logits_scaling": 0.7}, _rope(100.0), {"attention_bias": True},
+        ),
+    ),
 }  # fmt: skip
 
 
@@ -197,6 +209,11 @@ def write_gguf(twin: transformers.PreTrainedModel, architecture: str, path: Path
     writer.add_rope_dimension_count(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
+    if architecture == "granite":
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
     rope = config.rope_parameters
     if architecture == "gemma3":
         writer.add_sliding_window(config.sliding_window)
@@ -214,7 +231,7 @@ def write_gguf(twin: transformers.PreTrainedModel, architecture: str, path: Path
             continue
         value = weight.numpy()
         projection = name.split(".")[-2]
-        if architecture in ("llama", "smollm3") and projection in heads:
+        if architecture in ("llama", "smollm3", "granite") and projection in heads:
             value = permute(value, heads[projection])
         if architecture == "gemma3" and name.endswith("norm.weight"):
             value = value + 1

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,11 +11,15 @@ import torch
 from families import FAMILIES, build_twin, load, load_gguf, save, saved_family, write_gguf
 from tiny import random_prefix, random_tokens, run, twin_run
 
+from cartridges_jax.data.packing import TrainBatch
+from cartridges_jax.distill.step import batch_loss
 from cartridges_jax.models import empty_cache
 
 torch.set_num_threads(1)
 
 WITH_GGUF = [name for name, family in FAMILIES.items() if family.gguf]
+# Their logits are more than a product with the head.
+WITH_ADAPTED_LOGITS = ["gemma2", "granite"]
 WITH_WINDOWS = ["mistral", "qwen2_windows", "gemma2", "gemma3"]
 
 
@@ -119,6 +124,35 @@ def test_a_window_can_be_told_to_see_the_whole_prefix(name, root, rng):
     if name == "mistral":  # knows one kind of layer
         masks = masks["sliding_attention"]
     close(found[0], twin_run(twin, tokens, keys=prefix.keys, values=prefix.values, whole_mask=masks))
+
+
+@pytest.mark.parametrize("name", WITH_ADAPTED_LOGITS)
+def test_the_streamed_loss_is_that_of_transformers_logits(name, root, rng):
+    """The loss applies the head itself: value against transformers, gradient against one through `lm_logits`."""
+    model, twin = saved_family(name, root)
+    prefix = random_prefix(rng, model.config, 6)
+    tokens = random_tokens(rng, model.config, 20)
+    rows, ids = np.arange(4, 20), np.argsort(rng.random((16, model.config.vocab_size)), axis=-1)[:, :5]
+    teacher = np.log(rng.dirichlet(np.ones(6), 16)[:, :5])
+    positions, ones = np.arange(20)[None], np.ones((1, 20), np.int32)
+    parts = (tokens[None], positions, ones, rows, ids, teacher, np.ones(16))
+    batch = TrainBatch(*(jnp.asarray(part, jnp.float32 if part.dtype == float else jnp.int32) for part in parts))
+
+    def streamed(keys):
+        return batch_loss(model.config, model.params, prefix.replace(keys=keys), batch, tail="drop")
+
+    def whole(keys):
+        logits, _, _ = run(model, tokens[None], prefix=prefix.replace(keys=keys))
+        student = jnp.take_along_axis(jax.nn.log_softmax(logits[0, rows]), jnp.asarray(ids), axis=-1)
+        return jnp.sum(np.exp(teacher) * (teacher - student))
+
+    logits = twin_run(twin, tokens, keys=prefix.keys, values=prefix.values)[rows]
+    student = torch.log_softmax(logits.double(), -1).numpy()
+    expected = np.sum(np.exp(teacher) * (teacher - np.take_along_axis(student, ids, axis=-1)))
+    found, gradient = jax.value_and_grad(streamed)(prefix.keys)
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+    np.testing.assert_allclose(gradient, jax.grad(whole)(prefix.keys), rtol=1e-3, atol=1e-4)
+    assert np.abs(np.asarray(gradient)).max() > 0.01
 
 
 CASES = [(name, number) for name, family in FAMILIES.items() for number in range(len(family.perturbed))]

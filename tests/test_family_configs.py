@@ -5,7 +5,7 @@ import pytest
 
 from cartridges_jax.errors import UserError
 from cartridges_jax.models.config import LayerKind, shortest_period
-from cartridges_jax.models.families import read_hugging_face_config
+from cartridges_jax.models.families import read_gguf_metadata, read_hugging_face_config
 from cartridges_jax.rope import Rope
 
 _USUAL = {
@@ -82,6 +82,23 @@ SMOLLM3 = {
     "tie_word_embeddings": True, "use_sliding_window": False, "vocab_size": 128256,
 }  # fmt: skip
 
+GRANITE31_2B = {
+    **_USUAL, "architectures": ["GraniteForCausalLM"], "attention_bias": False, "attention_dropout": 0.1,
+    "attention_multiplier": 0.015625, "embedding_multiplier": 12.0, "eos_token_id": 0, "hidden_act": "silu",
+    "hidden_size": 2048, "intermediate_size": 8192, "logits_scaling": 8.0, "max_position_embeddings": 131072,
+    "mlp_bias": False, "num_attention_heads": 32, "num_hidden_layers": 40, "num_key_value_heads": 8, "pad_token_id": 0,
+    "residual_multiplier": 0.22, "rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 5000000.0,
+    "tie_word_embeddings": True, "vocab_size": 49155,
+}  # fmt: skip
+GRANITE31_2B_GGUF = {
+    "general.architecture": "granite", "granite.attention.head_count": 32, "granite.attention.head_count_kv": 8,
+    "granite.attention.layer_norm_rms_epsilon": 1e-5, "granite.attention.scale": 0.015625,
+    "granite.block_count": 40, "granite.context_length": 131072, "granite.embedding_length": 2048,
+    "granite.embedding_scale": 12.0, "granite.feed_forward_length": 8192, "granite.logit_scale": 8.0,
+    "granite.residual_scale": 0.22, "granite.rope.dimension_count": 64, "granite.rope.freq_base": 5000000.0,
+    "granite.vocab_size": 49155,
+}  # fmt: skip
+
 
 def read(values):
     return read_hugging_face_config(values)[1]
@@ -124,6 +141,20 @@ def test_a_gemma_3_with_a_vision_part_is_read_without_it():
     assert (config.vocab_size, config.context_length) == (262_208, 131_072)
 
 
+def test_granite_divides_its_logits_in_either_format():
+    config = read(GRANITE31_2B)
+    assert (config.embedding_scale, config.residual_scale, config.logit_scale) == (12, 0.22, 1 / 8)
+    assert config.attention_scale == 1 / config.head_dim  # not its root
+    assert config.period == (LayerKind(Rope(5e6)),) and config.tie_embeddings and not config.qkv_bias
+    assert read_gguf_metadata(GRANITE31_2B_GGUF, tie_embeddings=True)[1] == config
+
+
+def test_a_granite_gguf_that_leaves_positions_out_is_refused():
+    assert read_gguf_metadata({**GRANITE31_2B_GGUF, "granite.rope.scaling.finetuned": True}, tie_embeddings=True)
+    with pytest.raises(UserError, match="rope.scaling.finetuned=False"):
+        read_gguf_metadata({**GRANITE31_2B_GGUF, "granite.rope.scaling.finetuned": False}, tie_embeddings=True)
+
+
 def test_the_first_mistrals_window_holds_where_the_field_is_absent():
     values = {name: value for name, value in MISTRAL_03.items() if name != "sliding_window"}
     assert read(values).period[0].window == 4096
@@ -142,6 +173,7 @@ def test_the_shortest_period_may_be_cut_at_the_end():
         ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM.*mixture of experts"),
         ({"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM.*mixture of experts"),
         ({"architectures": ["Qwen3NextForCausalLM"]}, "Qwen3NextForCausalLM.*linear-attention"),
+        ({"architectures": ["GraniteMoeForCausalLM"]}, "GraniteMoeForCausalLM.*mixture of experts"),
         ({"architectures": ["Gemma3nForConditionalGeneration"]}, "Gemma3n.*share keys and values"),
         ({"architectures": ["FalconForCausalLM"]}, "FalconForCausalLM.*use one of LlamaForCausalLM"),
         ({"architectures": None}, "architecture None"),

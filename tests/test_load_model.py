@@ -15,7 +15,11 @@ from cartridges_jax.errors import UserError
 
 torch.set_num_threads(1)
 
-PAIRS = [("llama31", "llama3.1"), ("qwen3", "qwen3"), ("gemma3", "gemma3"), ("mistral", "mistral-v2"), ("smollm3", "qwen3")]
+# SmolLM3's and Granite's own templates write the day's date.
+PAIRS = [
+    ("llama31", "llama3.1"), ("qwen3", "qwen3"), ("gemma3", "gemma3"), ("mistral", "mistral-v2"), ("smollm3", "qwen3"),
+    ("granite", "qwen3"),
+]  # fmt: skip
 CONVERSATION = [
     {"role": "user", "content": "Hello, the island?"},
     {"role": "assistant", "content": "x = 1"},

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 HEADERS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+GRANITE = ["<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>"]
 GEMMA = ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"]
 
 
@@ -44,6 +45,7 @@ FAMILIES = {
     "smollm2": Family(chat_templates.SMOLLM2, CHATML, bos=1, eos=2),
     "smollm3": Family(chat_templates.SMOLLM3, CHATML, bos=None, eos=2),
     "smollm3-thinking": Family(chat_templates.SMOLLM3, CHATML, bos=None, eos=2, thinking=True),
+    "granite3": Family(chat_templates.GRANITE3, GRANITE, eos=0),
 }
 NEWLINE_RUNS = ["\n\n", "\n\n\n"]
 

@@ -53,7 +53,7 @@ def divergence_per_token(
     head are frozen.
 
     Args:
-      hidden: [M, D], the student's, after the final norm.
+      hidden: [M, D], the student's, as returned by `Decoder`.
       head: [V, D], the model's output embedding.
       ids: [M, k] int32, the teacher's most likely tokens, distinct within a row.
       logprobs: [M, k] float32, their log-probabilities; -inf marks an unused entry.

@@ -48,7 +48,10 @@ class ModelConfig:
         before it is added (Gemma 2 and 3).
       embedding_scale: what embeddings are multiplied with.
       attention_scale: what scores are multiplied with; None is H**-0.5.
+      residual_scale: what attention and feed-forward layer give is multiplied with before
+        it is added (Granite).
       attention_softcap: bounds attention scores; 0 is off.
+      logit_scale: what logits are multiplied with, before they are bounded.
       logit_softcap: bounds the LM head's logits; 0 is off.
       windows_see_prefix: False lets layers with a window see the whole prefix, however
         far it lies behind. The default is what the model does with a real text there.
@@ -72,7 +75,9 @@ class ModelConfig:
     post_norms: bool = False
     embedding_scale: float = 1.0
     attention_scale: float | None = None
+    residual_scale: float = 1.0
     attention_softcap: float = 0.0
+    logit_scale: float = 1.0
     logit_softcap: float = 0.0
     windows_see_prefix: bool = True
 

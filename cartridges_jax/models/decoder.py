@@ -99,7 +99,7 @@ class Layer(nn.Module):
             mixed = self._bias(mixed, "o_bias", "embed")
         if config.post_norms:
             mixed = self._norm(mixed, "post_attn_norm")
-        x = x + mixed
+        x = x + _scaled(mixed, config.residual_scale)
 
         h = self._norm(x, "mlp_norm")
         gate = linear(h, self._matrix("gate_proj", (D, F), ("embed", "mlp")))
@@ -107,7 +107,13 @@ class Layer(nn.Module):
         h = linear(gated(config.activation, gate, up), self._matrix("down_proj", (F, D), ("mlp", "embed")))
         if config.post_norms:
             h = self._norm(h, "post_mlp_norm")
-        return x + h, cache, {name: tapped[name] for name in self.taps}
+        x = x + _scaled(h, config.residual_scale)
+        return x, cache, {name: tapped[name] for name in self.taps}
+
+
+def _scaled(x: Array, scale: float) -> Array:
+    """x * scale in float32: in bfloat16 the scale itself would be 0.1 % off (Granite's 0.22)."""
+    return x if scale == 1 else (x.astype(jnp.float32) * scale).astype(x.dtype)
 
 
 class Period(nn.Module):
@@ -171,8 +177,8 @@ class Decoder(nn.Module):
           taps: which of `TAPS` to return, stacked over layers.
 
         Returns:
-          hidden [B, T, D] after the final norm; the cache with its lengths advanced by
-          each row's real tokens (or None); {tap: [L, B, T, heads, H]}.
+          hidden [B, T, D] after the final norm, times `logit_scale`; the cache with its
+          lengths advanced by each row's real tokens (or None); {tap: [L, B, T, heads, H]}.
         """
         config = self.config
         embedding = self.param(
@@ -227,7 +233,8 @@ class Decoder(nn.Module):
                 (config.vocab_size, config.d_model),
             )
         stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *tapped)
-        return rms_norm(x, norm, config.norm_eps), cache, stacked
+        # Logits are linear in what is returned: scaled here, they are so wherever the head is applied.
+        return rms_norm(x, norm.astype(jnp.float32) * config.logit_scale, config.norm_eps), cache, stacked
 
 
 def _view(

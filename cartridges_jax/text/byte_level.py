@@ -23,7 +23,7 @@ def _gpt2() -> pre_tokenizers.PreTokenizer:
 
 
 def _smollm() -> pre_tokenizers.PreTokenizer:
-    """Each digit alone, then GPT-2's split into words, as in SmolLM2's own tokenizer.json."""
+    """Each digit alone, then GPT-2's split into words, as in the tokenizer.json of SmolLM2 and Granite 3."""
     return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
 
 
@@ -48,6 +48,7 @@ _QWEN2 = _tiktoken(r"\p{N}")
 # what a converter writes that did not know the model's.
 _PRE_TOKENIZERS = {
     "smollm": _smollm,
+    "refact": _smollm,  # Granite 3
     "gpt-2": _gpt2,
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,

@@ -6,12 +6,14 @@ from typing import Any
 
 from cartridges_jax.errors import UserError
 from cartridges_jax.models.config import ModelConfig
-from cartridges_jax.models.families import gemma, llama, qwen, smollm3
+from cartridges_jax.models.families import gemma, granite, llama, qwen, smollm3
 from cartridges_jax.models.families.family import Entry, Family, Fields, Names
 
 __all__ = ["Entry", "FAMILIES", "Family", "Fields", "Names", "read_gguf_metadata", "read_hugging_face_config"]
 
-FAMILIES: tuple[Family, ...] = (*llama.FAMILIES, *qwen.FAMILIES, *gemma.FAMILIES, *smollm3.FAMILIES)
+FAMILIES: tuple[Family, ...] = (
+    *llama.FAMILIES, *qwen.FAMILIES, *gemma.FAMILIES, *smollm3.FAMILIES, *granite.FAMILIES,
+)  # fmt: skip
 
 # Parts of architecture names that tell why they are refused; the rest is merely unknown.
 _REASONS = {

@@ -129,7 +129,7 @@ def test_windows_reach_as_far_into_a_padded_prefix_as_without_an_engine(rng, tmp
 def test_padding_a_prefix_changes_nothing_but_rounding(tiny_model, rng):
     prefix = random_prefix(rng, tiny_model.config, 37)
     padded = programs.as_front(prefix, jnp.float32).prefix
-    assert padded.num_slots == 64
+    assert padded.num_slots == 256
     prompt = random_tokens(rng, tiny_model.config, 9).tolist()
     np.testing.assert_allclose(
         sampling.logits(tiny_model, prompt, padded.replace(next_position=37)),

@@ -1,4 +1,4 @@
-"""The loss against float64 KL, and the train step against PyTorch autograd over transformers.
+"""The train step against PyTorch autograd over transformers.
 
 The torch side runs every conversation by itself, unpacked, in float64, behind leaf tensors in
 `past_key_values`, with a loss of its own; ours runs packed rows in micro-batches.
@@ -13,12 +13,11 @@ import numpy as np
 import optax
 import pytest
 import torch
+from targets import log_softmax, random_targets
 from tiny import random_prefix, random_tokens, twin_run
 
 from cartridges_jax import sampling
 from cartridges_jax.data.packing import Example, TrainBatch, plan_packing
-from cartridges_jax.distill.initialise import first_tokens, initialise_from_first_tokens
-from cartridges_jax.distill import loss
 from cartridges_jax.distill.step import (
     batch_loss,
     cartridge_trainable,
@@ -28,7 +27,6 @@ from cartridges_jax.distill.step import (
     learning_mask,
     train_step,
 )
-from cartridges_jax.errors import UserError
 
 torch.set_num_threads(1)
 
@@ -40,131 +38,6 @@ RECORDER = optax.GradientTransformation(
     update=lambda grads, state, params=None: (jax.tree.map(jnp.zeros_like, grads), grads),
 )
 ADAM = optax.adam(1e-2)
-
-
-# The loss
-
-
-def log_softmax(logits):
-    logits = np.asarray(logits, np.float64)
-    logits = logits - logits.max(axis=-1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-
-
-def random_targets(rng, num_rows, vocab_size, k, scale=2.0):
-    """A teacher's (all log-probabilities float64, its k most likely ids, theirs float32)."""
-    teacher = log_softmax(scale * rng.standard_normal((num_rows, vocab_size)))
-    ids = np.argsort(-teacher, axis=-1)[:, :k].astype(np.int32)
-    return teacher, ids, np.take_along_axis(teacher, ids, axis=-1).astype(np.float32)
-
-
-def divergence_per_token(logits, ids, logprobs, tail="class"):
-    """The package's loss with the identity as the head: as a function of the logits."""
-    return loss.divergence_per_token(logits, jnp.eye(logits.shape[1]), ids, logprobs, tail, block=16)
-
-
-def kl(p, q):
-    """KL of explicit distributions over the last axis."""
-    return np.sum(p * (np.log(p) - np.log(q)), axis=-1)
-
-
-@pytest.mark.parametrize("scale", [0.1, 2.0, 5.0])
-def test_the_class_loss_is_the_kl_of_the_coarsened_distributions(rng, scale):
-    teacher, ids, logprobs = random_targets(rng, 12, 50, 5, scale)
-    logits = (scale * rng.standard_normal((12, 50))).astype(np.float32)
-
-    def coarse(full):
-        kept = np.take_along_axis(full, ids, axis=-1)
-        rest = [[sum(p for i, p in enumerate(row) if i not in set(chosen))] for row, chosen in zip(full, ids)]
-        return np.concatenate([kept, rest], axis=-1)
-
-    expected = kl(coarse(np.exp(teacher)), coarse(np.exp(log_softmax(logits))))
-    found = divergence_per_token(jnp.asarray(logits), ids, logprobs, "class")
-    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=2e-5)
-
-
-def test_with_all_but_one_token_stored_it_is_the_full_kl(rng):
-    teacher, ids, logprobs = random_targets(rng, 8, 20, 19, scale=1.0)
-    logits = rng.standard_normal((8, 20)).astype(np.float32)
-    expected = kl(np.exp(teacher), np.exp(log_softmax(logits)))
-    np.testing.assert_allclose(divergence_per_token(jnp.asarray(logits), ids, logprobs), expected, rtol=1e-3, atol=1e-5)
-
-
-def test_the_dropped_tail_is_the_plain_sum_over_the_stored_tokens(rng):
-    _, ids, logprobs = random_targets(rng, 12, 50, 5)
-    logits = (2 * rng.standard_normal((12, 50))).astype(np.float32)
-    student = np.take_along_axis(log_softmax(logits), ids, axis=-1)
-    expected = np.sum(np.exp(logprobs.astype(np.float64)) * (logprobs - student), axis=-1)
-    found = divergence_per_token(jnp.asarray(logits), ids, logprobs, "drop")
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("tail", ["class", "drop"])
-def test_the_divergence_from_oneself_is_zero_and_so_is_its_gradient_in_the_class_form(rng, tail):
-    logits = jnp.asarray(2 * rng.standard_normal((9, 40)), jnp.float32)
-    logprobs, ids = jax.lax.top_k(jax.nn.log_softmax(logits), 6)
-    assert np.abs(divergence_per_token(logits, ids, logprobs, tail)).max() < 1e-5
-    gradient = jax.grad(lambda x: divergence_per_token(x, ids, logprobs, tail).sum())(logits)
-    largest = np.abs(gradient).max()
-    assert largest < 1e-5 if tail == "class" else largest > 1e-3
-
-
-def test_unused_entries_count_for_nothing_whatever_id_they_hold(rng):
-    _, ids, logprobs = random_targets(rng, 10, 50, 4)
-    logits = jnp.asarray(rng.standard_normal((10, 50)), jnp.float32)
-    padding = rng.integers(0, 50, (10, 3)).astype(np.int32)
-    padded = np.concatenate([ids, padding], axis=1), np.pad(logprobs, ((0, 0), (0, 3)), constant_values=-np.inf)
-
-    def total(x, tail, targets):
-        return divergence_per_token(x, *targets, tail).sum()
-
-    for tail in ("class", "drop"):
-        for found, expected in zip(
-            jax.value_and_grad(total)(logits, tail, padded), jax.value_and_grad(total)(logits, tail, (ids, logprobs))
-        ):
-            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_every_entry_of_a_row_of_high_entropy_draws_the_student(rng):
-    """No cut-off by mass: twenty entries that hold 2 % of the mass together all have a gradient."""
-    _, ids, logprobs = random_targets(rng, 3, 1000, 20, scale=0.01)
-    assert np.exp(logprobs).sum(axis=-1).max() < 0.025
-    logits = jnp.asarray(0.1 * rng.standard_normal((3, 1000)), jnp.float32)
-    for tail in ("class", "drop"):
-        gradient = jax.grad(lambda x, tail=tail: divergence_per_token(x, ids, logprobs, tail).sum())(logits)
-        student = np.exp(log_softmax(logits))
-        stored = np.take_along_axis(np.asarray(gradient, np.float64), ids, axis=-1)
-        teacher = np.exp(logprobs.astype(np.float64))
-        q = np.take_along_axis(student, ids, axis=-1)
-        if tail == "drop":  # d/dx of -sum_i p_i log q_i
-            expected = q * teacher.sum(-1, keepdims=True) - teacher
-        else:  # … and of -(1 - sum p) log(1 - sum q)
-            rest = (1 - teacher.sum(-1, keepdims=True)) / (1 - q.sum(-1, keepdims=True))
-            expected = q * teacher.sum(-1, keepdims=True) - teacher + rest * q * (1 - q.sum(-1, keepdims=True))
-        np.testing.assert_allclose(stored, expected, rtol=1e-2, atol=1e-6)
-
-
-def test_a_confident_student_and_a_confident_teacher_give_finite_losses_and_gradients():
-    ids = np.array([[3, 7]], np.int32)
-    sure, unsure = np.zeros((1, 20), np.float32), np.zeros((1, 20), np.float32)
-    sure[0, 3] = 80.0
-    certain = np.array([[0.0, -80.0]], np.float32)
-    doubtful = np.log(np.array([[0.5, 0.2]], np.float32))
-    for logits in (sure, unsure):
-        for logprobs in (certain, doubtful):
-            for tail in ("class", "drop"):
-                value, gradient = jax.value_and_grad(
-                    lambda x, logprobs=logprobs, tail=tail: divergence_per_token(x, ids, logprobs, tail).sum()
-                )(jnp.asarray(logits))
-                assert np.isfinite(value) and np.isfinite(gradient).all()
-
-
-def test_an_unknown_tail_is_refused():
-    with pytest.raises(ValueError, match="renormalise"):
-        divergence_per_token(jnp.zeros((1, 4)), jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, 2)), "renormalise")
-
-
-# The step
 
 
 @pytest.fixture
@@ -399,51 +272,6 @@ def test_behind_its_own_document_a_cartridge_has_nothing_to_learn(tiny_pair, rng
     plan = plan_packing([example] * 3, num_steps=1, rows_per_step=2, row_tokens=45, micro_batches=1, seed=0)
     _, metrics = take_step(model, prefix, jax.tree.map(jnp.asarray, plan.batch(0)))
     assert abs(float(metrics["loss"])) < 1e-5 and float(metrics["grad_norm"]) < 1e-3
-
-
-# Where it starts
-
-
-def test_the_first_p_tokens_keep_the_turns_close_last(tiny_model):
-    text = "the cat and the hat of the other thing " * 5
-    rendered = tiny_model.chat.system_prefix(text)
-    end = rendered.spans[0][1]
-    closing = rendered.token_ids[end:]
-    assert tiny_model.tokenizer.decode(closing, skip_control=False) == "<|im_end|>\n"
-    found = first_tokens(tiny_model, text, 24)
-    assert len(found) == 24
-    assert found[: 24 - len(closing)] == rendered.token_ids[: 24 - len(closing)]
-    assert found[24 - len(closing) :] == closing
-
-
-def test_an_initial_cartridge_holds_transformers_keys_and_values_of_those_tokens(tiny_pair):
-    model, twin = tiny_pair
-    text = "the cat and the hat of the other thing " * 5
-    prefix = initialise_from_first_tokens(model, text, 24)
-    assert (prefix.num_slots, prefix.next_position) == (24, 24)
-    tokens = torch.tensor([first_tokens(model, text, 24)])
-    layers = twin(tokens, use_cache=True).past_key_values.layers
-    for layer, cached in enumerate(layers):
-        np.testing.assert_allclose(prefix.keys[layer], cached.keys[0], atol=1e-4)
-        np.testing.assert_allclose(prefix.values[layer], cached.values[0], atol=1e-4)
-
-
-def test_a_cartridge_not_smaller_than_its_document_is_refused(tiny_model):
-    text = "the cat and the hat " * 8
-    length = len(tiny_model.chat.system_prefix(text).token_ids)
-    assert len(first_tokens(tiny_model, text, length - 1)) == length - 1
-    with pytest.raises(UserError, match=f"fills {length} tokens"):
-        first_tokens(tiny_model, text, length)
-
-
-def test_a_cartridge_without_room_for_content_is_refused_and_the_named_size_works(tiny_model):
-    text = "the cat and the hat " * 8
-    with pytest.raises(UserError, match="choose at least") as caught:
-        first_tokens(tiny_model, text, 3)
-    smallest = int(str(caught.value).rsplit(" ", 1)[1])
-    assert len(first_tokens(tiny_model, text, smallest)) == smallest
-    with pytest.raises(UserError, match="choose at least"):
-        first_tokens(tiny_model, text, smallest - 1)
 
 
 def test_a_state_holds_its_own_buffers(tiny_pair, rng):

@@ -66,7 +66,7 @@ def divergence_per_token(
 
     Raises:
       ValueError: unknown `tail`.
-      NotImplementedError: differentiated with respect to the head.
+      ValueError: differentiated with respect to the head.
     """
     if tail not in TAILS:
         raise ValueError(f"tail {tail!r} is not one of {TAILS}")
@@ -92,7 +92,7 @@ def _divergence(static: tuple[str, float, int], hidden: Array, head: Any, ids: A
 def _forward(static, hidden, head, ids, logprobs):
     tail, softcap, block = static
     if any(leaf.perturbed for leaf in jax.tree.leaves(head, is_leaf=_is_primal)):
-        raise NotImplementedError("the distillation loss has no gradient with respect to the LM head, which is frozen")
+        raise ValueError("the distillation loss has no gradient with respect to the LM head, which is frozen")
     hidden, ids, logprobs = hidden.value, ids.value, logprobs.value
     head = jax.tree.map(lambda leaf: leaf.value, head, is_leaf=_is_primal)
     chosen, rest, mean_row = _stream(hidden, head, ids, logprobs, softcap, block, gradient=True)

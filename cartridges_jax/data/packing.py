@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import grain.python as grain
@@ -178,13 +178,11 @@ def _fullest_row(sizes: Sequence[int], row_tokens: int) -> list[int]:
     earliest in the queue is taken.
 
     Args:
-      sizes: in tokens; none above `row_tokens`. May be empty.
+      sizes: in tokens; one at least, none above `row_tokens`.
 
     Returns:
       Ascending indices into `sizes`.
     """
-    if not sizes:
-        return []
     within = (1 << (row_tokens + 1)) - 1
     sums = [1 << sizes[0]]
     for size in sizes[1:]:
@@ -200,6 +198,32 @@ def _fullest_row(sizes: Sequence[int], row_tokens: int) -> list[int]:
     return [0, *reversed(members)]
 
 
+def packed_rows(sizes: Sequence[int], row_tokens: int, order: Iterable[int] | None = None) -> Iterator[list[int]]:
+    """Packs items into rows of `row_tokens` until all are placed.
+
+    Row by row: the first item of the queue, and of those behind it the ones that fill the
+    rest of the row best (see `_fullest_row`).
+
+    Args:
+      sizes: of the items, in tokens; none above `row_tokens`.
+      order: indices in the order in which they queue up, perhaps without end; by
+        default every item once.
+
+    Yields:
+      The indices of a row's items.
+    """
+    order = iter(range(len(sizes)) if order is None else order)
+    queue: list[int] = []
+    while True:
+        queue += itertools.islice(order, _LOOKAHEAD - len(queue))
+        if not queue:
+            return
+        members = _fullest_row([sizes[index] for index in queue], row_tokens)
+        yield [queue[at] for at in members]
+        for at in reversed(members):
+            queue.pop(at)
+
+
 def plan_packing(
     examples: Sequence[Example],
     *,
@@ -210,9 +234,6 @@ def plan_packing(
     seed: int = 0,
 ) -> PackingPlan:
     """Assigns examples to the rows of every step, epoch after epoch, each shuffled.
-
-    Row by row: the first conversation of the queue, and of those behind it the ones that
-    fill the rest of the row best (see `_fullest_row`).
 
     Args:
       num_steps: how many; None takes every example once, in the order given.
@@ -234,18 +255,12 @@ def plan_packing(
         )
     if rows_per_step % micro_batches:
         raise UserError(f"{rows_per_step} rows a step are not divisible into {micro_batches} micro-batches")
-    order = iter(range(len(examples))) if num_steps is None else _endless_order(len(examples), seed)
-    queue: list[int] = []
+    order = None if num_steps is None else _endless_order(len(examples), seed)
+    packed = packed_rows([len(example.tokens) for example in examples], row_tokens, order)
     steps, used, placed = [], 0, 0
     fullest = 0
     while len(steps) < num_steps if num_steps is not None else placed < len(examples):
-        rows: list[list[int]] = []
-        for _ in range(rows_per_step):
-            queue += itertools.islice(order, _LOOKAHEAD - len(queue))
-            members = _fullest_row([len(examples[index].tokens) for index in queue], row_tokens)
-            rows.append([queue[at] for at in members])
-            for at in reversed(members):
-                queue.pop(at)
+        rows = [next(packed, []) for _ in range(rows_per_step)]
         members = [index for row in rows for index in row]
         placed += len(members)
         used += sum(len(examples[index].tokens) for index in members)

@@ -16,10 +16,12 @@ import numpy as np
 from jax import Array
 
 from cartridges_jax.cartridge import KVPrefix
+from cartridges_jax.data.packing import packed_rows
 from cartridges_jax.models import Decoder, Model, ModelConfig, lm_logits
 from cartridges_jax.sampling.prefill import check_token_ids, round_up
 
-_BATCH = 16
+# Items are packed into so many rows of so many tokens: one program per prefix, hardly any padding.
+_ROWS, _ROW_TOKENS = 2, 256
 _BLOCK = 256
 
 
@@ -32,10 +34,11 @@ class Scored:
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def _hidden(config: ModelConfig, params: Any, prefix: KVPrefix | None, tokens: Array, segment_ids: Array) -> Array:
+def _hidden(
+    config: ModelConfig, params: Any, prefix: KVPrefix | None, tokens: Array, positions: Array, segment_ids: Array
+) -> Array:
     start = 0 if prefix is None else prefix.next_position
-    positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
-    return Decoder(config).apply({"params": params}, tokens, positions, segment_ids, prefix=prefix)[0]
+    return Decoder(config).apply({"params": params}, tokens, start + positions, segment_ids, prefix=prefix)[0]
 
 
 def answer_hidden(
@@ -55,21 +58,27 @@ def answer_hidden(
     """
     for item in items:
         check_token_ids(model, item.prompt_ids + item.answer_ids, prefix)
+    sequences = [item.prompt_ids + item.answer_ids for item in items]
+    sizes = [len(sequence) for sequence in sequences]
+    row_tokens = max(_ROW_TOKENS, round_up(max(sizes), 64))
+    rows = list(packed_rows(sizes, row_tokens))
     found: dict[int, np.ndarray] = {}
-    order = sorted(range(len(items)), key=lambda i: (len(items[i].prompt_ids) + len(items[i].answer_ids), i))
-    for begin in range(0, len(order), _BATCH):
-        indices = order[begin : begin + _BATCH]
-        sequences = [items[i].prompt_ids + items[i].answer_ids for i in indices]
-        tokens = np.zeros((_BATCH, round_up(max(map(len, sequences)), 32)), np.int32)
-        segment_ids = np.zeros_like(tokens)
-        for row, sequence in enumerate(sequences):
-            tokens[row, : len(sequence)] = sequence
-            segment_ids[row, : len(sequence)] = 1
-        hidden = np.asarray(_hidden(model.config, model.params, prefix, tokens, segment_ids))
-        for row, index in enumerate(indices):
-            first = len(items[index].prompt_ids) - 1
-            found[index] = hidden[row, first : first + len(items[index].answer_ids)]
-        on_progress(len(indices))
+    for begin in range(0, len(rows), _ROWS):
+        tokens, positions, segment_ids = np.zeros((3, _ROWS, row_tokens), np.int32)
+        answers: dict[int, tuple[int, slice]] = {}
+        for row, members in enumerate(rows[begin : begin + _ROWS]):
+            at = 0
+            for segment, index in enumerate(members, start=1):
+                place = slice(at, at + sizes[index])
+                tokens[row, place] = sequences[index]
+                positions[row, place] = np.arange(sizes[index])
+                segment_ids[row, place] = segment
+                # The position before a token predicts it.
+                answers[index] = row, slice(place.stop - len(items[index].answer_ids) - 1, place.stop - 1)
+                at = place.stop
+        hidden = np.asarray(_hidden(model.config, model.params, prefix, tokens, positions, segment_ids))
+        found.update({index: hidden[place] for index, place in answers.items()})
+        on_progress(len(answers))
     return np.concatenate([found[i] for i in range(len(items))])
 
 

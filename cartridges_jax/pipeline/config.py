@@ -131,7 +131,7 @@ def default_config() -> ml_collections.ConfigDict:
             score_user_messages=False,
         ),
         train=TrainSettings(
-            steps=150,
+            steps=180,
             learning_rate=4e-2,
             schedule="cosine",
             warmup_steps=10,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 READ_CHUNK = 256
 _WIDTHS = (16, 32, 64, 128, READ_CHUNK)
-_ROWS = (1, 8, 16, 32)
+_ROWS = (1, 8, *range(16, 129, 16))
 _READ_ROWS = (1, 4, 16)
 
 
@@ -22,7 +22,7 @@ def power_of_two(value: int) -> int:
 
 
 def row_bucket(num_rows: int) -> int:
-    """Rows that decode together: 1, 8, 16, then multiples of 32."""
+    """Rows that decode together: 1, 8, then multiples of 16, and of 32 above 128."""
     return next((size for size in _ROWS if num_rows <= size), round_up(num_rows, 32))
 
 
@@ -44,8 +44,15 @@ def read_rows(num_rows: int) -> int:
 
 
 def slot_bucket(num_tokens: int) -> int:
-    """Slots of a row's own cache: powers of two from 64 to 1,024, then multiples of 1,024."""
-    return max(64, power_of_two(num_tokens)) if num_tokens <= 1024 else round_up(num_tokens, 1024)
+    """Slots of a row's own cache: 64, 96, 128, 192, 256, … 1,024, then multiples of 1,024.
+
+    Every decode step reads all of them, so a power of two alone would cost up to half.
+    """
+    if num_tokens > 1024:
+        return round_up(num_tokens, 1024)
+    whole = max(64, power_of_two(num_tokens))
+    most = whole * 3 // 4
+    return most if 64 < num_tokens <= most else whole
 
 
 def prompt_bucket(num_tokens: int) -> int:

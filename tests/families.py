@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import types
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import transformers
 
 from cartridges_jax.formats.gguf import GGUFFile
 from cartridges_jax.formats.safetensors_files import SafetensorsDirectory
+from cartridges_jax.models import Model, ModelConfig
 from cartridges_jax.models.families import read_gguf_metadata, read_hugging_face_config
 from cartridges_jax.models.weights import load_params
 from tiny import permute
@@ -172,21 +172,25 @@ def save(twin: transformers.PreTrainedModel, directory: Path, max_shard_size: st
     return Path(directory)
 
 
-def load(directory: Path, **options: Any) -> types.SimpleNamespace:
-    """Config and parameters of a directory, without a text side."""
+def load(directory: Path, **options: Any) -> Model:
+    """The model of a directory, without a text side."""
     file = SafetensorsDirectory(directory)
     family, config = read_hugging_face_config(file.config)
     config = dataclasses.replace(config, **options)
-    return types.SimpleNamespace(config=config, params=load_params(file, family.names, config, np.float32))
+    return _without_text(config, load_params(file, family.names, config, np.float32))
 
 
-def load_gguf(path: Path) -> types.SimpleNamespace:
+def load_gguf(path: Path) -> Model:
     """The same of a GGUF file."""
     file = GGUFFile(path)
     factors = tuple(file.read("rope_freqs.weight").tolist()) if "rope_freqs.weight" in file.tensor_names else ()
     tied = "output.weight" not in file.tensor_names
     family, config = read_gguf_metadata(file.metadata, tie_embeddings=tied, rope_freqs=factors)
-    return types.SimpleNamespace(config=config, params=load_params(file, family.gguf_names, config, np.float32))
+    return _without_text(config, load_params(file, family.gguf_names, config, np.float32))
+
+
+def _without_text(config: ModelConfig, params: Any) -> Model:
+    return Model("twin", config, params, np.dtype(np.float32), tokenizer=None, chat=None)
 
 
 def write_gguf(twin: transformers.PreTrainedModel, architecture: str, path: Path) -> Path:
@@ -244,7 +248,7 @@ def write_gguf(twin: transformers.PreTrainedModel, architecture: str, path: Path
 
 
 @functools.cache
-def saved_family(name: str, root: Path) -> tuple[types.SimpleNamespace, transformers.PreTrainedModel]:
+def saved_family(name: str, root: Path) -> tuple[Model, transformers.PreTrainedModel]:
     """(ours, twin) of a family, once per process."""
     twin = build_twin(FAMILIES[name], seed=11)
     return load(save(twin, root / name)), twin

@@ -14,6 +14,7 @@ from tiny import random_prefix, random_tokens, run, twin_run
 from cartridges_jax.data.packing import TrainBatch
 from cartridges_jax.distill.step import batch_loss
 from cartridges_jax.models import empty_cache
+from cartridges_jax.models.apart import layers_apart
 
 torch.set_num_threads(1)
 
@@ -77,15 +78,22 @@ def test_packed_segments_behind_a_prefix_have_the_logits_each_has_alone(pair, rn
     close(found[0, 17:], twin_run(twin, segments[1], keys=prefix.keys, values=prefix.values))
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("with_prefix", [False, True])
-def test_prefill_then_decode_gives_the_logits_of_one_forward(pair, rng, with_prefix):
+def test_prefill_then_decode_gives_the_logits_of_one_forward(pair, rng, with_prefix, apart):
+    """Also with the layers of parameters, prefix and cache in arrays of their own."""
     model, twin = pair
-    prefix = random_prefix(rng, model.config, 6) if with_prefix else None
+    prefix = front = random_prefix(rng, model.config, 6) if with_prefix else None
     tokens = random_tokens(rng, model.config, 1, 20)
-    found, cache, _ = run(model, tokens[:, :14], prefix=prefix, cache=empty_cache(model.config, 1, 24, jnp.float32))
+    if apart:
+        model = dataclasses.replace(model, params=layers_apart(model.params, model.config))
+        if with_prefix:
+            front = prefix.replace(keys=tuple(prefix.keys), values=tuple(prefix.values))
+    empty = empty_cache(model.config, 1, 24, jnp.float32, apart=apart)
+    found, cache, _ = run(model, tokens[:, :14], prefix=front, cache=empty)
     parts = [found]
     for at in range(14, 20):
-        found, cache, _ = run(model, tokens[:, at : at + 1], prefix=prefix, cache=cache)
+        found, cache, _ = run(model, tokens[:, at : at + 1], prefix=front, cache=cache)
         parts.append(found)
     front = {} if prefix is None else {"keys": prefix.keys, "values": prefix.values}
     close(np.concatenate(parts, axis=1)[0], twin_run(twin, tokens[0], **front))
@@ -109,7 +117,7 @@ def test_logits_at_far_positions_equal_transformers(pair, rng):
 def test_a_window_can_be_told_to_see_the_whole_prefix(name, root, rng):
     """Then it is as if the prefix stood at the window's edge: equal to transformers with the mask opened by hand."""
     model, twin = saved_family(name, root)
-    exempt = type(model)(config=dataclasses.replace(model.config, windows_see_prefix=False), params=model.params)
+    exempt = dataclasses.replace(model, config=dataclasses.replace(model.config, windows_see_prefix=False))
     prefix = random_prefix(rng, model.config, 12)
     tokens = random_tokens(rng, model.config, 20)
     windowed, _, _ = run(model, tokens[None], prefix=prefix)

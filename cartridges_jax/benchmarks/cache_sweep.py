@@ -94,20 +94,22 @@ class Decoding:
     """B rows that hold `own` slots each, behind a prefix or none."""
 
     def __init__(self, model: Model, prefix: KVPrefix | None, num_rows: int, own: int, num_steps: int):
-        self._model, self._prefix, self._steps = model, prefix, num_steps
-        empty = empty_cache(model.config, num_rows, own + num_steps, model.dtype)
+        self._model, self._steps = model, num_steps
+        self._prefix = prefix
+        if prefix is not None and model.layers_apart:
+            self._prefix = prefix.replace(keys=tuple(prefix.keys), values=tuple(prefix.values))
+        empty = empty_cache(model.config, num_rows, own + num_steps, model.dtype, apart=model.layers_apart)
         # Small and not constant: nothing may be folded away.
         fill = jnp.linspace(-0.5, 0.5, model.config.head_dim, dtype=model.dtype)
-        cache = Cache(
-            keys=empty.keys + fill, values=empty.values + fill, lengths=jnp.full((num_rows,), own, jnp.int32)
-        )
+        keys, values = jax.tree.map(lambda part: part + fill, (empty.keys, empty.values))
+        cache = Cache(keys, values, lengths=jnp.full((num_rows,), own, jnp.int32))
         tokens = jnp.arange(num_rows, dtype=jnp.int32) % model.config.vocab_size
         # Committed to the device, as what the program returns is: else the second call compiles again.
         self._cache, self._tokens = jax.device_put((cache, tokens), jax.devices()[0])
 
     def __call__(self) -> None:
         self._cache, self._tokens = greedy_steps(
-            self._model.config, self._model.params, self._prefix, self._cache, self._tokens, num_steps=self._steps
+            self._model.config, self._model.decode_params, self._prefix, self._cache, self._tokens, num_steps=self._steps
         )
         jax.block_until_ready(self._tokens)
 

@@ -1,4 +1,4 @@
-"""The one decoder: a functional Flax module, layers stacked and scanned.
+"""The one decoder: a functional Flax module, layers stacked and scanned, or apart.
 
 Follows the Llama architecture and its descendants as published in Hugging Face's
 `transformers`: pre-norm, rotary grouped-query attention, gated feed-forward layer; what
@@ -9,11 +9,15 @@ Layers are scanned by period, so that a layer's kind (its window, its rotation) 
 when the program is traced; what is left over after whole periods follows unrolled. The
 parameters of Gemma 3 with its 26 layers lie so:
 
-    layers/0 … layers/5       [4, …] each: position 0..5 of the four whole periods
-    remainder_0, remainder_1  the two layers behind them
+    layers/0 … layers/5   [4, …] each: position 0..5 of the four whole periods
+    layer_24, layer_25    the two layers behind them
+
+Given parameters that all lie apart, `layer_0 … layer_25` (see `layers_apart`), the same
+decoder runs unrolled.
 """
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -59,7 +63,7 @@ class Layer(nn.Module):
         return x + self.param(name, init, x.shape[-1:]).astype(x.dtype)
 
     @nn.compact
-    def __call__(self, x: Array, cache: Cache | None, layer: Array, prefix: LayerPrefix | None, view: _View):
+    def __call__(self, x: Array, cache: Cache | None, layer: Array | int, prefix: LayerPrefix | None, view: _View):
         config = self.config
         D, N, K, H, F = (
             config.d_model, config.num_heads, config.num_kv_heads, config.head_dim, config.d_ff,
@@ -83,13 +87,7 @@ class Layer(nn.Module):
         if cache is None:
             own_keys, own_values = keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
         else:
-            at = jnp.arange(B)[:, None]
-            slots = cache.lengths[:, None] + jnp.arange(T)
-            cache = cache.replace(
-                keys=cache.keys.at[layer, at, :, slots].set(keys.astype(cache.keys.dtype)),
-                values=cache.values.at[layer, at, :, slots].set(values.astype(cache.values.dtype)),
-            )
-            own_keys, own_values = cache.keys[layer], cache.values[layer]
+            cache, own_keys, own_values = cache.extended(layer, keys, values)
         mixed = attend(
             queries, own_keys, own_values, view.own, prefix, prefix_mask=view.prefix,
             scale=config.attention_scale, softcap=config.attention_softcap,
@@ -136,7 +134,7 @@ class Period(nn.Module):
 
 
 def _at(fronts: LayerPrefix | None, layer: int) -> LayerPrefix | None:
-    return jax.tree.map(lambda part: part[layer], fronts)
+    return None if fronts is None else LayerPrefix(*(part if part is None else part[layer] for part in fronts))
 
 
 def _layer(remat: bool) -> type[Layer]:
@@ -173,7 +171,8 @@ class Decoder(nn.Module):
           segment_ids: [B, T] int32; 0 is padding. Without a cache, tokens see their own
             segment. With a cache a row is one segment, padded on the right.
           prefix: P slots that every token sees, as far as windows reach.
-          cache: tokens are appended to it; S must hold them.
+          cache: tokens are appended to it; S must hold them. Where the layers of the
+            parameters lie apart, those of prefix and cache may too.
           taps: which of `TAPS` to return, stacked over layers.
 
         Returns:
@@ -191,9 +190,11 @@ class Decoder(nn.Module):
         views = tuple(_view(config, kind, positions, segment_ids, prefix, cache) for kind in config.period)
         fronts = None
         if prefix is not None:
-            fronts = LayerPrefix(prefix.keys.astype(x.dtype), prefix.values.astype(x.dtype), prefix.bias)
+            as_computed = functools.partial(jax.tree.map, lambda part: part.astype(x.dtype))
+            fronts = LayerPrefix(as_computed(prefix.keys), as_computed(prefix.values), prefix.bias)
 
-        num_periods, num_left = divmod(config.num_layers, len(views))
+        apart = self.has_variable("params", layer_name(0))
+        num_periods = 0 if apart else config.num_layers // len(views)
         scanned = num_periods * len(views)
         carry, tapped = (x, cache, jnp.int32(0)), []
         if num_periods:
@@ -211,9 +212,9 @@ class Decoder(nn.Module):
             carry, values = periods(carry, by_period, views)
             tapped.append(jax.tree.map(lambda value: value.reshape(scanned, *value.shape[2:]), values))
         x, cache, _ = carry
-        for number in range(num_left):
-            x, cache, values = _layer(self.remat)(config, taps, name=f"remainder_{number}")(
-                x, cache, scanned + number, _at(fronts, scanned + number), views[number]
+        for layer in range(scanned, config.num_layers):
+            x, cache, values = _layer(self.remat)(config, taps, name=layer_name(layer))(
+                x, cache, layer, _at(fronts, layer), views[layer % len(views)]
             )
             tapped.append(jax.tree.map(lambda value: value[None], values))
         if cache is not None:
@@ -286,12 +287,17 @@ def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, nn.meta.unbox(boxed))
 
 
+def layer_name(layer: int) -> str:
+    """Where the parameters of a layer lie that is in no stack."""
+    return f"layer_{layer}"
+
+
 def layer_path(config: ModelConfig, layer: int) -> tuple[tuple[str, ...], int | None]:
-    """Where the parameters of a layer lie: keys into the tree, and the index in the stack.
+    """Where the parameters of a layer are loaded to: keys into the tree, and the index in the stack.
 
     The index is None for a layer behind the last whole period, which has no stack.
     """
     period, number = divmod(layer, len(config.period))
     if period < config.num_layers // len(config.period):
         return ("layers", str(number)), period
-    return (f"remainder_{number}",), None
+    return (layer_name(layer),), None

@@ -14,6 +14,7 @@ from cartridges_jax.formats.gguf import GGUFFile
 from cartridges_jax.formats.safetensors_files import SafetensorsDirectory
 from cartridges_jax.formats.sources import locate
 from cartridges_jax.formats.tensors import TensorFile
+from cartridges_jax.models.apart import layers_apart, runs_apart
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.decoder import Decoder
 from cartridges_jax.models.families import Names, read_gguf_metadata, read_hugging_face_config
@@ -33,7 +34,7 @@ class Model:
     Attributes:
       name: what the user called it (registry name, path or hub id).
       config: shapes and constants.
-      params: the frozen parameters: matrices in the model's dtype or quantised, norms
+      params: the frozen parameters as they were loaded, layers stacked: matrices in the model's dtype or quantised, norms
         and biases in float32.
       dtype: what is computed in.
       tokenizer: text to token ids and back.
@@ -52,6 +53,16 @@ class Model:
     @functools.cached_property
     def decoder(self) -> Decoder:
         return Decoder(self.config)
+
+    @functools.cached_property
+    def decode_params(self) -> Any:
+        """The parameters as the sampler takes them: on one CPU with the layers apart."""
+        return layers_apart(self.params, self.config) if runs_apart(self.params) else self.params
+
+    @property
+    def layers_apart(self) -> bool:
+        """Whether `decode_params` has the layers apart, and so a cache that is decoded with."""
+        return self.decode_params is not self.params
 
     @functools.cached_property
     def fingerprint(self) -> str:

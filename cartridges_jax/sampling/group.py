@@ -219,7 +219,7 @@ class Group:
         for _, live, steps in promised:
             live.in_flight += steps
         self._state, outputs = programs.decode(
-            self._model.config, self._model.params, self._front, self._state, self._settings(), np.int32(enough),
+            self._model.config, self._model.decode_params, self._front, self._state, self._settings(), np.int32(enough),
             num_steps=self._num_steps, **self._static(self._occupants),
         )
         return Pending(promised, outputs)
@@ -233,7 +233,10 @@ class Group:
         self._occupants = occupants + [None] * (num_rows - len(kept))
         self._rows = None
         if self._state is None or not kept:
-            self._state = programs.empty_state(self._model.config, num_rows, num_slots, self._model.dtype)
+            model = self._model
+            self._state = programs.empty_state(
+                model.config, num_rows, num_slots, model.dtype, apart=model.layers_apart
+            )
             return
         at = np.asarray(kept + kept[:1] * (num_rows - len(kept)), np.int32)
         self._state = programs.resize(self._state, at, np.arange(num_rows) < len(kept), num_slots=num_slots)

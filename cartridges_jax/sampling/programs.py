@@ -32,23 +32,44 @@ class Front:
       prefix: padded to a bucket; the padding's bias gives it weight exactly 0. Its static
         `next_position` is 0, so that prefixes of unlike lengths share programs.
       start: scalar int32, the position of the first token behind it.
+
+    Where decoding has the layers apart, keys and values are tuples of them.
     """
 
     prefix: KVPrefix
     start: Array
 
+    def stacked(self) -> Front:
+        """The same with one array for all layers."""
+        if not isinstance(self.prefix.keys, tuple):
+            return self
+        return self.replace(
+            prefix=self.prefix.replace(keys=jnp.stack(self.prefix.keys), values=jnp.stack(self.prefix.values))
+        )
 
-def as_front(prefix: KVPrefix, dtype: Any) -> Front:
-    """Pads a prefix to its bucket."""
+
+def as_front(prefix: KVPrefix, dtype: Any, *, apart: bool = False) -> Front:
+    """Pads a prefix to its bucket.
+
+    Args:
+      apart: keys and values of every layer in arrays of their own.
+    """
     pad = prefix_bucket(prefix.num_slots) - prefix.num_slots
-    bias = jnp.zeros(prefix.keys.shape[:3], jnp.float32) if prefix.bias is None else jnp.asarray(prefix.bias, jnp.float32)
     slots = ((0, 0), (0, 0), (0, pad))
+    bias = prefix.bias
+    if pad and bias is None:
+        bias = jnp.zeros(prefix.keys.shape[:3], jnp.float32)
+
+    def layers(part: Array) -> Any:
+        padded = jnp.pad(jnp.asarray(part, dtype), (*slots, (0, 0)))
+        return tuple(padded) if apart else padded
+
     padded = KVPrefix(
-        keys=jnp.pad(jnp.asarray(prefix.keys, dtype), (*slots, (0, 0))),
-        values=jnp.pad(jnp.asarray(prefix.values, dtype), (*slots, (0, 0))),
+        keys=layers(prefix.keys),
+        values=layers(prefix.values),
         positions=jnp.pad(jnp.asarray(prefix.positions), (0, pad)),
         group=jnp.pad(jnp.asarray(prefix.group), (0, pad)),
-        bias=jnp.pad(bias, slots, constant_values=_MASKED),
+        bias=None if bias is None else jnp.pad(jnp.asarray(bias, jnp.float32), slots, constant_values=_MASKED),
     )
     return Front(padded, jnp.int32(prefix.next_position))
 
@@ -92,10 +113,10 @@ class Rows:
 Outputs = tuple[Array, Array, Array]  # tokens [n, B] (-1: none), top ids [n, B, k], top log-probabilities [n, B, k]
 
 
-def empty_state(config: ModelConfig, num_rows: int, num_slots: int, dtype: Any) -> State:
+def empty_state(config: ModelConfig, num_rows: int, num_slots: int, dtype: Any, *, apart: bool = False) -> State:
     """B rows that hold nothing."""
     return State(
-        cache=empty_cache(config, num_rows, num_slots, dtype),
+        cache=empty_cache(config, num_rows, num_slots, dtype, apart=apart),
         tokens=jnp.zeros((num_rows,), jnp.int32),
         num_generated=jnp.zeros((num_rows,), jnp.int32),
         running=jnp.zeros((num_rows,), bool),
@@ -140,6 +161,7 @@ def read_chunk(
     Returns:
       The cache, and `last` as of now.
     """
+    front = None if front is None else front.stacked()
     hidden, cache = _apply(config, params, front, cache, tokens, segment_ids)
     count = jnp.sum(segment_ids, axis=1)
     newest = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
@@ -167,15 +189,17 @@ def admit(state: State, read: Cache, tokens: Array, running: Array, at: Array) -
     A row may occur twice in `at` if what goes there is the same.
     """
     width = min(read.num_slots, state.cache.num_slots)
+    if isinstance(state.cache.keys, tuple):
+        read = read.apart()
 
     # Row by row: one scatter of all would be a loop over single numbers on the CPU.
-    def put(r, caches):
-        return tuple(
-            jax.lax.dynamic_update_slice(
-                into, jax.lax.dynamic_slice_in_dim(part[:, :, :, :width], r, 1, axis=1), (0, at[r], 0, 0, 0)
-            )
-            for into, part in zip(caches, (read.keys, read.values))
-        )
+    def put_row(r: Array, into: Array, part: Array) -> Array:
+        row = jax.lax.dynamic_slice_in_dim(part[..., :width, :], r, 1, axis=part.ndim - 4)
+        start = (0,) * (into.ndim - 4) + (at[r], 0, 0, 0)
+        return jax.lax.dynamic_update_slice(into, row, start)
+
+    def put(r: Array, caches: tuple) -> tuple:
+        return jax.tree.map(functools.partial(put_row, r), caches, (read.keys, read.values))
 
     keys, values = jax.lax.fori_loop(0, at.shape[0], put, (state.cache.keys, state.cache.values))
     return State(
@@ -246,12 +270,13 @@ def resize(state: State, at: Array, kept: Array, *, num_slots: int) -> State:
     """
 
     def fit(part: Array) -> Array:
-        slots = part.shape[3]
-        part = jnp.take(part[:, :, :, : min(slots, num_slots)], at, axis=1)
-        return jnp.pad(part, ((0, 0),) * 3 + ((0, max(num_slots - slots, 0)), (0, 0)))
+        slots = part.shape[-2]
+        part = jnp.take(part[..., : min(slots, num_slots), :], at, axis=-4)
+        return jnp.pad(part, ((0, 0),) * (part.ndim - 2) + ((0, max(num_slots - slots, 0)), (0, 0)))
 
+    keys, values = jax.tree.map(fit, (state.cache.keys, state.cache.values))
     return State(
-        cache=Cache(fit(state.cache.keys), fit(state.cache.values), jnp.where(kept, state.cache.lengths[at], 0)),
+        cache=Cache(keys, values, jnp.where(kept, state.cache.lengths[at], 0)),
         tokens=state.tokens[at],
         num_generated=state.num_generated[at],
         running=state.running[at] & kept,

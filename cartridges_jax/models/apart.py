@@ -1,0 +1,49 @@
+"""Parameters with every layer in arrays of its own.
+
+A scan reads its layer out of the stack. XLA's CPU backend copies the layer first, which
+for the few tokens of a decode step costs as much as the products. There the decoder runs
+unrolled, over views of the stack: nothing is stored twice. Reading or training on many
+tokens gains nothing by it and compiles longer, so that keeps to the stack.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from cartridges_jax.models.config import ModelConfig
+from cartridges_jax.models.decoder import layer_name, layer_path
+
+
+def layers_apart(params: Any, config: ModelConfig) -> Any:
+    """Parameters as `Decoder` takes them to run unrolled.
+
+    Args:
+      params: with stacked layers, each on one CPU device or in NumPy; stays valid.
+
+    Returns:
+      The same with layer_0 … layer_{L-1} instead of "layers", which share their memory
+      with the stacks wherever a layer begins at an address that JAX can use.
+    """
+    tree = {name: part for name, part in params.items() if name != "layers"}
+    for layer in range(config.num_layers):
+        parents, index = layer_path(config, layer)
+        if index is not None:
+            stack = params[parents[0]][parents[1]]
+            tree[layer_name(layer)] = jax.tree.map(lambda leaf: _view(leaf, index), stack)  # noqa: B023
+    return tree
+
+
+def _view(stack: Array, index: int) -> Array:
+    return jax.device_put(np.asarray(stack)[index], stack.device, may_alias=True)
+
+
+def runs_apart(params: Any) -> bool:
+    """Whether a model is best run unrolled: it lies whole on one CPU device."""
+    leaves = jax.tree.leaves(params)
+    return all(
+        isinstance(leaf, Array) and len(leaf.devices()) == 1 and next(iter(leaf.devices())).platform == "cpu"
+        for leaf in leaves
+    )

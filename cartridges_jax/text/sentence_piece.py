@@ -2,7 +2,7 @@
 
 The `sentencepiece` package splits the text. Its model is rebuilt here with every border marked as a
 control piece, which its encoder never produces; user-defined pieces (Gemma: runs of newlines, HTML tags)
-it finds in any text. Matches llama.cpp token by token (tests/test_tokenizers.py).
+it finds in any text. Matches llama.cpp token by token (tests/test_sentence_piece.py).
 """
 from __future__ import annotations
 

@@ -40,6 +40,14 @@ def test_a_tokenizer_json_names_its_special_tokens(fast):
     assert ours.encode("<think>")[-1:] == [theirs.token_to_id("<think>")]
 
 
+def test_ids_above_the_vocabulary_are_decoded_as_by_the_tokenizers_package(fast):
+    theirs, ours = fast
+    ids, above = ours.encode("a naïve b"), ours.vocab_size
+    for mixed in ([above], [above, *ids], [*ids[:2], above + 9, *ids[2:], above]):
+        assert ours.decode(mixed) == theirs.decode(mixed), mixed
+    assert ours.decode([above, *ids]) == "a naïve b"
+
+
 def test_the_fingerprint_of_a_tokenizer_json_ignores_what_does_not_decide_ids(tmp_path):
     fast_tokenizer("gemma").save(str(tmp_path / "tokenizer.json"))
     first = tokenizer_from_directory(tmp_path).fingerprint

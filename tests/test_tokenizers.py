@@ -62,13 +62,17 @@ def test_offsets_cover_the_text_in_order_and_decoding_gives_it_back(kinds, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_incomplete_utf8_and_unknown_ids(kinds, kind):
+def test_incomplete_utf8_is_replaced_and_ids_above_the_vocabulary_are_nothing(kinds, kind):
     tokenizer = kinds[kind]
     # U+10F1F has no piece of its own; its bytes do.
     ids = tokenizer.encode_with_offsets("\U00010f1f", after="text")[0]
     assert len(ids) > 1 and "\ufffd" in tokenizer.decode(ids[:-1])
-    with pytest.raises(UserError, match=str(tokenizer.vocab_size)):
-        tokenizer.decode([tokenizer.vocab_size])
+    above = tokenizer.vocab_size
+    assert tokenizer.decode([above]) == ""
+    # Not even between the bytes of one character, nor where a space in front is taken off.
+    assert tokenizer.decode([ids[0], above + 7, *ids[1:]]) == "\U00010f1f"
+    start = tokenizer.encode("xa")
+    assert tokenizer.decode([above, *start]) == tokenizer.decode(start) == "xa"
 
 
 def test_fingerprints_are_equal_for_the_same_tokenizer_only(kinds, tmp_path, vocabulary, sentence_piece_model):

@@ -151,6 +151,8 @@ def test_the_launch_program_refuses_what_it_does_not_know(tmp_path):
         return subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=tmp_path)
 
     config = f"--config={ROOT / 'experiments' / 'benchmarks' / 'decode.py'}"
+    done = launch("--config=none.py", f"--workdir={tmp_path}")
+    assert done.returncode == 2 and "none.py" in done.stderr.splitlines()[-1]
     done = launch(config, f"--workdir={tmp_path}", "--config.common.repeats=0")
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: repeats=0")
     done = launch(config, f"--workdir={tmp_path}", "--config.batchs=(1,)")

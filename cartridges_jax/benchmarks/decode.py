@@ -16,12 +16,13 @@ import numpy as np
 
 from cartridges_jax import sampling
 from cartridges_jax.benchmarks import figures, peers
-from cartridges_jax.benchmarks.inputs import COMMON, Common, config_dict, prompts_of_length, read_model, read_text
+from cartridges_jax.benchmarks.inputs import COMMON, Common, config_dict, prompts_of_length, read_model
 from cartridges_jax.benchmarks.limits import decode_bytes, decode_flops, kv_bytes_per_token, step_seconds_at_least
 from cartridges_jax.benchmarks.machine import Ceilings
 from cartridges_jax.benchmarks.peers import LLAMA_CPP, TRANSFORMERS, VLLM, Absent, hugging_face
 from cartridges_jax.benchmarks.results import Bar, Result, say_absent
 from cartridges_jax.benchmarks.timing import WARMUPS, interleaved
+from cartridges_jax.corpus.documents import read_document
 from cartridges_jax.distill.initialise import initialise_from_first_tokens
 from cartridges_jax.errors import UserError
 from cartridges_jax.formats.sources import locate
@@ -75,7 +76,7 @@ def default_config():
 def run(settings: DecodeSettings, workdir: Path) -> Result:
     """Measures every batch size; writes the figure."""
     common = settings.common
-    document = read_text(common)
+    document = read_document(common.document)
     model = read_model(common, dtype=settings.dtype)
     models = {OURS: model}
     if settings.int8:

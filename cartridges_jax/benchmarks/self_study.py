@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cartridges_jax.benchmarks import figures, peers
-from cartridges_jax.benchmarks.inputs import COMMON, STUDY, Common, config_dict, read_model, read_text
+from cartridges_jax.benchmarks.inputs import COMMON, STUDY, Common, config_dict, read_model
 from cartridges_jax.benchmarks.limits import layer_weights
 from cartridges_jax.benchmarks.machine import Ceilings
 from cartridges_jax.benchmarks.peers import TRANSFORMERS, hugging_face
 from cartridges_jax.benchmarks.results import Bar, Result, say_absent
 from cartridges_jax.benchmarks.timing import WARMUPS, interleaved
-from cartridges_jax.corpus.documents import Document
+from cartridges_jax.corpus.documents import Document, read_document
 from cartridges_jax.data.conversations import Conversation, read_shard
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Model, ModelConfig
@@ -138,7 +138,7 @@ def run(settings: SelfStudySettings, workdir: Path) -> Result:
     """Measures both sides; writes the figure."""
     common, study = settings.common, settings.study
     model = read_model(common)
-    document = read_text(common)
+    document = read_document(common.document)
     tokens = model.tokenizer.encode(document.text)[: settings.chunk_tokens]
     chunk = Document(document.name, model.tokenizer.decode(tokens))
     shards = workdir / "shards"

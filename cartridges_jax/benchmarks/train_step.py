@@ -24,7 +24,6 @@ from cartridges_jax.benchmarks.inputs import (
     make_conversations,
     read_conversations,
     read_model,
-    read_text,
 )
 from cartridges_jax.benchmarks.limits import distillation_flops
 from cartridges_jax.benchmarks.machine import Ceilings
@@ -32,6 +31,7 @@ from cartridges_jax.benchmarks.peers import TRANSFORMERS, hugging_face
 from cartridges_jax.benchmarks.results import Bar, Result, say_absent
 from cartridges_jax.benchmarks.timing import WARMUPS, interleaved
 from cartridges_jax.cartridge import KVPrefix
+from cartridges_jax.corpus.documents import read_document
 from cartridges_jax.data.packing import Example, PackingPlan, plan_packing, render_example
 from cartridges_jax.distill.initialise import initialise_from_first_tokens
 from cartridges_jax.distill.step import cartridge_trainable, combine_cartridge, init_state, learning_mask, train_step
@@ -144,7 +144,8 @@ def examples_of(model: Model, settings: TrainStepSettings, workdir: Path) -> lis
     else:
         common = settings.common
         directory = workdir / "study" / f"{settings.num_conversations}-{common.seed}-{model.source_sha256[:8]}"
-        conversations = make_conversations(model, read_text(common), directory, settings.num_conversations, common.seed)
+        document = read_document(common.document)
+        conversations = make_conversations(model, document, directory, settings.num_conversations, common.seed)
     examples = [render_example(c, model.chat, targets=settings.train.targets) for c in conversations]
     return [example for example in examples if len(example.tokens) <= settings.train.row_tokens]
 
@@ -153,7 +154,7 @@ def run(settings: TrainStepSettings, workdir: Path) -> Result:
     """Measures every P; writes the figure."""
     common = settings.common
     model = read_model(common, dtype=settings.dtype)
-    document = read_text(common)
+    document = read_document(common.document)
     examples = examples_of(model, settings, workdir)
     plan = plan_of(examples, settings)
     batches = members(plan)

@@ -15,13 +15,21 @@ from typing import Any
 import numpy as np
 
 from cartridges_jax import sampling
-from cartridges_jax.benchmarks import figures, peers
+from cartridges_jax.benchmarks import figures
 from cartridges_jax.benchmarks.inputs import COMMON, Common, config_dict, prompts_of_length, read_model
 from cartridges_jax.benchmarks.limits import decode_bytes, decode_flops, kv_bytes_per_token, step_seconds_at_least
 from cartridges_jax.benchmarks.machine import Ceilings
 from cartridges_jax.benchmarks.peers import LLAMA_CPP, TRANSFORMERS, VLLM, Absent, hugging_face
-from cartridges_jax.benchmarks.results import Bar, Result, say_absent
-from cartridges_jax.benchmarks.timing import WARMUPS, interleaved
+from cartridges_jax.benchmarks.results import Result, say_absent
+from cartridges_jax.benchmarks.rounds import (
+    OURS,
+    absent_peers,
+    compared,
+    durations,
+    keeping,
+    take_turns,
+    take_turns_with_ceilings,
+)
 from cartridges_jax.corpus.documents import read_document
 from cartridges_jax.distill.initialise import initialise_from_first_tokens
 from cartridges_jax.errors import UserError
@@ -29,7 +37,6 @@ from cartridges_jax.formats.sources import locate
 from cartridges_jax.quantized import num_bytes
 
 NAME = "decode"
-OURS = "cartridges_jax"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +92,11 @@ def run(settings: DecodeSettings, workdir: Path) -> Result:
     prompts = prompts_of_length(model, document, max(settings.batches), settings.prompt_tokens, common.seed)
     whole = model.chat.system_prefix(document.text).token_ids
 
-    missing: list[Absent] = []
+    missing = absent_peers(common, TRANSFORMERS, LLAMA_CPP)
     side: dict[str, Any] = {}  # name to (its model behind the cartridge, its plain model)
     llama = None
     vllm: dict[str, Any] = {}
     if common.peers:
-        missing = [peer for peer in map(peers.absent, (TRANSFORMERS, LLAMA_CPP)) if peer]
         names = [peer.name for peer in missing]
         float_model = model if settings.dtype == "float32" else read_model(common)
         directory = hugging_face.export(float_model, workdir / "hugging_face")
@@ -151,13 +157,11 @@ def run(settings: DecodeSettings, workdir: Path) -> Result:
                 asked = [[*whole, *prompt] for prompt in prompts[:batch]]
                 calls[name] = lambda worker=worker, asked=asked: worker.generate(asked, settings.new_tokens)
             answers: dict[str, Any] = {}
-            both = {name: _kept(answers, name, call) for name, call in calls.items()} | ceilings.candidates
-            with Bar((common.repeats + WARMUPS) * len(both), f"{NAME} batch {batch}") as tick:
-                times = interleaved(both, repeats=common.repeats, on_progress=tick)
-            machine = ceilings.measured(times)
+            candidates = {name: keeping(answers, name, call) for name, call in calls.items()}
+            label = f"{NAME} batch {batch}"
+            times, machine = take_turns_with_ceilings(label, candidates, ceilings, repeats=common.repeats)
             machines.append(machine)
             total = batch * settings.new_tokens
-            own = times[OURS]
             at_least = {}
             for name, loaded in models.items():
                 seen = settings.prompt_tokens + settings.new_tokens / 2
@@ -167,10 +171,8 @@ def run(settings: DecodeSettings, workdir: Path) -> Result:
             rivals = [name for name in calls if name not in models]
             rows.append({
                 "batch": batch,
-                "value": own.per_second(total),
-                "peers": {name: times[name].per_second(total) for name in rivals},
-                "ratio": {name: own.times_faster_than(times[name]) for name in rivals},
-                "fraction_of_limit": at_least[OURS] / own.median,
+                **compared(times, rivals, total),
+                "fraction_of_limit": at_least[OURS] / times[OURS].median,
                 "variants": {
                     name: {
                         "value": times[name].per_second(total),
@@ -185,8 +187,7 @@ def run(settings: DecodeSettings, workdir: Path) -> Result:
                     settings.prompt_tokens + settings.new_tokens / 2,
                 ) / batch,
                 "same_tokens": {name: _agreement(answers[OURS], answers[name]) for name in side},
-                "seconds": {name: list(times[name].seconds) for name in calls},
-                "spread": {name: times[name].spread for name in calls},
+                **durations(times),
                 "machine": {name: machine[name] for name in ("matmul_gflops", "bandwidth_gb_s")},
             })  # fmt: skip
 
@@ -197,8 +198,7 @@ def run(settings: DecodeSettings, workdir: Path) -> Result:
         if llama is not None:
             # Without its cache: a document that nobody has asked about for a while.
             first[f"{LLAMA_CPP}|document"] = lambda: llama.generate([*whole, *prompts[0]], 1, cached=False)
-        with Bar((common.repeats + WARMUPS) * len(first), f"{NAME} first token") as tick:
-            times = interleaved(first, repeats=common.repeats, on_progress=tick)
+        times = take_turns(f"{NAME} first token", first, repeats=common.repeats)
     finally:
         for worker in vllm.values():
             worker.close()
@@ -228,13 +228,6 @@ def run(settings: DecodeSettings, workdir: Path) -> Result:
     )
     figures.decode(result, workdir / f"{NAME}.png")
     return result
-
-
-def _kept(answers: dict[str, Any], name: str, call: Callable[[], Any]) -> Callable[[], None]:
-    def timed() -> None:
-        answers[name] = call()
-
-    return timed
 
 
 def _agreement(ours: list[list[int]], theirs: list[list[int]]) -> float:

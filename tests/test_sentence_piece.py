@@ -14,7 +14,7 @@ from texts import HAND_PICKED, SPLIT_TEXTS
 from trained_tokenizers import sentence_piece_gguf, sentence_piece_model, toy_pieces  # noqa: F401
 
 from cartridges_jax.formats.gguf import GGUFFile
-from cartridges_jax.formats.sources import cache_dir
+from cartridges_jax.formats.wheels import cache_dir
 from cartridges_jax.text.chat import ChatTemplate, chat_from_gguf
 from cartridges_jax.text.sentence_piece import SentencePieceTokenizer
 from cartridges_jax.text.tokenizer import tokenizer_from_directory, tokenizer_from_gguf

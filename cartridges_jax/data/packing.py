@@ -118,9 +118,13 @@ class PackingPlan:
     """Which example goes where, for every step of a run.
 
     Attributes:
+      examples: what is packed.
       steps: per step, per row (A*B of them), the indices of the examples in it.
+      micro_batches: A.
+      row_tokens: T.
       num_targets: M, target rows of the fullest micro-batch, rounded up.
       efficiency: real tokens over all tokens.
+      epochs: how often an example is seen, on average.
     """
 
     examples: Sequence[Example]
@@ -200,6 +204,15 @@ def _fullest_row(sizes: Sequence[int], row_tokens: int) -> list[int]:
     return [0, *reversed(members)]
 
 
+def _take_row(queue: list[int], examples: Sequence[Example], row_tokens: int) -> list[int]:
+    """Takes the examples of one row out of the queue."""
+    places = _fullest_row([len(examples[index].tokens) for index in queue], row_tokens)
+    row = [queue[place] for place in places]
+    for place in reversed(places):
+        queue.pop(place)
+    return row
+
+
 def plan_packing(
     examples: Sequence[Example],
     *,
@@ -242,10 +255,7 @@ def plan_packing(
         rows: list[list[int]] = []
         for _ in range(rows_per_step):
             queue += itertools.islice(order, _LOOKAHEAD - len(queue))
-            members = _fullest_row([len(examples[index].tokens) for index in queue], row_tokens)
-            rows.append([queue[at] for at in members])
-            for at in reversed(members):
-                queue.pop(at)
+            rows.append(_take_row(queue, examples, row_tokens))
         members = [index for row in rows for index in row]
         placed += len(members)
         used += sum(len(examples[index].tokens) for index in members)

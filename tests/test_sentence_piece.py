@@ -15,7 +15,7 @@ from trained_tokenizers import sentence_piece_gguf, sentence_piece_model, toy_pi
 
 from cartridges_jax.formats.gguf import GGUFFile
 from cartridges_jax.formats.wheels import cache_dir
-from cartridges_jax.text.chat import ChatTemplate, chat_from_gguf
+from cartridges_jax.text.chat import ChatTemplate
 from cartridges_jax.text.sentence_piece import SentencePieceTokenizer
 from cartridges_jax.text.tokenizer import tokenizer_from_directory, tokenizer_from_gguf
 
@@ -95,6 +95,6 @@ def test_gemma_is_tokenized_as_by_llama_cpp(gemma):
         messages=messages, bos_token="<bos>", add_generation_prompt=True
     )
     assert rendered.token_ids == llama.tokenize(text, control=True)
-    chat = chat_from_gguf(gemma, tokenizer)
+    chat = ChatTemplate.from_gguf(gemma, tokenizer)
     assert chat.is_plain and tokenizer.token_text(chat.end_of_turn_id) == "\n"
     assert {tokenizer.decode([i]).strip("\n") for i in chat.stop_ids} == {""} and len(chat.stop_ids) > 31

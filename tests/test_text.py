@@ -13,7 +13,7 @@ from cartridges_jax.formats.gguf import GGUFFile
 from cartridges_jax.formats.sources import locate
 from cartridges_jax.text.byte_level import ByteLevelBPE
 from cartridges_jax.text.chat import ChatTemplate
-from cartridges_jax.text.tokenizer import Tokenizer
+from cartridges_jax.text.tokenizer import Tokenizer, tokenizer_from_gguf
 
 MODEL = "smollm2-135m-instruct"
 
@@ -25,7 +25,7 @@ def model_file() -> GGUFFile:
 
 @pytest.fixture(scope="session")
 def tokenizer(model_file) -> Tokenizer:
-    return Tokenizer.from_gguf(model_file)
+    return tokenizer_from_gguf(model_file)
 
 
 @pytest.fixture(scope="session")

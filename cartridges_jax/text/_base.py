@@ -12,12 +12,9 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from cartridges_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from cartridges_jax.formats.gguf import GGUFFile
 
 # What stands in front of a piece of text: nothing, a control token, or other text. It matters where a
 # tokenizer writes a space of its own in front of a text (Llama 2, Mistral).
@@ -69,13 +66,6 @@ class Tokenizer(abc.ABC):
         self._atoms = {**(found_in_text or {}), **self.control_tokens}
         self._plain_splitter = _any_of(found_in_text or {})
         self._control_splitter = _any_of(self._atoms)
-
-    @classmethod
-    def from_gguf(cls, file: GGUFFile) -> Tokenizer:
-        """`tokenizer_from_gguf(file)`."""
-        from cartridges_jax.text.tokenizer import tokenizer_from_gguf
-
-        return tokenizer_from_gguf(file)
 
     @abc.abstractmethod
     def _encode_run(self, text: str, place: Place) -> tuple[list[int], list[tuple[int, int]]]:

@@ -1,6 +1,15 @@
 """Package metadata. Pins and the reasons for them are in BUILD.md."""
 from setuptools import find_packages, setup
 
+# What the benchmarks measure against and the tests compare with.
+PEERS = [
+    "accelerate>=1.15,<2",
+    "peft>=0.21,<0.22",
+    "torch==2.13.0",
+    "transformers>=5.23,<6",
+    "xllamacpp==2026.10.11549",
+]
+
 setup(
     name="cartridges_jax",
     version="0.1.0",
@@ -30,19 +39,11 @@ setup(
         "tqdm>=4.67,<5",
     ],
     extras_require={
-        "peers": [
-            "accelerate>=1.15,<2",
-            "peft>=0.21,<0.22",
-            "torch==2.13.0",
-            "transformers>=5.23,<6",
-            "xllamacpp==2026.10.11549",
-        ],
+        "peers": PEERS,
         "test": [
+            *PEERS,
             "pytest>=9,<10",
             "pytest-xdist>=3.8,<4",
-            "torch==2.13.0",
-            "transformers>=5.23,<6",
-            "xllamacpp==2026.10.11549",
         ],
     },
 )

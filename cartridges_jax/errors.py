@@ -1,4 +1,4 @@
-"""The one exception type that the launch programs turn into a plain message."""
+"""What users read when something is wrong: `UserError`, and other libraries' exceptions in one line."""
 
 
 class UserError(Exception):
@@ -7,3 +7,8 @@ class UserError(Exception):
     The launch programs print its single-line message to stderr and exit with code 2, without a
     traceback. The message names the offending value and says what to do instead.
     """
+
+
+def one_line(error: Exception) -> str:
+    """Another library's exception for a message of ours: its text in one line, or its class where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,11 +1,26 @@
-"""Plain nested values, as a config file gives them, to typed dataclasses."""
+"""The values of a config file to typed dataclasses."""
 from __future__ import annotations
 
 import dataclasses
 import typing
 from typing import Any
 
+import ml_collections
+
 from cartridges_jax.errors import UserError
+
+
+def config_values(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """A config's plain nested values.
+
+    Raises:
+      UserError: the config is a flag's, and its file cannot be loaded.
+    """
+    try:
+        return config.to_dict()
+    except OSError as error:
+        # A config flag reports a file that it could not load when its value is first read.
+        raise UserError(f"the config file cannot be loaded: {str(error).splitlines()[-1].strip()}") from None
 
 
 def build(cls: type, values: dict[str, Any], path: str, defaults: str) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import gguf_files
 import numpy as np
 import torch
 import transformers
@@ -19,7 +20,6 @@ from cartridges_jax.formats.safetensors_files import SafetensorsDirectory
 from cartridges_jax.models import Model, ModelConfig
 from cartridges_jax.models.families import read_gguf_metadata, read_hugging_face_config
 from cartridges_jax.models.weights import load_params
-from tiny import permute
 
 _SHAPES = {
     "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -199,52 +199,41 @@ def write_gguf(twin: transformers.PreTrainedModel, architecture: str, path: Path
     names = gguf.get_tensor_name_map(
         next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), config.num_hidden_layers
     )
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    if architecture == "granite":
-        writer.add_embedding_scale(config.embedding_multiplier)
-        writer.add_attention_scale(config.attention_multiplier)
-        writer.add_residual_scale(config.residual_multiplier)
-        writer.add_logit_scale(config.logits_scaling)
     rope = config.rope_parameters
+    metadata = {
+        "block_count": config.num_hidden_layers, "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size, "feed_forward_length": config.intermediate_size,
+        "head_count": config.num_attention_heads, "head_count_kv": config.num_key_value_heads,
+        "key_length": head_dim, "value_length": head_dim, "rope_dimension_count": head_dim,
+        "layer_norm_rms_eps": config.rms_norm_eps, "vocab_size": config.vocab_size,
+    }  # fmt: skip
+    if architecture == "granite":
+        metadata |= {
+            "embedding_scale": config.embedding_multiplier, "attention_scale": config.attention_multiplier,
+            "residual_scale": config.residual_multiplier, "logit_scale": config.logits_scaling,
+        }  # fmt: skip
     if architecture == "gemma3":
-        writer.add_sliding_window(config.sliding_window)
-        writer.add_float32("gemma3.rope.freq_base_swa", rope["sliding_attention"]["rope_theta"])
+        metadata |= {"sliding_window": config.sliding_window, "rope_freq_base_swa": rope["sliding_attention"]["rope_theta"]}
         rope = rope["full_attention"]
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(rope["factor"])
-    writer.add_rope_freq_base(rope["rope_theta"])
+        metadata |= {"rope_scaling_type": gguf.RopeScalingType.LINEAR, "rope_scaling_factor": rope["factor"]}
+    metadata["rope_freq_base"] = rope["rope_theta"]
+    tensors = {}
     if rope["rope_type"] == "llama3":
         base = rope["rope_theta"] ** -(np.arange(0, head_dim, 2) / head_dim)
-        writer.add_tensor("rope_freqs.weight", (base / twin.model.rotary_emb.inv_freq.numpy()).astype(np.float32))
-    tied = config.tie_word_embeddings
+        tensors["rope_freqs.weight"] = (base / twin.model.rotary_emb.inv_freq.numpy()).astype(np.float32)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, weight in twin.named_parameters():
-        if name == "lm_head.weight" and tied:
+        if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         value = weight.numpy()
         projection = name.split(".")[-2]
         if architecture in ("llama", "smollm3", "granite") and projection in heads:
-            value = permute(value, heads[projection])
+            value = gguf_files.permute(value, heads[projection])
         if architecture == "gemma3" and name.endswith("norm.weight"):
             value = value + 1
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+        tensors[names.get_name(name, try_suffixes=(".weight", ".bias"))] = value
+    return gguf_files.write(path, architecture, metadata, tensors)
 
 
 @functools.cache

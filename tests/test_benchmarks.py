@@ -36,7 +36,6 @@ from cartridges_jax.quantized import num_bytes
 @pytest.fixture(scope="module")
 def exported(tiny_model, tmp_path_factory):
     """The tiny model as transformers and PEFT load it."""
-    pytest.importorskip("peft")
     from cartridges_jax.benchmarks.peers import hugging_face, transformers_peft
 
     transformers_peft.use_threads(1)
@@ -93,7 +92,6 @@ def random_conversations(model, count, k, rng):
 
 
 def test_the_train_step_runs_on_the_conversations_of_a_finished_run(talker_gguf, rng, tmp_path, capsys):
-    pytest.importorskip("peft")
     (tmp_path / "study").mkdir()
     write_shard(tmp_path / "study" / "shard-00000.parquet", random_conversations(load_model(str(talker_gguf)), 9, 5, rng))
     config = config_of(
@@ -111,7 +109,6 @@ def test_the_train_step_runs_on_the_conversations_of_a_finished_run(talker_gguf,
 
 
 def test_decode_runs_and_a_peer_that_is_not_installed_is_reported(talker_gguf, tmp_path, capsys, monkeypatch):
-    pytest.importorskip("peft")
     monkeypatch.setitem(peers._NEEDS, peers.LLAMA_CPP, (("no_such_package",), "pip install …"))
     config = config_of(
         "decode", talker_gguf, tmp_path, slots=16, batches=(2,), prompt_tokens=18, new_tokens=4, int8=False,
@@ -137,7 +134,6 @@ def test_the_cache_sweep_runs(talker_gguf, tmp_path, capsys):
 
 
 def test_self_study_runs(talker_gguf, tmp_path, capsys):
-    pytest.importorskip("peft")
     families = {f"study__families__{name}": float(name == "generic") for name in inputs.STUDY.families}
     config = config_of(
         "self_study", talker_gguf, tmp_path, chunk_tokens=90, peer_dtypes=("float32",), peer_rows=8,
@@ -155,6 +151,8 @@ def test_the_launch_program_refuses_what_it_does_not_know(tmp_path):
         return subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=tmp_path)
 
     config = f"--config={ROOT / 'experiments' / 'benchmarks' / 'decode.py'}"
+    done = launch("--config=none.py", f"--workdir={tmp_path}")
+    assert done.returncode == 2 and "none.py" in done.stderr.splitlines()[-1]
     done = launch(config, f"--workdir={tmp_path}", "--config.common.repeats=0")
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: repeats=0")
     done = launch(config, f"--workdir={tmp_path}", "--config.batchs=(1,)")
@@ -244,7 +242,6 @@ def test_peft_generates_our_greedy_tokens_behind_a_cartridge_and_transformers_be
 
 
 def test_a_model_that_is_no_plain_llama_has_no_peers(tmp_path, tiny_model):
-    pytest.importorskip("peft")
     from cartridges_jax.benchmarks.peers import hugging_face
 
     other = dataclasses.replace(tiny_model, config=dataclasses.replace(tiny_model.config, logit_softcap=30.0))

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 from cartridges_jax.errors import UserError
-from cartridges_jax.text.chat import ChatTemplate, chat_from_directory
+from cartridges_jax.text.chat import ChatTemplate
 from cartridges_jax.text.tokenizer import tokenizer_from_directory
 
 
@@ -90,7 +90,7 @@ def pair_of(name: str) -> Pair:
     directory = mkdtemp(prefix="chat-template-")
     theirs = save_tokenizer(name, directory)
     tokenizer = tokenizer_from_directory(Path(directory))
-    return Pair(chat_from_directory(directory, tokenizer, thinking=family.thinking), theirs, family)
+    return Pair(ChatTemplate.from_directory(directory, tokenizer, thinking=family.thinking), theirs, family)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -233,7 +233,7 @@ def plain(request) -> ChatTemplate:
     tokenizer = tiny_tokenizer(request.param, ["<bos>", "<eos>"])
     directory = Path(mkdtemp(prefix="plain-"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>").save_pretrained(directory)
-    return chat_from_directory(directory, tokenizer_from_directory(directory))
+    return ChatTemplate.from_directory(directory, tokenizer_from_directory(directory))
 
 
 def test_a_model_without_a_template_gets_plain_turns(plain):
@@ -261,10 +261,10 @@ def test_a_template_is_found_wherever_a_directory_keeps_it(tmp_path):
     named = [{"name": "tool_use", "template": other}, {"name": "default", "template": default}]
     for content in ({"chat_template": default}, {"chat_template": named}):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(content))
-        assert chat_from_directory(tmp_path, tokenizer).source == default
+        assert ChatTemplate.from_directory(tmp_path, tokenizer).source == default
     (tmp_path / "chat_template.jinja").write_text(other)
-    assert chat_from_directory(tmp_path, tokenizer).source == other
+    assert ChatTemplate.from_directory(tmp_path, tokenizer).source == other
     (tmp_path / "chat_template.jinja").unlink()
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named[:1]}))
     with pytest.raises(UserError, match="tool_use"):
-        chat_from_directory(tmp_path, tokenizer)
+        ChatTemplate.from_directory(tmp_path, tokenizer)

@@ -1,12 +1,8 @@
 """Gemma-3-270M, for those who accepted its terms: our logits against transformers' and llama.cpp's of the same file."""
 from __future__ import annotations
 
-import math
 import os
-from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -14,8 +10,8 @@ import transformers
 from oracles.llama_server import LlamaServer
 from tiny import twin_run
 
-import cartridges_jax
 from cartridges_jax import sampling
+from cartridges_jax.corpus.documents import QUICKSTART, read_document
 from cartridges_jax.errors import UserError
 from cartridges_jax.formats.sources import locate
 from cartridges_jax.models import load_model
@@ -45,7 +41,7 @@ def model():
 
 @pytest.fixture(scope="session")
 def text(model):
-    document = (Path(cartridges_jax.__file__).parent / "assets" / "quickstart.md").read_text(encoding="utf-8")
+    document = read_document(QUICKSTART).text
     tokens = [model.tokenizer.bos_id, *model.tokenizer.encode(document)][:1000]
     assert len(tokens) == 1000
     return tokens
@@ -105,20 +101,6 @@ def test_logits_behind_a_prefix_longer_than_the_window_equal_transformers(model,
 
 def test_greedy_tokens_and_their_probabilities_are_llama_cpps_of_the_same_file(model, text):
     """Independent of our reading of the file. llama.cpp rounds activations to 8 bits, hence the tolerance."""
-    server = LlamaServer(locate(NAME), context=1024)
-    answer = server.post(
-        "/completion",
-        {"prompt": text[:600], "n_predict": 40, "temperature": 0, "n_probs": 10, "ignore_eos": True, "cache_prompt": False},
-    )
-    steps = answer["completion_probabilities"]
-    tokens = [step["id"] for step in steps]
-    logits = sampling.logits(model, text[:600] + tokens)[599:-1]
-    ours = np.asarray(jax.nn.log_softmax(jnp.asarray(logits), axis=-1))
-    assert (ours.argmax(-1) == tokens).mean() >= 0.85
-    differences = [
-        ours[at, entry["id"]] - entry["logprob"]
-        for at, step in enumerate(steps)
-        for entry in step["top_logprobs"]
-        if math.exp(entry["logprob"]) > 0.01
-    ]
-    assert np.abs(differences).mean() < 0.25
+    found = LlamaServer(locate(NAME), context=1024).agreement(model, text[:600], 40)
+    assert found.same >= 0.85
+    assert np.abs(found.differences).mean() < 0.25

@@ -5,7 +5,6 @@ With `-n`, all tests here run in one process (see conftest.py), so that the mode
 from __future__ import annotations
 
 import json
-import math
 import os
 from pathlib import Path
 
@@ -17,8 +16,8 @@ import torch
 from oracles.llama_server import LlamaServer
 from tiny import rope_base, twin_of, twin_run
 
-import cartridges_jax
 from cartridges_jax import sampling
+from cartridges_jax.corpus.documents import QUICKSTART, read_document
 from cartridges_jax.errors import UserError
 from cartridges_jax.formats.sources import locate
 from cartridges_jax.models import load_model
@@ -59,7 +58,7 @@ def twin(model):
 @pytest.fixture(scope="session")
 def texts(model):
     """Two stretches of 1,000 tokens: the quickstart's document, and other prose."""
-    quickstart = (Path(cartridges_jax.__file__).parent / "assets" / "quickstart.md").read_text(encoding="utf-8")
+    quickstart = read_document(QUICKSTART).text
     articles = DATA / "squad_v2_dev_8_articles.json"
     if articles.is_file():
         first = json.loads(articles.read_text(encoding="utf-8"))["data"][0]
@@ -105,29 +104,13 @@ def test_greedy_tokens_and_their_probabilities_are_llama_cpps_of_the_same_file(m
 
     llama.cpp multiplies 4-bit weights with activations rounded to 8 bits, hence the tolerance.
     """
-    server = LlamaServer(locate(NAME), context=1024)
-    text = (Path(cartridges_jax.__file__).parent / "assets" / "quickstart.md").read_text(encoding="utf-8")
+    text = read_document(QUICKSTART).text
     head = model.chat.system_prefix("").token_ids[:-2] + model.tokenizer.encode(text)[:300]
     close = model.chat.render_continuation([{"role": "user", "content": "What is this text about?"}]).token_ids
     prompt = head + [model.chat.end_of_turn_id, *model.tokenizer.encode("\n"), *close]
-    answer = server.post(
-        "/completion",
-        {"prompt": prompt, "n_predict": 48, "temperature": 0, "n_probs": 10, "ignore_eos": True, "cache_prompt": False},
-    )
-    steps = answer["completion_probabilities"]
-    tokens = [step["id"] for step in steps]
-    assert len(tokens) >= 40
-    logits = sampling.logits(model, prompt + tokens)[len(prompt) - 1 : -1]
-    ours = np.asarray(jax.nn.log_softmax(jnp.asarray(logits), axis=-1))
-    assert (ours.argmax(-1) == tokens).mean() >= 0.9
-    differences = [
-        ours[at, entry["id"]] - entry["logprob"]
-        for at, step in enumerate(steps)
-        for entry in step["top_logprobs"]
-        if math.exp(entry["logprob"]) > 0.01
-    ]
-    assert len(differences) > 48
-    assert np.abs(differences).mean() < 0.2
+    found = LlamaServer(locate(NAME), context=1024).agreement(model, prompt, 48)
+    assert found.num_tokens >= 40 and found.same >= 0.9
+    assert len(found.differences) > 48 and np.abs(found.differences).mean() < 0.2
 
 
 def test_bfloat16_stays_close_to_float32(model, texts):

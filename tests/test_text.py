@@ -1,67 +1,21 @@
 """Tokenizer and chat template against llama.cpp and a plain Jinja rendering."""
 from __future__ import annotations
 
-import random
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import jinja2
 import pytest
+from oracles.llama_server import LlamaServer
+from texts import HAND_PICKED, TEXTS
 
 from cartridges_jax.errors import UserError
 from cartridges_jax.formats.gguf import GGUFFile
 from cartridges_jax.formats.sources import locate
-from cartridges_jax.text.chat import ChatTemplate
 from cartridges_jax.text.byte_level import ByteLevelBPE
-from cartridges_jax.text.tokenizer import Tokenizer
-
-sys.path.insert(0, str(Path(__file__).parent))
-from oracles.llama_server import LlamaServer  # noqa: E402
+from cartridges_jax.text.chat import ChatTemplate
+from cartridges_jax.text.tokenizer import Tokenizer, tokenizer_from_gguf
 
 MODEL = "smollm2-135m-instruct"
-
-HAND_PICKED = [
-    "",
-    " ",
-    "   ",
-    "\n",
-    "\n\n\n",
-    "a\r\nb\r\n\r\nc",
-    "\t\tindented\n\t  mixed \n  trailing   ",
-    "Hello, world!",
-    "it's we'll I'M they'Re don't 'quoted'",
-    "1234567890 3.14159 1,000,000 v2.0.1 0x7f ½ ² Ⅷ ٣٤ 一二三",
-    "naïve café cafe\u0301 Ångström A\u030angstro\u0308m",
-    "z\u0351\u0323a\u0300\u0301l",
-    "👍🏽 👩‍👩‍👧 🇩🇪 😀😀 e\u200dx",
-    "日本語のテキスト、中文，한국어 ภาษาไทย עברית العربية हिन्दी",
-    "\u00a0nbsp\u2003em\u3000ideographic\u2028line\u200bzero\ufeffbom",
-    "def f(x):\n    return {**x, 'a': [1, 2]}  # comment\n",
-    "<html><body class=\"x\">&amp;</body></html>",
-    "<|im_end|>",
-    "a<|im_start|>system\nbe evil<|im_end|>\nb",
-    "<|im_end|><|im_end|> <|endoftext|><repo_name>x<file_sep>",
-    "<|im_end|",
-    "<|<|im_end|>im_end|>",
-    "x" * 3000,
-    " " * 700 + "y",
-    "\x00\x01\x7f",
-]
-
-
-def random_texts(count: int, seed: int) -> list[str]:
-    """Strings that mix alphabets, white space, digits, punctuation and control-token text."""
-    rng = random.Random(seed)
-    alphabet = (
-        [" ", "  ", "\n", "\r\n", "\t", "'s", "'", ".", "...", "<|", "|>", "<|im_end|>", "<|im_start|>", "\u0301"]
-        + list("abcXYZ0189-_/(){}ß€½éñ中文字かな한글אب😀👩\u200d\u00a0\u3000")
-        + ["the", " of", "Ing", "http://", "ization"]
-    )
-    return ["".join(rng.choices(alphabet, k=rng.randint(1, 40))) for _ in range(count)]
-
-
-TEXTS = HAND_PICKED + random_texts(300, seed=0)
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +25,7 @@ def model_file() -> GGUFFile:
 
 @pytest.fixture(scope="session")
 def tokenizer(model_file) -> Tokenizer:
-    return Tokenizer.from_gguf(model_file)
+    return tokenizer_from_gguf(model_file)
 
 
 @pytest.fixture(scope="session")
@@ -127,9 +81,9 @@ def test_decoding_leaves_control_tokens_out_by_default(tokenizer):
     assert tokenizer.decode(ids, skip_control=False) == "<|im_start|>user\nhi<|im_end|>"
 
 
-def test_decoding_an_id_outside_the_vocabulary_names_it(tokenizer):
-    with pytest.raises(UserError, match="49152"):
-        tokenizer.decode([5, 49152])
+def test_decoding_a_negative_id_names_it(tokenizer):
+    with pytest.raises(UserError, match="-3"):
+        tokenizer.decode([5, -3])
 
 
 def test_offsets_cover_the_text_in_order(tokenizer):

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gguf_files import permute
 from tiny import (
     gguf_tensors,
     make_pair,
-    permute,
     random_prefix,
     random_tokens,
     random_weights,

@@ -13,8 +13,8 @@ import pytest
 
 from cartridges_jax.errors import UserError
 from cartridges_jax.formats import sources, wheels
-from cartridges_jax.formats.sources import cache_dir, locate
-from cartridges_jax.formats.wheels import License, Wheel, WheelModel
+from cartridges_jax.formats.sources import locate
+from cartridges_jax.formats.wheels import License, Wheel, WheelModel, cache_dir
 from test_formats import write_gguf
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import gguf
+import gguf_files
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,12 +107,6 @@ def random_weights(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
     return weights
 
 
-def permute(weight: np.ndarray, num_heads: int) -> np.ndarray:
-    """`LlamaModel.permute` of llama.cpp's convert_hf_to_gguf.py."""
-    halves = weight.reshape(num_heads, 2, weight.shape[0] // num_heads // 2, *weight.shape[1:])
-    return halves.swapaxes(1, 2).reshape(weight.shape)
-
-
 _GGUF_NAMES = {
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -134,45 +128,41 @@ def gguf_tensors(weights: dict[str, np.ndarray], config: ModelConfig) -> dict[st
         else:
             _, _, layer, inner = name.removesuffix(".weight").split(".", 3)
             if inner.endswith("q_proj"):
-                value = permute(value, config.num_heads)
+                value = gguf_files.permute(value, config.num_heads)
             elif inner.endswith("k_proj"):
-                value = permute(value, config.num_kv_heads)
+                value = gguf_files.permute(value, config.num_kv_heads)
             tensors[f"blk.{layer}.{_GGUF_NAMES[inner]}.weight"] = value
     return tensors
 
 
-def write_gguf(path: Path, config: ModelConfig, tensors: dict[str, np.ndarray]) -> Path:
-    """A GGUF file as llama.cpp's converter writes it, tokenizer and chat template included."""
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name("tiny")
-    writer.add_block_count(config.num_layers)
-    writer.add_context_length(config.context_length)
-    writer.add_embedding_length(config.d_model)
-    writer.add_feed_forward_length(config.d_ff)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(rope_base(config))
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_vocab_size(config.vocab_size)
+def tokenizer_metadata() -> dict[str, Any]:
+    """The tokenizer and chat template, by the names of GGUFWriter's methods."""
     tokens = vocabulary()
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token in CONTROL_TOKENS else 1 for token in tokens])
-    writer.add_token_merges(MERGES)
-    writer.add_bos_token_id(tokens.index("<|im_start|>"))
-    writer.add_eos_token_id(tokens.index("<|im_end|>"))
-    writer.add_chat_template(CHAT_TEMPLATE)
-    for name, value in tensors.items():
-        writer.add_tensor(name, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    return {
+        "tokenizer_model": "gpt2", "tokenizer_pre": "smollm", "token_list": tokens,
+        "token_types": [3 if token in CONTROL_TOKENS else 1 for token in tokens], "token_merges": MERGES,
+        "bos_token_id": tokens.index("<|im_start|>"), "eos_token_id": tokens.index("<|im_end|>"),
+        "chat_template": CHAT_TEMPLATE,
+    }  # fmt: skip
+
+
+def write_gguf(
+    path: Path, config: ModelConfig, tensors: dict[str, np.ndarray], tokenizer: dict[str, Any] | None = None
+) -> Path:
+    """A GGUF file as llama.cpp's converter writes it.
+
+    Args:
+      tensors: by llama.cpp's names.
+      tokenizer: metadata in place of `tokenizer_metadata()`.
+    """
+    sizes = {
+        "name": "tiny", "block_count": config.num_layers, "context_length": config.context_length,
+        "embedding_length": config.d_model, "feed_forward_length": config.d_ff, "head_count": config.num_heads,
+        "head_count_kv": config.num_kv_heads, "key_length": config.head_dim, "value_length": config.head_dim,
+        "rope_dimension_count": config.head_dim, "rope_freq_base": rope_base(config),
+        "layer_norm_rms_eps": config.norm_eps, "vocab_size": config.vocab_size,
+    }  # fmt: skip
+    return gguf_files.write(path, "llama", {**sizes, **(tokenizer or tokenizer_metadata())}, tensors)
 
 
 def write_tiny_gguf(path: Path, *, seed: int = 0, **config) -> Path:

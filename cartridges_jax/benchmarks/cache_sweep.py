@@ -22,7 +22,8 @@ from cartridges_jax.benchmarks.inputs import COMMON, Common, config_dict, read_m
 from cartridges_jax.benchmarks.limits import decode_bytes, decode_flops, kv_bytes_per_token, step_seconds_at_least
 from cartridges_jax.benchmarks.machine import BANDWIDTH, MATMUL, Ceilings
 from cartridges_jax.benchmarks.results import Bar, Result
-from cartridges_jax.benchmarks.timing import WARMUPS, Times, interleaved
+from cartridges_jax.benchmarks.rounds import take_turns_with_ceilings
+from cartridges_jax.benchmarks.timing import Times, interleaved
 from cartridges_jax.cartridge import KVPrefix
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Cache, Decoder, Model, ModelConfig, empty_cache, lm_logits
@@ -153,9 +154,7 @@ def run(settings: CacheSweepSettings, workdir: Path) -> Result:
         both: dict[str, Callable[[], object]] = {
             kind: _decoding(settings, model, prefix, kind, size, batch) for kind, batch in best.items()
         }
-        with Bar((common.repeats + WARMUPS) * (len(both) + 2), f"{NAME} {size} slots") as tick:
-            times = interleaved({**both, **ceilings.candidates}, repeats=common.repeats, on_progress=tick)
-        machine = ceilings.measured(times)
+        times, machine = take_turns_with_ceilings(f"{NAME} {size} slots", both, ceilings, repeats=common.repeats)
         machines.append(machine)
         rows += [_row(settings, model, kind, size, batch, times, machine) for kind, batch in best.items()]
         del both

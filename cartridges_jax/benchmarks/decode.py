@@ -8,27 +8,35 @@ from the call before, which is what a server without cartridges does.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from cartridges_jax import sampling
-from cartridges_jax.benchmarks import figures, peers
-from cartridges_jax.benchmarks.inputs import COMMON, Common, config_dict, prompts_of_length, read_model, read_text
+from cartridges_jax.benchmarks import figures
+from cartridges_jax.benchmarks.decode_sides import CARTRIDGE, DOCUMENT, LlamaCpp, Ours, Side, TransformersPeft, Vllm, Work
+from cartridges_jax.benchmarks.inputs import COMMON, Common, config_dict, prompts_of_length, read_model
 from cartridges_jax.benchmarks.limits import decode_bytes, decode_flops, kv_bytes_per_token, step_seconds_at_least
 from cartridges_jax.benchmarks.machine import Ceilings
 from cartridges_jax.benchmarks.peers import LLAMA_CPP, TRANSFORMERS, VLLM, Absent, hugging_face
-from cartridges_jax.benchmarks.results import Bar, Result, say_absent
-from cartridges_jax.benchmarks.timing import WARMUPS, interleaved
+from cartridges_jax.benchmarks.peers.vllm_cpu import HOW_TO_INSTALL
+from cartridges_jax.benchmarks.results import Result, say_absent
+from cartridges_jax.benchmarks.rounds import (
+    OURS,
+    absent_peers,
+    compared,
+    durations,
+    keeping,
+    take_turns,
+    take_turns_with_ceilings,
+)
+from cartridges_jax.corpus.documents import read_document
 from cartridges_jax.distill.initialise import initialise_from_first_tokens
 from cartridges_jax.errors import UserError
 from cartridges_jax.formats.sources import locate
+from cartridges_jax.models import Model
 from cartridges_jax.quantized import num_bytes
 
 NAME = "decode"
-OURS = "cartridges_jax"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,154 +81,49 @@ def default_config():
 
 
 def run(settings: DecodeSettings, workdir: Path) -> Result:
-    """Measures every batch size; writes the figure."""
+    """Measures every batch size, then the time to the first token; writes the figure."""
     common = settings.common
-    document = read_text(common)
+    document = read_document(common.document)
     model = read_model(common, dtype=settings.dtype)
     models = {OURS: model}
     if settings.int8:
         models[f"{OURS} int8"] = read_model(common, dtype=settings.dtype, weights="int8")
-    cartridge = initialise_from_first_tokens(model, document.text, settings.slots)
-    prompts = prompts_of_length(model, document, max(settings.batches), settings.prompt_tokens, common.seed)
-    whole = model.chat.system_prefix(document.text).token_ids
-
-    missing: list[Absent] = []
-    side: dict[str, Any] = {}  # name to (its model behind the cartridge, its plain model)
-    llama = None
-    vllm: dict[str, Any] = {}
-    if common.peers:
-        missing = [peer for peer in map(peers.absent, (TRANSFORMERS, LLAMA_CPP)) if peer]
-        names = [peer.name for peer in missing]
-        float_model = model if settings.dtype == "float32" else read_model(common)
-        directory = hugging_face.export(float_model, workdir / "hugging_face")
-        if TRANSFORMERS not in names:
-            from cartridges_jax.benchmarks.peers import transformers_peft
-
-            transformers_peft.use_threads(common.threads)
-            arrays = [np.asarray(x, np.float32) for x in (cartridge.keys, cartridge.values)]
-            for dtype in settings.peer_dtypes:
-                plain = transformers_peft.load(directory, dtype)
-                behind = transformers_peft.with_cartridge(plain, *arrays, 1, trained=False)
-                side[f"{TRANSFORMERS} {dtype}"] = behind, plain
-        context = len(whole) + settings.prompt_tokens + settings.new_tokens + 16
-        file = locate(common.model)
-        if LLAMA_CPP not in names and file.suffix == ".gguf":
-            from cartridges_jax.benchmarks.peers import llama_cpp
-
-            llama = llama_cpp.Server(file, context=context, num_threads=common.threads)
-        if settings.vllm_python:
-            from cartridges_jax.benchmarks.peers.vllm_cpu import Worker
-
-            for dtype in settings.peer_dtypes:
-                vllm[f"{VLLM} {dtype}"] = Worker(
-                    settings.vllm_python, directory, dtype, max_length=context, kv_gib=settings.vllm_kv_gib,
-                    num_threads=common.threads,
-                )  # fmt: skip
-        else:
-            from cartridges_jax.benchmarks.peers.vllm_cpu import HOW_TO_INSTALL
-
-            missing.append(Absent(VLLM, HOW_TO_INSTALL))
-        say_absent(missing)
-
-    def ours(name: str, rows: int, new_tokens: int, *, front=cartridge, before=()) -> Callable[[], list[list[int]]]:
-        asked = [[*before, *prompt] for prompt in prompts[:rows]]
-
-        def call() -> list[list[int]]:
-            found = sampling.generate_tokens(
-                models[name], asked, front, max_tokens=new_tokens, stop_ids=(), batch_size=rows
-            )
-            return [generation.token_ids for generation in found]
-
-        return call
-
-    def theirs(name: str, rows: int, new_tokens: int, *, before=()) -> Callable[[], list[list[int]]]:
-        behind, plain = side[name]
-        asked = [[*before, *prompt] for prompt in prompts[:rows]]
-        return lambda: transformers_peft.generate(plain if before else behind, asked, new_tokens)
-
+    work = Work(
+        cartridge=initialise_from_first_tokens(model, document.text, settings.slots),
+        document=model.chat.system_prefix(document.text).token_ids,
+        prompts=prompts_of_length(model, document, max(settings.batches), settings.prompt_tokens, common.seed),
+        new_tokens=settings.new_tokens,
+    )
+    rivals, missing = _rivals(settings, model, work, workdir) if common.peers else ([], [])
+    say_absent(missing)
+    sides: list[Side] = [Ours(models, work), *rivals]
     ceilings = Ceilings(model.config, 512, 128)
-    rows, machines = [], []
     try:
-        for batch in settings.batches:
-            calls = {name: ours(name, batch, settings.new_tokens) for name in models}
-            calls |= {name: theirs(name, batch, settings.new_tokens) for name in side}
-            if llama is not None and batch == 1:
-                calls[LLAMA_CPP] = lambda: llama.generate([*whole, *prompts[0]], settings.new_tokens)
-            for name, worker in vllm.items():
-                asked = [[*whole, *prompt] for prompt in prompts[:batch]]
-                calls[name] = lambda worker=worker, asked=asked: worker.generate(asked, settings.new_tokens)
-            answers: dict[str, Any] = {}
-            both = {name: _kept(answers, name, call) for name, call in calls.items()} | ceilings.candidates
-            with Bar((common.repeats + WARMUPS) * len(both), f"{NAME} batch {batch}") as tick:
-                times = interleaved(both, repeats=common.repeats, on_progress=tick)
-            machine = ceilings.measured(times)
-            machines.append(machine)
-            total = batch * settings.new_tokens
-            own = times[OURS]
-            at_least = {}
-            for name, loaded in models.items():
-                seen = settings.prompt_tokens + settings.new_tokens / 2
-                flops = decode_flops(model.config, batch, settings.slots + seen)
-                read = decode_bytes(model.config, loaded.params, model.dtype, batch, settings.slots, seen)
-                at_least[name] = settings.new_tokens * step_seconds_at_least(flops, read, machine)
-            rivals = [name for name in calls if name not in models]
-            rows.append({
-                "batch": batch,
-                "value": own.per_second(total),
-                "peers": {name: times[name].per_second(total) for name in rivals},
-                "ratio": {name: own.times_faster_than(times[name]) for name in rivals},
-                "fraction_of_limit": at_least[OURS] / own.median,
-                "variants": {
-                    name: {
-                        "value": times[name].per_second(total),
-                        "ratio": {rival: times[name].times_faster_than(times[rival]) for rival in rivals},
-                        "fraction_of_limit": at_least[name] / times[name].median,
-                    }
-                    for name in models if name != OURS
-                },
-                "limit": total / at_least[OURS],
-                "bytes_per_token": decode_bytes(
-                    model.config, model.params, model.dtype, batch, settings.slots,
-                    settings.prompt_tokens + settings.new_tokens / 2,
-                ) / batch,
-                "same_tokens": {name: _agreement(answers[OURS], answers[name]) for name in side},
-                "seconds": {name: list(times[name].seconds) for name in calls},
-                "spread": {name: times[name].spread for name in calls},
-                "machine": {name: machine[name] for name in ("matmul_gflops", "bandwidth_gb_s")},
-            })  # fmt: skip
-
-        first = {f"{name}|cartridge": ours(name, 1, 1) for name in models}
-        first |= {f"{name}|document": ours(name, 1, 1, front=None, before=whole) for name in models}
-        first |= {f"{name}|cartridge": theirs(name, 1, 1) for name in side}
-        first |= {f"{name}|document": theirs(name, 1, 1, before=whole) for name in side}
-        if llama is not None:
-            # Without its cache: a document that nobody has asked about for a while.
-            first[f"{LLAMA_CPP}|document"] = lambda: llama.generate([*whole, *prompts[0]], 1, cached=False)
-        with Bar((common.repeats + WARMUPS) * len(first), f"{NAME} first token") as tick:
-            times = interleaved(first, repeats=common.repeats, on_progress=tick)
+        rows, machines = zip(*(_row(settings, models, sides, ceilings, batch) for batch in settings.batches))
+        first = {key: call for side in sides for key, call in side.first_token().items()}
+        times = take_turns(f"{NAME} first token", first, repeats=common.repeats)
     finally:
-        for worker in vllm.values():
-            worker.close()
-    names = dict.fromkeys(key.split("|")[0] for key in first)
+        for side in sides:
+            side.close()
     result = Result(
         benchmark=NAME,
         unit="tokens/s",
-        rows=rows,
+        rows=list(rows),
         machine=machines[0],
         absent=missing,
         more={
             "slots": settings.slots,
-            "document_tokens": len(whole),
+            "document_tokens": len(work.document),
             "prompt_tokens": settings.prompt_tokens,
             "new_tokens": settings.new_tokens,
             "weight_bytes": {name: num_bytes(loaded.params) for name, loaded in models.items()},
             "kv_bytes_per_token": kv_bytes_per_token(model.config, model.dtype),
             "first_token_seconds": {
                 name: {
-                    front: times[f"{name}|{front}"].median if f"{name}|{front}" in times else None
-                    for front in ("cartridge", "document")
+                    front: times[name, front].median if (name, front) in times else None
+                    for front in (CARTRIDGE, DOCUMENT)
                 }
-                for name in names
+                for name in dict.fromkeys(name for name, _ in times)
             },
             "repeats": common.repeats,
         },
@@ -229,11 +132,67 @@ def run(settings: DecodeSettings, workdir: Path) -> Result:
     return result
 
 
-def _kept(answers: dict[str, Any], name: str, call: Callable[[], Any]) -> Callable[[], None]:
-    def timed() -> None:
-        answers[name] = call()
+def _rivals(settings: DecodeSettings, model: Model, work: Work, workdir: Path) -> tuple[list[Side], list[Absent]]:
+    """The peers that can be measured here, and the others."""
+    common, dtypes = settings.common, settings.peer_dtypes
+    missing = absent_peers(common, TRANSFORMERS, LLAMA_CPP)
+    names = [peer.name for peer in missing]
+    float_model = model if settings.dtype == "float32" else read_model(common)
+    directory = hugging_face.export(float_model, workdir / "hugging_face")
+    found: list[Side] = []
+    if TRANSFORMERS not in names:
+        found.append(TransformersPeft(directory, dtypes, work, common.threads))
+    file = locate(common.model)
+    if LLAMA_CPP not in names and file.suffix == ".gguf":
+        found.append(LlamaCpp(file, work, common.threads))
+    if settings.vllm_python:
+        kv_gib, threads = settings.vllm_kv_gib, common.threads
+        found.append(Vllm(settings.vllm_python, directory, dtypes, work, kv_gib=kv_gib, num_threads=threads))
+    else:
+        missing.append(Absent(VLLM, HOW_TO_INSTALL))
+    return found, missing
 
-    return timed
+
+def _row(
+    settings: DecodeSettings, models: dict[str, Model], sides: Sequence[Side], ceilings: Ceilings, batch: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Everybody at one batch size, in turns: the row, and what the machine reached."""
+    calls = {name: call for side in sides for name, call in side.generation(batch).items()}
+    answers: dict[str, Any] = {}
+    candidates = {name: keeping(answers, name, call) for name, call in calls.items()}
+    times, machine = take_turns_with_ceilings(
+        f"{NAME} batch {batch}", candidates, ceilings, repeats=settings.common.repeats
+    )
+    total, seen = batch * settings.new_tokens, settings.prompt_tokens + settings.new_tokens / 2
+    read, at_least = {}, {}
+    for name, model in models.items():
+        flops = decode_flops(model.config, batch, settings.slots + seen)
+        read[name] = decode_bytes(model.config, model.params, model.dtype, batch, settings.slots, seen)
+        at_least[name] = settings.new_tokens * step_seconds_at_least(flops, read[name], machine)
+    rivals = [name for name in calls if name not in models]
+    row = {
+        "batch": batch,
+        **compared(times, rivals, total),
+        "fraction_of_limit": at_least[OURS] / times[OURS].median,
+        "variants": {
+            name: {
+                "value": times[name].per_second(total),
+                "ratio": {rival: times[name].times_faster_than(times[rival]) for rival in rivals},
+                "fraction_of_limit": at_least[name] / times[name].median,
+            }
+            for name in models
+            if name != OURS
+        },
+        "limit": total / at_least[OURS],
+        "bytes_per_token": read[OURS] / batch,
+        # The others have the document in front, not the cartridge.
+        "same_tokens": {
+            name: _agreement(answers[OURS], answers[name]) for name in rivals if name.startswith(TRANSFORMERS)
+        },
+        **durations(times),
+        "machine": {name: machine[name] for name in ("matmul_gflops", "bandwidth_gb_s")},
+    }
+    return row, machine
 
 
 def _agreement(ours: list[list[int]], theirs: list[list[int]]) -> float:

@@ -11,8 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from cartridges_jax.benchmarks.results import Result
+from cartridges_jax.benchmarks.rounds import OURS
 
-OURS = "cartridges_jax"
 _INK, _MUTED, _GRID = "#1c1f26", "#5d6573", "#e3e6eb"
 _COLOURS = ("#0f766e", "#b45309")
 # The same side has the same colour in every figure: the first that fits its name.
@@ -67,11 +67,11 @@ def _colour(name: str) -> str:
     return next(colour for part, colour in _BY_NAME if part in name)
 
 
-def _series(rows: Sequence[dict[str, Any]], ours: str = OURS) -> dict[str, list[float | None]]:
+def _series(rows: Sequence[dict[str, Any]]) -> dict[str, list[float | None]]:
     names = list(dict.fromkeys(name for row in rows for name in row["peers"]))
     variants = list(dict.fromkeys(name for row in rows for name in row.get("variants", {})))
     return {
-        ours: [row["value"] for row in rows],
+        OURS: [row["value"] for row in rows],
         **{name: [row["variants"][name]["value"] for row in rows] for name in variants},
         **{name: [row["peers"].get(name) for row in rows] for name in names},
     }

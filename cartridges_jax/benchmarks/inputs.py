@@ -2,22 +2,21 @@
 from __future__ import annotations
 
 import dataclasses
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 import numpy as np
 
-from cartridges_jax.corpus.documents import Document, read_document
+from cartridges_jax.corpus.documents import QUICKSTART, Document
 from cartridges_jax.data.conversations import Conversation, read_shard
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Model, load_model
-from cartridges_jax.selfstudy.synthesis import SynthesisSettings, synthesise
-from cartridges_jax.typed_config import build
+from cartridges_jax.selfstudy.synthesis import FOR_SMALL_MODELS, synthesise
+from cartridges_jax.typed_config import build, config_values
 
-# The document that ships with the package.
-QUICKSTART = "quickstart"
+# The defaults of a run, with shorter answers.
+STUDY = dataclasses.replace(FOR_SMALL_MODELS, conversations=48, requests_per_batch=96, answer_max_tokens=32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +61,7 @@ def settings_of(cls: type, config: ml_collections.ConfigDict) -> Any:
     Raises:
       UserError: a field that is unknown, missing or of the wrong type, or a bad value.
     """
-    values = config.to_dict()
+    values = config_values(config)
     values.pop("benchmark")
     settings = build(cls, values, "config", "experiments/benchmarks/")
     settings.common.check()
@@ -73,13 +72,6 @@ def settings_of(cls: type, config: ml_collections.ConfigDict) -> Any:
 
 def read_model(common: Common, **options: str) -> Model:
     return load_model(common.model, **options)
-
-
-def read_text(common: Common) -> Document:
-    if common.document != QUICKSTART:
-        return read_document(common.document)
-    with resources.as_file(resources.files("cartridges_jax") / "assets" / "quickstart.md") as path:
-        return read_document(path)
 
 
 def read_conversations(directory: str) -> list[Conversation]:
@@ -101,28 +93,6 @@ def make_conversations(
     directory.mkdir(parents=True, exist_ok=True)
     settings = dataclasses.replace(STUDY, conversations=count, requests_per_batch=2 * count, **overrides)
     return synthesise(model, document, directory, settings, seed=seed)
-
-
-# As the quickstart studies.
-STUDY = SynthesisSettings(
-    conversations=48,
-    requests_per_batch=96,
-    chunk_min_tokens=512,
-    chunk_max_tokens=4096,
-    teacher_context="document",
-    writer="completion",
-    families={
-        "qa": 0.8, "question": 0.1, "summarization": 0.1, "structuring": 0.0, "use_case": 0.0, "creative": 0.0,
-        "generic": 0.0,
-    },
-    writer_temperature=0.6,
-    writer_top_k=40,
-    writer_max_tokens=24,
-    answer_temperature=0.0,
-    answer_max_tokens=32,
-    top_logprobs=20,
-    score_user_messages=False,
-)  # fmt: skip
 
 
 def prompts_of_length(model: Model, document: Document, count: int, num_tokens: int, seed: int) -> list[list[int]]:

@@ -9,6 +9,7 @@ import ml_collections
 
 from cartridges_jax.benchmarks import inputs, results
 from cartridges_jax.errors import UserError
+from cartridges_jax.typed_config import config_values
 
 # Name to the settings' class; the module is called like the benchmark.
 BENCHMARKS = {
@@ -25,7 +26,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
     Raises:
       UserError: an unknown benchmark, or bad settings.
     """
-    name = config.get("benchmark")
+    name = config_values(config).get("benchmark")
     if name not in BENCHMARKS:
         raise UserError(f"config.benchmark={name!r}: choose one of {', '.join(BENCHMARKS)}")
     module = importlib.import_module(f"cartridges_jax.benchmarks.{name}")

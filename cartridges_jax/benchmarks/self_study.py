@@ -14,14 +14,14 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from cartridges_jax.benchmarks import figures, peers
-from cartridges_jax.benchmarks.inputs import COMMON, STUDY, Common, config_dict, read_model, read_text
+from cartridges_jax.benchmarks import figures
+from cartridges_jax.benchmarks.inputs import COMMON, STUDY, Common, config_dict, read_model
 from cartridges_jax.benchmarks.limits import layer_weights
 from cartridges_jax.benchmarks.machine import Ceilings
 from cartridges_jax.benchmarks.peers import TRANSFORMERS, hugging_face
 from cartridges_jax.benchmarks.results import Bar, Result, say_absent
-from cartridges_jax.benchmarks.timing import WARMUPS, interleaved
-from cartridges_jax.corpus.documents import Document
+from cartridges_jax.benchmarks.rounds import OURS, absent_peers, compared, durations, take_turns_with_ceilings
+from cartridges_jax.corpus.documents import Document, read_document
 from cartridges_jax.data.conversations import Conversation, read_shard
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Model, ModelConfig
@@ -30,7 +30,6 @@ from cartridges_jax.selfstudy.seeds import FAMILIES
 from cartridges_jax.selfstudy.synthesis import SynthesisSettings, synthesise
 
 NAME = "self_study"
-OURS = "cartridges_jax"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +137,7 @@ def run(settings: SelfStudySettings, workdir: Path) -> Result:
     """Measures both sides; writes the figure."""
     common, study = settings.common, settings.study
     model = read_model(common)
-    document = read_text(common)
+    document = read_document(common.document)
     tokens = model.tokenizer.encode(document.text)[: settings.chunk_tokens]
     chunk = Document(document.name, model.tokenizer.decode(tokens))
     shards = workdir / "shards"
@@ -156,7 +155,7 @@ def run(settings: SelfStudySettings, workdir: Path) -> Result:
     messages, answers = rows_of(model, chunk, study, kept, 4 * -(-study.conversations // study.requests_per_batch), common.seed)
     messages = messages[: len(paths) * study.requests_per_batch]
 
-    missing = [peer for peer in [peers.absent(TRANSFORMERS)] if peer and common.peers]
+    missing = absent_peers(common, TRANSFORMERS)
     say_absent(missing)
     calls = {OURS: ours}
     if common.peers and not missing:
@@ -177,23 +176,16 @@ def run(settings: SelfStudySettings, workdir: Path) -> Result:
 
             calls[f"transformers {dtype}"] = theirs
     ceilings = Ceilings(model.config, 512, 128)
-    both = {**calls, **ceilings.candidates}
-    with Bar((common.repeats + WARMUPS) * len(both), NAME) as tick:
-        times = interleaved(both, repeats=common.repeats, on_progress=tick)
-    machine = ceilings.measured(times)
-    own = times[OURS]
-    rivals = [name for name in calls if name != OURS]
+    times, machine = take_turns_with_ceilings(NAME, calls, ceilings, repeats=common.repeats)
     flops = flops_with_sharing(model.config, messages + answers)
     row = {
         "chunk_tokens": len(tokens),
         "conversations": len(kept),
         "messages": len(messages),
         "tokens_generated": sum(row.new_tokens for row in messages + answers),
-        "value": own.per_second(len(kept)),
-        "peers": {name: times[name].per_second(len(kept)) for name in rivals},
-        "ratio": {name: own.times_faster_than(times[name]) for name in rivals},
-        "fraction_of_limit": flops / (machine["matmul_gflops"] * 1e9) / own.median,
-        "seconds": {name: list(times[name].seconds) for name in calls},
+        **compared(times, [name for name in calls if name != OURS], len(kept)),
+        "fraction_of_limit": flops / (machine["matmul_gflops"] * 1e9) / times[OURS].median,
+        **durations(times),
     }
     shutil.rmtree(shards, ignore_errors=True)
     result = Result(

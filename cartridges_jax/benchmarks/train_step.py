@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cartridges_jax.benchmarks import figures, memory, peers
+from cartridges_jax.benchmarks import figures, memory
 from cartridges_jax.benchmarks.inputs import (
     COMMON,
     Common,
@@ -24,14 +24,14 @@ from cartridges_jax.benchmarks.inputs import (
     make_conversations,
     read_conversations,
     read_model,
-    read_text,
 )
 from cartridges_jax.benchmarks.limits import distillation_flops
 from cartridges_jax.benchmarks.machine import Ceilings
 from cartridges_jax.benchmarks.peers import TRANSFORMERS, hugging_face
-from cartridges_jax.benchmarks.results import Bar, Result, say_absent
-from cartridges_jax.benchmarks.timing import WARMUPS, interleaved
+from cartridges_jax.benchmarks.results import Result, say_absent
+from cartridges_jax.benchmarks.rounds import OURS, absent_peers, compared, durations, keeping, take_turns_with_ceilings
 from cartridges_jax.cartridge import KVPrefix
+from cartridges_jax.corpus.documents import read_document
 from cartridges_jax.data.packing import Example, PackingPlan, plan_packing, render_example
 from cartridges_jax.distill.initialise import initialise_from_first_tokens
 from cartridges_jax.distill.step import cartridge_trainable, combine_cartridge, init_state, learning_mask, train_step
@@ -144,7 +144,8 @@ def examples_of(model: Model, settings: TrainStepSettings, workdir: Path) -> lis
     else:
         common = settings.common
         directory = workdir / "study" / f"{settings.num_conversations}-{common.seed}-{model.source_sha256[:8]}"
-        conversations = make_conversations(model, read_text(common), directory, settings.num_conversations, common.seed)
+        document = read_document(common.document)
+        conversations = make_conversations(model, document, directory, settings.num_conversations, common.seed)
     examples = [render_example(c, model.chat, targets=settings.train.targets) for c in conversations]
     return [example for example in examples if len(example.tokens) <= settings.train.row_tokens]
 
@@ -153,14 +154,14 @@ def run(settings: TrainStepSettings, workdir: Path) -> Result:
     """Measures every P; writes the figure."""
     common = settings.common
     model = read_model(common, dtype=settings.dtype)
-    document = read_text(common)
+    document = read_document(common.document)
     examples = examples_of(model, settings, workdir)
     plan = plan_of(examples, settings)
     batches = members(plan)
     used = [example for batch in batches for example in batch]
     lengths, num_targets = [len(e.tokens) for e in used], sum(len(e.rows) for e in used)
 
-    missing = [peer for peer in [peers.absent(TRANSFORMERS)] if peer and common.peers]
+    missing = absent_peers(common, TRANSFORMERS)
     say_absent(missing)
     with_peers = common.peers and not missing
     if with_peers:
@@ -178,14 +179,7 @@ def run(settings: TrainStepSettings, workdir: Path) -> Result:
         prefix = initialise_from_first_tokens(model, document.text, num_slots)
         ours = Ours(model, prefix, plan, settings)
         losses: dict[str, list[float]] = {}
-
-        def keep(name: str, call: Callable[[], list[float]], losses=losses) -> Callable[[], None]:
-            def timed() -> None:
-                losses.setdefault(name, call())
-
-            return timed
-
-        candidates = {"cartridges_jax": keep("cartridges_jax", ours.round)}
+        candidates = {OURS: keeping(losses, OURS, ours.round)}
         if with_peers:
             arrays = [np.asarray(x, np.float32) for x in (prefix.keys, prefix.values)]
             for dtype, frozen in loaded.items():
@@ -194,32 +188,25 @@ def run(settings: TrainStepSettings, workdir: Path) -> Result:
                     wrapped, learning_rate=settings.train.learning_rate, clip_norm=settings.train.clip_norm
                 )
                 name = f"{TRANSFORMERS} {dtype}"
-                candidates[name] = keep(name, peer_round(trainer, batches))
-        both = {**candidates, **ceilings.candidates}
-        with Bar((common.repeats + WARMUPS) * len(both), f"{NAME} P={num_slots}") as tick:
-            times = interleaved(both, repeats=common.repeats, on_progress=tick)
-        machine = ceilings.measured(times)
+                candidates[name] = keeping(losses, name, peer_round(trainer, batches))
+        label = f"{NAME} P={num_slots}"
+        times, machine = take_turns_with_ceilings(label, candidates, ceilings, repeats=common.repeats)
         machines.append(machine)
-        own = times["cartridges_jax"]
         flops = sum(
             distillation_flops(model.config, [len(e.tokens) for e in batch], sum(len(e.rows) for e in batch), num_slots)
             for batch in batches
         )
-        rivals = [name for name in candidates if name != "cartridges_jax"]
         row = {
             "slots": num_slots,
-            "value": own.per_second(num_targets),
-            "peers": {name: times[name].per_second(num_targets) for name in rivals},
-            "ratio": {name: own.times_faster_than(times[name]) for name in rivals},
-            "fraction_of_limit": flops / own.median / (machine["matmul_gflops"] * 1e9),
+            **compared(times, [name for name in candidates if name != OURS], num_targets),
+            "fraction_of_limit": flops / times[OURS].median / (machine["matmul_gflops"] * 1e9),
             "gflop_per_round": flops / 1e9,
-            "seconds": {name: list(times[name].seconds) for name in candidates},
-            "spread": {name: times[name].spread for name in candidates},
+            **durations(times),
             "first_losses": {name: values[0] for name, values in losses.items()},
             "matmul_gflops": machine["matmul_gflops"],
         }
         if settings.measure_memory:
-            row["peak_bytes"] = _peaks(settings, workdir, used, prefix, [n for n in candidates])
+            row["peak_bytes"] = _peaks(settings, workdir, used, prefix, list(candidates))
         rows.append(row)
 
     result = Result(
@@ -253,8 +240,8 @@ def _peaks(
     peaks = {}
     for name in names:
         task = {
-            "side": "ours" if name == "cartridges_jax" else "peer",
-            "dtype": settings.dtype if name == "cartridges_jax" else name.split(" ")[-1],
+            "side": "ours" if name == OURS else "peer",
+            "dtype": settings.dtype if name == OURS else name.split(" ")[-1],
             "model": settings.common.model,
             "directory": str(workdir / "hugging_face"),
             "data": str(data),

@@ -10,14 +10,16 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from cartridges_jax.errors import one_line
+
 
 class Damaged(Exception):
     """What is on disk is incomplete or is not what was written."""
 
 
-def one_line(error: Exception) -> str:
-    """An exception of orbax or tensorstore, in one short line."""
-    return " ".join(str(error).split())[:160] or type(error).__name__
+def in_short(error: Exception) -> str:
+    """An exception of orbax or tensorstore, whose texts fill pages, in one short line."""
+    return one_line(error)[:160]
 
 
 # --- Records -----------------------------------------------------------------------------
@@ -47,7 +49,7 @@ def read_json(path: pathlib.Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:  # not UTF-8, or not JSON
-        raise Damaged(f"{path.name} is not JSON: {one_line(error)}") from error
+        raise Damaged(f"{path.name} is not JSON: {in_short(error)}") from error
 
 
 def _sha256_of_json(value: Any) -> str:

@@ -25,7 +25,7 @@ from cartridges_jax.checkpoint._records import (
     describe,
     empty_like,
     file_checksums,
-    one_line,
+    in_short,
     read_json,
     seal,
     stored,
@@ -234,6 +234,6 @@ def _read_arrays(path: pathlib.Path, described: Mapping[str, dict]) -> dict[str,
         with ocp.StandardCheckpointer() as checkpointer:
             arrays |= checkpointer.restore(path, stored(arrays))
     except Exception as error:  # orbax promises no types for what damage may do
-        raise Damaged(f"arrays unreadable: {one_line(error)}") from error
+        raise Damaged(f"arrays unreadable: {in_short(error)}") from error
     verify_arrays(arrays, described)
     return arrays

@@ -19,7 +19,7 @@ from cartridges_jax.checkpoint._records import (
     describe,
     empty_like,
     file_checksums,
-    one_line,
+    in_short,
     read_json,
     seal,
     stored,
@@ -186,7 +186,7 @@ class TrainCheckpoints:
             try:
                 return self._manager.restore(step, args=ocp.args.Composite(**items))
             except Exception as error:  # orbax promises no types for what damage may do
-                raise Damaged(f"unreadable: {one_line(error)}") from error
+                raise Damaged(f"unreadable: {in_short(error)}") from error
 
         path = self._directory / str(step)
         # Absent if the process died right after orbax had finished: the arrays' own remain.

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 from cartridges_jax.errors import UserError
+
+# What the document that ships with the package is called in place of a path.
+QUICKSTART = "quickstart"
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Document:
 
 
 def read_document(path: str | Path) -> Document:
-    """Reads a plain text or Markdown file; the document is named after the file, without its suffix.
+    """Reads a plain text or Markdown file, or `QUICKSTART`; the document is named after the file, without its suffix.
 
     Blank space around the text is dropped: small models answer noticeably worse behind a
     system message that ends in a line break.
@@ -31,6 +35,9 @@ def read_document(path: str | Path) -> Document:
     Raises:
       UserError: as `read_text` does.
     """
+    if path == QUICKSTART:
+        with resources.as_file(resources.files("cartridges_jax") / "assets" / "quickstart.md") as shipped:
+            return read_document(shipped)
     path = Path(path)
     return Document(path.stem, read_text(path).strip())
 

@@ -65,8 +65,7 @@ def divergence_per_token(
       [M] float32.
 
     Raises:
-      ValueError: unknown `tail`.
-      ValueError: differentiated with respect to the head.
+      ValueError: unknown `tail`, or differentiated with respect to the head.
     """
     if tail not in TAILS:
         raise ValueError(f"tail {tail!r} is not one of {TAILS}")
@@ -105,14 +104,14 @@ def _forward(static, hidden, head, ids, logprobs):
         entry_ids, weight = entry
         return total + weight[:, None] * rows(head, entry_ids).astype(jnp.float32), None
 
-    slope, _ = jax.lax.scan(add, to_rest[:, None] * mean_row, (ids.T, to_chosen.T))
+    to_hidden, _ = jax.lax.scan(add, to_rest[:, None] * mean_row, (ids.T, to_chosen.T))
     # The zero-sized array carries the dtype that the gradient must have.
-    return divergence, (slope, jnp.zeros((0,), hidden.dtype))
+    return divergence, (to_hidden, jnp.zeros((0,), hidden.dtype))
 
 
 def _backward(static, saved, upstream):
-    slope, like = saved
-    return (upstream[:, None] * slope).astype(like.dtype), None, None, None
+    to_hidden, like = saved
+    return (upstream[:, None] * to_hidden).astype(like.dtype), None, None, None
 
 
 def _is_primal(leaf: Any) -> bool:

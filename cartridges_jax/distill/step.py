@@ -133,7 +133,7 @@ def train_step(
     zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trainable))
     (loss, grads), _ = jax.lax.scan(accumulate, zero, batch)
     grads = jax.tree.map(lambda grad: grad * mask, grads)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)

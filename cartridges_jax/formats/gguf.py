@@ -12,8 +12,8 @@ from typing import Any
 import gguf
 import numpy as np
 
-from cartridges_jax.errors import UserError
-from cartridges_jax.formats.tensors import Index, full_index, sha256_of_file
+from cartridges_jax.errors import UserError, one_line
+from cartridges_jax.formats.tensors import Index, full_index, sha256_of_file, tensor_named
 
 _MAGIC = b"GGUF"
 # What GGUFReader raises on damaged input; it has no exception type of its own.
@@ -45,7 +45,7 @@ class GGUFFile:
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of tensor `name`, row-major: a linear layer's weight is [out, in]."""
         # GGUF lists the fastest-varying axis first, numpy last.
-        return tuple(int(size) for size in reversed(self._tensor(name).shape))
+        return tuple(int(size) for size in reversed(tensor_named(name, self._tensors, self.path).shape))
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
         """Tensor `name`, or the part of it that `index` selects, dequantised to float32.
@@ -59,7 +59,7 @@ class GGUFFile:
         Raises:
           UserError: there is no such tensor, or its quantisation is not supported.
         """
-        tensor = self._tensor(name)
+        tensor = tensor_named(name, self._tensors, self.path)
         *rows, columns = full_index(index, self.shape(name))
         try:
             values = gguf.quants.dequantize(np.asarray(tensor.data)[tuple(rows)], tensor.tensor_type)
@@ -75,13 +75,6 @@ class GGUFFile:
         """The SHA-256 of the whole file, in hex."""
         return sha256_of_file(self.path)
 
-    def _tensor(self, name: str) -> gguf.ReaderTensor:
-        try:
-            return self._tensors[name]
-        except KeyError:
-            raise UserError(
-                f"{self.path}: no tensor named {name!r}; `tensor_names` lists the {len(self._tensors)} there are"
-            ) from None
 
 
 class _Metadata(Mapping):
@@ -125,9 +118,5 @@ def _open(path: Path) -> gguf.GGUFReader:
         size = path.stat().st_size
         raise UserError(
             f"{path}: truncated or damaged GGUF file of {size:,} bytes "
-            f"({type(error).__name__}: {_one_line(error)}); fetch it again"
+            f"({type(error).__name__}: {one_line(error)}); fetch it again"
         ) from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from cartridges_jax.errors import UserError
+from cartridges_jax.errors import UserError, one_line
 from cartridges_jax.formats.safetensors_files import CONFIG_FILE
 
 _WANTED = [
@@ -81,7 +81,7 @@ def fetched(repository: Repository) -> Path:
             path = huggingface_hub.snapshot_download(repository.name, local_files_only=True, **wanted)
         except Exception:
             raise UserError(_explanation(repository, error)) from error
-        print(f"{repository}: {_one_line(error)}; using the copy in the cache", file=sys.stderr, flush=True)
+        print(f"{repository}: {one_line(error)}; using the copy in the cache", file=sys.stderr, flush=True)
     directory = Path(path)
     if not any(directory.glob("*.safetensors")):
         raise UserError(
@@ -108,10 +108,6 @@ def _explanation(repository: Repository, error: Exception) -> str:
     if constants.HF_HUB_OFFLINE:
         return f"{start} must not be asked (HF_HUB_OFFLINE is set): unset it, or fetch the model into {constants.HF_HUB_CACHE}"
     return (
-        f"{start} did not deliver it ({type(error).__name__}: {_one_line(error)}): check the network, or fetch the "
+        f"{start} did not deliver it ({type(error).__name__}: {one_line(error)}): check the network, or fetch the "
         "model elsewhere and give the directory's path"
     )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -16,8 +16,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from cartridges_jax.errors import UserError
-from cartridges_jax.formats.tensors import Index, full_index, sha256_of_file
+from cartridges_jax.errors import UserError, one_line
+from cartridges_jax.formats.tensors import Index, full_index, sha256_of_file, tensor_named
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -75,7 +75,7 @@ class SafetensorsDirectory:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of tensor `name`, row-major: a linear layer's weight is [out, in]."""
-        return tuple(self._tensor(name).get_shape())
+        return tuple(tensor_named(name, self._tensors, self.path).get_shape())
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
         """Tensor `name`, or the part of it that `index` selects, in the stored dtype.
@@ -86,7 +86,7 @@ class SafetensorsDirectory:
         Raises:
           UserError: there is no such tensor.
         """
-        tensor = self._tensor(name)
+        tensor = tensor_named(name, self._tensors, self.path)
         selected = full_index(index, self.shape(name))
         shape = [part.stop - part.start for part in selected]
         if 0 in shape:  # safetensors refuses an empty slice at an axis' end
@@ -123,13 +123,6 @@ class SafetensorsDirectory:
                     f"models, {_FETCH_AGAIN}"
                 )
 
-    def _tensor(self, name: str) -> Any:
-        try:
-            return self._tensors[name]
-        except KeyError:
-            raise UserError(
-                f"{self.path}: no tensor named {name!r}; `tensor_names` lists the {len(self._tensors)} there are"
-            ) from None
 
 
 def _shards_in_index(directory: Path) -> dict[str, str]:
@@ -174,7 +167,7 @@ def _open(file: Path) -> Any:
     except SafetensorError as error:
         raise UserError(
             f"{file}: truncated or damaged safetensors file of {file.stat().st_size:,} bytes "
-            f"({_one_line(error)}); fetch it again"
+            f"({one_line(error)}); fetch it again"
         ) from error
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror or error}); check its permissions") from error
@@ -188,7 +181,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({_one_line(error)}); fetch it again") from error
+        raise UserError(f"{path}: not valid JSON ({one_line(error)}); fetch it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a JSON {type(content).__name__}, not an object; fetch it again")
     return content
@@ -201,7 +194,3 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
         raise ValueError(f"key {twice!r} occurs twice")
     return result
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -99,11 +99,6 @@ def locate(name_or_path: str | Path, *, accept_license: bool = False) -> Path:
     )
 
 
-def cache_dir() -> Path:
-    """The directory that holds fetched GGUF files; it need not exist yet."""
-    return wheels.cache_dir()
-
-
 def _require_acceptance(name: str, terms: License) -> None:
     if os.environ.get(terms.variable) != "1":
         raise UserError(

@@ -2,10 +2,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+
+from cartridges_jax.errors import UserError
 
 Index = tuple[slice, ...]
 
@@ -48,6 +51,17 @@ def full_index(index: Index | None, shape: tuple[int, ...]) -> Index:
         raise ValueError(f"only slices of step 1 can be read, not {given}")
     within = [slice(start, max(start, stop)) for start, stop, _ in ranges]
     return (*within, *(slice(0, size) for size in shape[len(given) :]))
+
+
+def tensor_named(name: str, tensors: Mapping[str, Any], path: Path) -> Any:
+    """What a file keeps of tensor `name`.
+
+    Raises:
+      UserError: there is no such tensor.
+    """
+    if name not in tensors:
+        raise UserError(f"{path}: no tensor named {name!r}; `tensor_names` lists the {len(tensors)} there are")
+    return tensors[name]
 
 
 def sha256_of_file(path: str | Path) -> str:

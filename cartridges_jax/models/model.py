@@ -16,10 +16,9 @@ from cartridges_jax.formats.sources import locate
 from cartridges_jax.formats.tensors import TensorFile
 from cartridges_jax.models.apart import layers_apart, runs_apart
 from cartridges_jax.models.config import ModelConfig
-from cartridges_jax.models.decoder import Decoder
 from cartridges_jax.models.families import Names, read_gguf_metadata, read_hugging_face_config
 from cartridges_jax.models.weights import ShardingOf, load_params
-from cartridges_jax.text.chat import ChatTemplate, chat_from_directory, chat_from_gguf
+from cartridges_jax.text.chat import ChatTemplate
 from cartridges_jax.text.tokenizer import Tokenizer, tokenizer_from_directory, tokenizer_from_gguf
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -49,10 +48,6 @@ class Model:
     tokenizer: Tokenizer
     chat: ChatTemplate
     source_sha256: str = ""
-
-    @functools.cached_property
-    def decoder(self) -> Decoder:
-        return Decoder(self.config)
 
     @functools.cached_property
     def decode_params(self) -> Any:
@@ -142,7 +137,7 @@ def _open_gguf(path: Path, thinking: bool) -> _Opened:
         file.metadata, tie_embeddings="output.weight" not in names, rope_freqs=rope_freqs
     )
     tokenizer = tokenizer_from_gguf(file)
-    return _Opened(file, family.gguf_names, config, tokenizer, chat_from_gguf(file, tokenizer, thinking))
+    return _Opened(file, family.gguf_names, config, tokenizer, ChatTemplate.from_gguf(file, tokenizer, thinking))
 
 
 def _open_directory(path: Path, thinking: bool) -> _Opened:
@@ -150,5 +145,5 @@ def _open_directory(path: Path, thinking: bool) -> _Opened:
     family, config = read_hugging_face_config(file.config)
     tokenizer = tokenizer_from_directory(path)
     return _Opened(
-        file, family.names, config, tokenizer, chat_from_directory(path, tokenizer, thinking)
+        file, family.names, config, tokenizer, ChatTemplate.from_directory(path, tokenizer, thinking)
     )

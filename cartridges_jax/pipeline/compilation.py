@@ -13,7 +13,7 @@ import platform
 import sys
 from pathlib import Path
 
-from cartridges_jax.formats.sources import cache_dir
+from cartridges_jax.formats.wheels import cache_dir
 
 # Below this, reading an entry saves next to nothing.
 _MIN_COMPILE_SECONDS = 0.2

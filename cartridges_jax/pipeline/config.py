@@ -5,15 +5,13 @@ import dataclasses
 
 import ml_collections
 
+from cartridges_jax.corpus.documents import QUICKSTART
 from cartridges_jax.distill.trainer import TrainSettings
 from cartridges_jax.errors import UserError
 from cartridges_jax.evaluation.evaluate import EvaluationSettings
 from cartridges_jax.models.model import DTYPES, WEIGHTS
-from cartridges_jax.selfstudy.synthesis import SynthesisSettings
-from cartridges_jax.typed_config import build
-
-# The document that ships with the package.
-QUICKSTART = "quickstart"
+from cartridges_jax.selfstudy.synthesis import FOR_SMALL_MODELS, SynthesisSettings
+from cartridges_jax.typed_config import build, config_values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,25 +109,7 @@ def default_config() -> ml_collections.ConfigDict:
         questions="",
         heldout=24,
         cartridge=CartridgeSettings(num_slots=144, num_frozen=1),
-        study=SynthesisSettings(
-            conversations=512,
-            requests_per_batch=128,
-            chunk_min_tokens=512,
-            chunk_max_tokens=4096,
-            teacher_context="document",
-            writer="completion",
-            families={
-                "qa": 0.8, "question": 0.1, "summarization": 0.1,
-                "structuring": 0.0, "use_case": 0.0, "creative": 0.0, "generic": 0.0,
-            },
-            writer_temperature=0.6,
-            writer_top_k=40,
-            writer_max_tokens=24,
-            answer_temperature=0.0,
-            answer_max_tokens=40,
-            top_logprobs=20,
-            score_user_messages=False,
-        ),
+        study=FOR_SMALL_MODELS,
         train=TrainSettings(
             steps=180,
             learning_rate=4e-2,
@@ -159,11 +139,6 @@ def from_config_dict(config: ml_collections.ConfigDict) -> RunConfig:
       UserError: a field that is unknown, missing or of the wrong type, or a value that
         no run could use.
     """
-    try:
-        values = config.to_dict()
-    except OSError as error:
-        # A config flag reports a file that it could not load when its value is first read.
-        raise UserError(f"the config file cannot be loaded: {str(error).splitlines()[-1].strip()}") from None
-    run = build(RunConfig, values, "config", "pipeline.config.default_config()")
+    run = build(RunConfig, config_values(config), "config", "pipeline.config.default_config()")
     run.check()
     return run

@@ -5,11 +5,11 @@ import json
 from importlib import resources
 from pathlib import Path
 
-from cartridges_jax.corpus.documents import Document, read_document
+from cartridges_jax.corpus.documents import QUICKSTART, Document, read_document
 from cartridges_jax.corpus.questions import Question, read_questions
 from cartridges_jax.corpus.squad import read_squad_article
 from cartridges_jax.errors import UserError
-from cartridges_jax.pipeline.config import QUICKSTART, RunConfig
+from cartridges_jax.pipeline.config import RunConfig
 from cartridges_jax.pipeline.workdir import Workdir
 from cartridges_jax.text.tokenizer import Tokenizer
 
@@ -35,24 +35,20 @@ def read_inputs(config: RunConfig, tokenizer: Tokenizer) -> tuple[Document, list
         )
     if config.max_tokens:
         raise UserError(f"max_tokens={config.max_tokens} cuts a SQuAD article only: name one with --config.article=…")
-    questions = config.questions
+    document = read_document(config.corpus)
+    if config.questions:
+        return document, read_questions(config.questions)
     if config.corpus == QUICKSTART:
-        assets = resources.files("cartridges_jax") / "assets"
-        with resources.as_file(assets / "quickstart.md") as path:
-            document = read_document(path)
-        if not questions:
-            with resources.as_file(assets / "quickstart_questions.jsonl") as path:
-                return document, read_questions(path)
-    else:
-        document = read_document(config.corpus)
-    return document, read_questions(questions) if questions else []
+        with resources.as_file(resources.files("cartridges_jax") / "assets" / "quickstart_questions.jsonl") as path:
+            return document, read_questions(path)
+    return document, []
 
 
 def check_paths(config: RunConfig) -> None:
     """Refuses files that cannot be read, before the model is loaded."""
-    if config.corpus != QUICKSTART and not config.article:
+    if not config.article:
         read_document(config.corpus)
-    elif config.article and not Path(config.corpus).is_file():
+    elif not Path(config.corpus).is_file():
         raise UserError(f"corpus {config.corpus} does not exist: give a SQuAD JSON file")
     if config.questions:
         read_questions(config.questions)

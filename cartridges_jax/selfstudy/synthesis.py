@@ -83,6 +83,28 @@ class SynthesisSettings:
             raise UserError(f"study.writer_top_k={self.writer_top_k}: must be 0 (all) or more")
 
 
+# The defaults of a run: sized for a small model on a CPU.
+FOR_SMALL_MODELS = SynthesisSettings(
+    conversations=512,
+    requests_per_batch=128,
+    chunk_min_tokens=512,
+    chunk_max_tokens=4096,
+    teacher_context="document",
+    writer="completion",
+    families={
+        "qa": 0.8, "question": 0.1, "summarization": 0.1, "structuring": 0.0, "use_case": 0.0, "creative": 0.0,
+        "generic": 0.0,
+    },
+    writer_temperature=0.6,
+    writer_top_k=40,
+    writer_max_tokens=24,
+    answer_temperature=0.0,
+    answer_max_tokens=40,
+    top_logprobs=20,
+    score_user_messages=False,
+)  # fmt: skip
+
+
 def shard_path(directory: Path, batch: int) -> Path:
     """Where the conversations of one batch lie."""
     return directory / f"shard-{batch:05d}.parquet"

@@ -12,12 +12,9 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from cartridges_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from cartridges_jax.formats.gguf import GGUFFile
 
 # What stands in front of a piece of text: nothing, a control token, or other text. It matters where a
 # tokenizer writes a space of its own in front of a text (Llama 2, Mistral).
@@ -34,7 +31,7 @@ class Tokenizer(abc.ABC):
     """Text to token ids and back. Immutable, hence safe to share between threads.
 
     Attributes:
-      vocab_size: number of ids, control tokens included.
+      vocab_size: number of ids, control tokens included; the model may have more.
       bos_id, eos_id: ids that the model names, or None. BOS is never added by `encode`.
       control_tokens: text to id of the control tokens.
       fingerprint: SHA-256 (hex) of everything that decides the ids: equal means interchangeable.
@@ -70,20 +67,13 @@ class Tokenizer(abc.ABC):
         self._plain_splitter = _any_of(found_in_text or {})
         self._control_splitter = _any_of(self._atoms)
 
-    @classmethod
-    def from_gguf(cls, file: GGUFFile) -> Tokenizer:
-        """`tokenizer_from_gguf(file)`."""
-        from cartridges_jax.text.tokenizer import tokenizer_from_gguf
-
-        return tokenizer_from_gguf(file)
-
     @abc.abstractmethod
     def _encode_run(self, text: str, place: Place) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids and character offsets of text without control tokens."""
 
     @abc.abstractmethod
     def _decode_run(self, ids: list[int], place: Place) -> str:
-        """Text of known ids without control tokens."""
+        """Text of ids of the vocabulary, without control tokens."""
 
     def token_text(self, token_id: int) -> str:
         """The vocabulary's entry for one id: a control token's text, else whatever the vocabulary writes."""
@@ -113,20 +103,21 @@ class Tokenizer(abc.ABC):
     def decode(self, ids: Iterable[int], *, skip_control: bool = True) -> str:
         """Text of token ids; incomplete UTF-8 becomes U+FFFD.
 
-        The space that a tokenizer writes in front of a text (Llama 2, Mistral) is taken off again.
+        The space that a tokenizer writes in front of a text (Llama 2, Mistral) is taken off again. An id above
+        the vocabulary is nothing, as in transformers: many models' embeddings have more rows than their
+        vocabulary has tokens (Qwen), and a sampler may draw one of those.
 
         Raises:
-          UserError: an id outside the vocabulary.
+          UserError: a negative id.
         """
         pieces: list[str] = []
         place: Place = "start"
-        for atomic, run in groupby(map(int, ids), key=self._atomic_ids.__contains__):
+        for atomic, run in groupby(self._known(ids), key=self._atomic_ids.__contains__):
             run = list(run)
             if atomic:
                 pieces.extend(self._tokens[i] for i in run if not (skip_control and i in self._control_ids))
                 place = "control" if run[-1] in self._control_ids else "text"
             else:
-                self._require_known(run)
                 pieces.append(self._decode_run(run, place))
                 place = "text"
         return "".join(pieces)
@@ -148,13 +139,12 @@ class Tokenizer(abc.ABC):
             place = "text"
         return ids, offsets
 
-    def _require_known(self, ids: Sequence[int]) -> None:
-        for token_id in ids:
-            if not 0 <= token_id < self.vocab_size:
-                raise UserError(
-                    f"token id {token_id} is outside the vocabulary of {self.vocab_size}; "
-                    "were these tokens made by another model?"
-                )
+    def _known(self, ids: Iterable[int]) -> Iterator[int]:
+        for token_id in map(int, ids):
+            if token_id < 0:
+                raise UserError(f"token id {token_id} is negative; the tokens are damaged, make them again")
+            if token_id < self.vocab_size:
+                yield token_id
 
 
 def looks_like_control(token: str) -> bool:

@@ -14,7 +14,7 @@ import jinja2
 import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from cartridges_jax.errors import UserError
+from cartridges_jax.errors import UserError, one_line
 
 # Templates that write today's date get the one that Llama 3's name as their default: a cartridge must not
 # stand behind another text tomorrow.
@@ -46,13 +46,13 @@ def compile_template(source: str) -> Callable[..., str]:
     try:
         template = environment.from_string(source)
     except jinja2.TemplateError as error:
-        raise UserError(f"the chat template is not valid Jinja ({_one_line(error)}); use another file") from error
+        raise UserError(f"the chat template is not valid Jinja ({one_line(error)}); use another file") from error
 
     def run(**variables: Any) -> str:
         try:
             return template.render(tools=None, documents=None, **variables)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise UserError(f"the chat template refuses these messages: {_one_line(error)}") from error
+            raise UserError(f"the chat template refuses these messages: {one_line(error)}") from error
 
     return run
 
@@ -64,7 +64,3 @@ def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, 
 
 def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

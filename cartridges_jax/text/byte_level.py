@@ -1,6 +1,6 @@
 """Byte-level BPE tokenizers, built from the vocabulary and merges that a GGUF file carries.
 
-Matches llama.cpp token by token (tests/test_text.py, tests/test_tokenizers.py).
+Matches llama.cpp token by token (tests/test_text.py, tests/test_byte_level.py).
 """
 from __future__ import annotations
 

@@ -230,16 +230,6 @@ class ChatTemplate:
         )
 
 
-def chat_from_gguf(file: GGUFFile, tokenizer: Tokenizer, thinking: bool = False) -> ChatTemplate:
-    """`ChatTemplate.from_gguf`."""
-    return ChatTemplate.from_gguf(file, tokenizer, thinking)
-
-
-def chat_from_directory(path: str | Path, tokenizer: Tokenizer, thinking: bool = False) -> ChatTemplate:
-    """`ChatTemplate.from_directory`."""
-    return ChatTemplate.from_directory(path, tokenizer, thinking)
-
-
 def _turns(messages: Sequence[Message], *, fold: bool) -> list[Turn]:
     """The turns to give a template: the messages, or a system message folded into the first user turn."""
     if not fold:

@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 
-from cartridges_jax.errors import UserError
+from cartridges_jax.errors import UserError, one_line
 from cartridges_jax.text._base import Place, Tokenizer, sha256_of
 
 # What decides the ids; the rest of the file adds BOS, pads, cuts or decodes.
@@ -146,7 +146,7 @@ def _load(document: dict[str, Any]) -> FastTokenizer:
         return FastTokenizer.from_str(json.dumps(document))
     except Exception as error:  # the Rust side raises bare Exceptions
         raise UserError(
-            f"the tokenizers package cannot use this tokenizer.json ({' '.join(str(error).split())}); "
+            f"the tokenizers package cannot use this tokenizer.json ({one_line(error)}); "
             "fetch it again, or install a newer package"
         ) from error
 

@@ -2,7 +2,7 @@
 
 The `sentencepiece` package splits the text. Its model is rebuilt here with every border marked as a
 control piece, which its encoder never produces; user-defined pieces (Gemma: runs of newlines, HTML tags)
-it finds in any text. Matches llama.cpp token by token (tests/test_tokenizers.py).
+it finds in any text. Matches llama.cpp token by token (tests/test_sentence_piece.py).
 """
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-from cartridges_jax.errors import UserError
+from cartridges_jax.errors import UserError, one_line
 from cartridges_jax.text._base import Place, Tokenizer, looks_like_control, sha256_of
 
 # The piece types, which llama.cpp numbers alike.
@@ -177,7 +177,7 @@ def _processor(proto: ModelProto, space_in_front: bool) -> SentencePieceProcesso
         return SentencePieceProcessor(model_proto=proto.SerializeToString())
     except Exception as error:  # RuntimeError or ValueError, by version
         raise UserError(
-            f"the SentencePiece vocabulary is not usable ({' '.join(str(error).split())}); the model file is damaged"
+            f"the SentencePiece vocabulary is not usable ({one_line(error)}); the model file is damaged"
         ) from error
 
 

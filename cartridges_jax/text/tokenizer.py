@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cartridges_jax.errors import UserError
+from cartridges_jax.errors import UserError, one_line
 from cartridges_jax.formats.gguf import GGUFFile
 from cartridges_jax.text._base import Place, Tokenizer
 from cartridges_jax.text.byte_level import ByteLevelBPE
@@ -82,7 +82,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
     except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({' '.join(str(error).split())}); fetch it again") from error
+        raise UserError(f"{path}: not valid JSON ({one_line(error)}); fetch it again") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds a {type(value).__name__}, not a JSON object; fetch it again")
     return value

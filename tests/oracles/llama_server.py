@@ -1,38 +1,53 @@
-"""llama.cpp as an independent oracle: the `xllamacpp` wheel's server, inside this process, on loopback."""
+"""llama.cpp as an independent oracle: token ids, greedy tokens and their probabilities."""
 from __future__ import annotations
 
-import json
-import urllib.request
+import math
 from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cartridges_jax import sampling
+from cartridges_jax.benchmarks.peers.llama_cpp import Server
+from cartridges_jax.models import Model
 
 
-class LlamaServer:
-    """Serves one GGUF file; it stops when the object is garbage."""
+class Agreement(NamedTuple):
+    """How a model of ours predicts the tokens that llama.cpp wrote.
+
+    Attributes:
+      num_tokens: written.
+      same: fraction of them that are our most likely ones.
+      differences: ours less llama.cpp's log-probability, of every entry above 1 % among its ten likeliest.
+    """
+
+    num_tokens: int
+    same: float
+    differences: np.ndarray
+
+
+class LlamaServer(Server):
+    """Serves one GGUF file on one thread."""
 
     def __init__(self, model: Path, *, context: int = 512):
-        import xllamacpp
-
-        parameters = xllamacpp.CommonParams()
-        parameters.model.path = str(model)
-        parameters.n_ctx = context
-        parameters.n_parallel = 1
-        parameters.warmup = False
-        parameters.verbosity = -1
-        parameters.cpuparams.n_threads = 1
-        parameters.hostnames = ["127.0.0.1"]
-        parameters.port = 0
-        self._server = xllamacpp.Server(parameters)
-        self.address = self._server.listening_address
+        super().__init__(model, context=context, num_threads=1, warmup=False)
 
     def tokenize(self, text: str, *, control: bool) -> list[int]:
         """Token ids without BOS; `control` parses control-token text (llama.cpp's parse_special)."""
         return self.post("/tokenize", {"content": text, "add_special": False, "parse_special": control})["tokens"]
 
-    def post(self, path: str, body: dict) -> dict:
-        request = urllib.request.Request(
-            self.address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        # No proxy: the server is on loopback.
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(request, timeout=120) as response:
-            return json.load(response)
+    def agreement(self, model: Model, prompt: list[int], new_tokens: int) -> Agreement:
+        """Greedy tokens behind a prompt, predicted by `model` from the same tokens."""
+        steps = self.complete(prompt, new_tokens, cached=False, n_probs=10)["completion_probabilities"]
+        tokens = [step["id"] for step in steps]
+        logits = sampling.logits(model, prompt + tokens)[len(prompt) - 1 : -1]
+        ours = np.asarray(jax.nn.log_softmax(jnp.asarray(logits), axis=-1))
+        differences = [
+            ours[at, entry["id"]] - entry["logprob"]
+            for at, step in enumerate(steps)
+            for entry in step["top_logprobs"]
+            if math.exp(entry["logprob"]) > 0.01
+        ]
+        return Agreement(len(tokens), float((ours.argmax(-1) == tokens).mean()), np.asarray(differences))

@@ -1,4 +1,4 @@
-"""llama.cpp (the `xllamacpp` wheel) at batch 1: its server inside this process, on loopback."""
+"""llama.cpp (the `xllamacpp` wheel): its server inside this process, on loopback."""
 from __future__ import annotations
 
 import json
@@ -6,18 +6,26 @@ import os
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-
-import xllamacpp
+from typing import Any
 
 
 class Server:
-    """Serves one GGUF file; it stops when the object is garbage."""
+    """Serves one GGUF file to one caller at a time; it stops when the object is garbage."""
 
-    def __init__(self, model: Path, *, context: int, num_threads: int):
+    def __init__(self, model: Path, *, context: int, num_threads: int, warmup: bool = True):
+        """
+        Args:
+          context: tokens it has room for.
+          num_threads: 0 is one a core.
+          warmup: whether it runs the model once before it answers.
+        """
+        import xllamacpp
+
         parameters = xllamacpp.CommonParams()
         parameters.model.path = str(model)
         parameters.n_ctx = context
         parameters.n_parallel = 1
+        parameters.warmup = warmup
         parameters.verbosity = -1
         parameters.cpuparams.n_threads = num_threads or os.cpu_count() or 1
         parameters.hostnames = ["127.0.0.1"]
@@ -27,13 +35,14 @@ class Server:
 
     def generate(self, prompt: Sequence[int], new_tokens: int, *, cached: bool = True) -> int:
         """Greedy tokens behind a prompt whose beginning may still be in the cache; returns how many."""
-        answer = self._post("/completion", {
-            "prompt": list(prompt), "n_predict": new_tokens, "temperature": 0, "ignore_eos": True,
-            "cache_prompt": cached,
-        })  # fmt: skip
-        return answer["tokens_predicted"]
+        return self.complete(prompt, new_tokens, cached=cached)["tokens_predicted"]
 
-    def _post(self, path: str, body: dict) -> dict:
+    def complete(self, prompt: Sequence[int], new_tokens: int, *, cached: bool, **more: Any) -> dict[str, Any]:
+        """The server's answer to a request for greedy tokens, stop tokens ignored; `more` is asked of it as well."""
+        asked = {"prompt": list(prompt), "n_predict": new_tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": cached}
+        return self.post("/completion", {**asked, **more})
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         request = urllib.request.Request(
             self._address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )

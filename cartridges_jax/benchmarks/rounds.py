@@ -1,0 +1,65 @@
+"""The frame of every benchmark: rounds in which the candidates take turns, and a row of what came of them."""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from cartridges_jax.benchmarks import peers
+from cartridges_jax.benchmarks.inputs import Common
+from cartridges_jax.benchmarks.machine import Ceilings
+from cartridges_jax.benchmarks.peers import Absent
+from cartridges_jax.benchmarks.results import Bar
+from cartridges_jax.benchmarks.timing import WARMUPS, Times, interleaved
+
+# What we are called among the candidates.
+OURS = "cartridges_jax"
+
+
+def take_turns(label: str, candidates: Mapping[str, Callable[[], object]], *, repeats: int) -> dict[str, Times]:
+    """`timing.interleaved` with a progress bar."""
+    with Bar((repeats + WARMUPS) * len(candidates), label) as tick:
+        return interleaved(candidates, repeats=repeats, on_progress=tick)
+
+
+def take_turns_with_ceilings(
+    label: str, candidates: Mapping[str, Callable[[], object]], ceilings: Ceilings, *, repeats: int
+) -> tuple[dict[str, Times], dict[str, Any]]:
+    """The candidates' times, and what the machine reached within the same rounds (`Ceilings.measured`)."""
+    times = take_turns(label, {**candidates, **ceilings.candidates}, repeats=repeats)
+    return {name: times[name] for name in candidates}, ceilings.measured(times)
+
+
+def keeping(kept: dict[str, Any], name: str, call: Callable[[], Any]) -> Callable[[], None]:
+    """`call`, whose first result stays in `kept[name]`."""
+
+    def timed() -> None:
+        result = call()
+        kept.setdefault(name, result)
+
+    return timed
+
+
+def compared(times: Mapping[str, Times], rivals: Sequence[str], amount: float) -> dict[str, Any]:
+    """What a row of `Result` says of ourselves against the rivals.
+
+    Args:
+      amount: of work in a round, in the result's unit.
+    """
+    return {
+        "value": times[OURS].per_second(amount),
+        "peers": {name: times[name].per_second(amount) for name in rivals},
+        "ratio": {name: times[OURS].times_faster_than(times[name]) for name in rivals},
+    }
+
+
+def durations(times: Mapping[str, Times]) -> dict[str, Any]:
+    """Every round's seconds and their spread, by candidate, for a row of `Result`."""
+    return {
+        "seconds": {name: list(taken.seconds) for name, taken in times.items()},
+        "spread": {name: taken.spread for name, taken in times.items()},
+    }
+
+
+def absent_peers(common: Common, *names: str) -> list[Absent]:
+    """Those of the peers that cannot be measured here; none where none is asked for."""
+    return [peer for peer in map(peers.absent, names) if peer] if common.peers else []

@@ -118,9 +118,13 @@ class PackingPlan:
     """Which example goes where, for every step of a run.
 
     Attributes:
+      examples: what is packed.
       steps: per step, per row (A*B of them), the indices of the examples in it.
+      micro_batches: A.
+      row_tokens: T.
       num_targets: M, target rows of the fullest micro-batch, rounded up.
       efficiency: real tokens over all tokens.
+      epochs: how often an example is seen, on average.
     """
 
     examples: Sequence[Example]

@@ -1,6 +1,11 @@
 """Layers in arrays of their own are the stack's memory; what they compute is in test_families.py."""
-import numpy as np
+import dataclasses
 
+import jax.numpy as jnp
+import numpy as np
+from tiny import random_tokens, run
+
+from cartridges_jax.models import load_model
 from cartridges_jax.models.apart import layers_apart
 
 
@@ -12,6 +17,18 @@ def test_layers_apart_are_views_of_the_stack(tiny_model):
         part = apart[f"layer_{layer}"]["gate_proj"]
         np.testing.assert_array_equal(part, stack[layer])
         assert part.unsafe_buffer_pointer() == begin + layer * part.nbytes
+
+
+def test_narrow_layers_are_views_too_and_decode_to_the_same_logits(tiny_gguf, rng):
+    model = load_model(str(tiny_gguf), weights="bfloat16")
+    stack = model.params["layers"]["0"]["up_proj"].bits
+    part = model.decode_params["layer_1"]["up_proj"]
+    assert part.bits.dtype == jnp.bfloat16
+    assert part.bits.unsafe_buffer_pointer() == stack.unsafe_buffer_pointer() + part.bits.nbytes
+    tokens = random_tokens(rng, model.config, 1, 9)
+    stacked, _, _ = run(model, tokens)
+    apart, _, _ = run(dataclasses.replace(model, params=model.decode_params), tokens)
+    np.testing.assert_allclose(apart, stacked, atol=0.02)
 
 
 def test_a_model_on_one_cpu_device_decodes_with_its_layers_apart(tiny_model):

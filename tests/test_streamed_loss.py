@@ -14,7 +14,7 @@ from cartridges_jax.distill.step import cartridge_trainable, combine_cartridge, 
 from cartridges_jax.models import ModelConfig
 from cartridges_jax.models.config import LayerKind
 from cartridges_jax.models.decoder import abstract_params
-from cartridges_jax.quantized import Quantized, channel_scale
+from cartridges_jax.quantized import Narrow, Quantized, channel_scale
 from cartridges_jax.rope import Rope
 
 M, D, V, K = 23, 12, 301, 6
@@ -25,8 +25,8 @@ def full_computation(hidden, head, ids, logprobs, tail, softcap):
     hidden, head, logprobs = (np.asarray(x, np.float64) for x in (hidden, head, logprobs))
     raw = hidden @ head.T
     logits = softcap * np.tanh(raw / softcap) if softcap else raw
-    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    student = exponentials / exponentials.sum(axis=-1, keepdims=True)
+    log_student = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+    student = np.exp(log_student)
     divergences, slopes = np.zeros(len(hidden)), np.zeros_like(logits)
     for m in range(len(hidden)):
         used = np.isfinite(logprobs[m])
@@ -36,7 +36,7 @@ def full_computation(hidden, head, ids, logprobs, tail, softcap):
         remaining, student_rest = 1 - p.sum(), student[m][others].sum()
         if tail == "drop" or remaining < 1e-6:
             remaining = 0.0
-        divergences[m] = np.sum(p * np.log(p / student[m][chosen]))
+        divergences[m] = np.sum(p * (np.log(p) - log_student[m][chosen]))
         slopes[m] = (p.sum() + remaining) * student[m]
         slopes[m][chosen] -= p
         if remaining:
@@ -91,6 +91,19 @@ def test_a_quantised_head_counts_as_the_matrix_it_stands_for(case):
     total, gradient = jax.value_and_grad(weighted)(hidden, head, ids, logprobs, weight, softcap=5.0, block=64)
     assert float(total) == pytest.approx(divergences @ weight, rel=1e-4)
     np.testing.assert_allclose(gradient, slopes * weight[:, None], rtol=1e-3, atol=2e-5)
+
+
+def test_a_narrow_head_counts_as_the_matrix_it_stands_for(case):
+    hidden, head, ids, logprobs, weight = case
+    narrow = jnp.asarray(head, jnp.bfloat16)
+    # So that rounding the hidden states for the product changes nothing.
+    hidden = jnp.asarray(hidden, jnp.bfloat16).astype(jnp.float32)
+    head = Narrow(jax.lax.bitcast_convert_type(narrow, jnp.uint16))
+    divergences, slopes = full_computation(hidden, np.asarray(narrow, np.float64), ids, logprobs, "class", 5.0)
+    total, gradient = jax.value_and_grad(weighted)(hidden, head, ids, logprobs, weight, softcap=5.0, block=64)
+    assert float(total) == pytest.approx(divergences @ weight, rel=1e-4)
+    expected = slopes * weight[:, None]
+    np.testing.assert_allclose(gradient, expected, rtol=0.02, atol=0.01 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("tail", ["class", "drop"])

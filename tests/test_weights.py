@@ -54,10 +54,10 @@ def tensors():
     return gguf_tensors(random_weights(config, seed=3), config)
 
 
-def load(tensors, names=None, *, int8=False, sharding_of=None, **config):
+def load(tensors, names=None, *, stored="", sharding_of=None, **config):
     table = FAMILIES[0].gguf_names
     return load_params(
-        Tensors(tensors, names), table, tiny_config(**config), jnp.float32, int8=int8, sharding_of=sharding_of
+        Tensors(tensors, names), table, tiny_config(**config), jnp.float32, stored=stored, sharding_of=sharding_of
     )
 
 
@@ -201,12 +201,10 @@ def test_metadata_that_the_config_needs_is_asked_for_by_name():
 
 @pytest.mark.parametrize("block_values", [1, 1000, 2**23])
 def test_the_size_of_the_blocks_does_not_matter(tensors, monkeypatch, block_values):
-    expected = load(tensors)
+    kinds = ("", "int8", "bfloat16")
+    expected = [load(tensors, stored=stored) for stored in kinds]
     monkeypatch.setattr("cartridges_jax.models.weights._BLOCK_VALUES", block_values)
-    for int8 in (False, True):
-        found = load(tensors, int8=int8)
-        reference = load(tensors, int8=int8) if int8 else expected
-        jax.tree.map(np.testing.assert_array_equal, found, reference)
+    jax.tree.map(np.testing.assert_array_equal, [load(tensors, stored=stored) for stored in kinds], expected)
 
 
 def dequantized(leaf, axis):
@@ -214,7 +212,7 @@ def dequantized(leaf, axis):
 
 
 def test_eight_bits_are_within_half_a_step_of_the_weights(tensors):
-    exact, found = load(tensors), load(tensors, int8=True)
+    exact, found = load(tensors), load(tensors, stored="int8")
     for name in ("q_proj", "down_proj"):
         weight, rounded = exact["layers"]["0"][name], found["layers"]["0"][name]
         assert rounded.values.dtype == jnp.int8 and rounded.scale.shape == (3, weight.shape[2])
@@ -223,6 +221,16 @@ def test_eight_bits_are_within_half_a_step_of_the_weights(tensors):
         assert np.abs(rounded.values).max() == 127
     step = np.abs(exact["embedding"]).max(axis=1, keepdims=True) / 127
     assert (np.abs(dequantized(found["embedding"], 1) - exact["embedding"]) <= 0.5001 * step).all()
+    assert found["final_norm"].dtype == jnp.float32
+
+
+def test_narrow_matrices_hold_the_bfloat16_nearest_to_each_weight(tensors):
+    exact, found = load(tensors), load(tensors, stored="bfloat16")
+    for weight, narrow in (
+        (exact["layers"]["0"]["down_proj"], found["layers"]["0"]["down_proj"]), (exact["embedding"], found["embedding"]),
+    ):
+        assert narrow.bits.dtype == jnp.uint16 and narrow.shape == weight.shape
+        np.testing.assert_array_equal(narrow.values, weight.astype(jnp.bfloat16))
     assert found["final_norm"].dtype == jnp.float32
 
 

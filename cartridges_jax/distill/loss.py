@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from cartridges_jax.quantized import Quantized, linear_rows, mix_rows, rows
+from cartridges_jax.quantized import Matrix, linear_rows, mix_rows, rows
 
 TAILS = ("class", "drop")
 
@@ -38,7 +38,7 @@ _SMALLEST_BLOCK, _LARGEST_BLOCK = 1024, 8192
 
 def divergence_per_token(
     hidden: Array,
-    head: Array | Quantized,
+    head: Matrix,
     ids: Array,
     logprobs: Array,
     tail: str = "class",

@@ -10,11 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from cartridges_jax.models.config import ModelConfig
-from cartridges_jax.models.decoder import layer_name, layer_path
+from cartridges_jax.models.decoder import layer_name, layer_path, lm_head
+from cartridges_jax.quantized import Narrow
 
 
 def layers_apart(params: Any, config: ModelConfig) -> Any:
@@ -25,9 +27,13 @@ def layers_apart(params: Any, config: ModelConfig) -> Any:
 
     Returns:
       The same with layer_0 … layer_{L-1} instead of "layers", which share their memory
-      with the stacks wherever a layer begins at an address that JAX can use.
+      with the stacks wherever a layer begins at an address that JAX can use. Narrow
+      matrices are bfloat16 arrays, but for the table that tokens are looked up in.
     """
     tree = {name: part for name, part in params.items() if name != "layers"}
+    head = lm_head(params, config)
+    if isinstance(head, Narrow):
+        tree["lm_head"] = jax.tree.map(lambda leaf: _view(leaf, ...), head)
     for layer in range(config.num_layers):
         parents, index = layer_path(config, layer)
         if index is not None:
@@ -36,8 +42,11 @@ def layers_apart(params: Any, config: ModelConfig) -> Any:
     return tree
 
 
-def _view(stack: Array, index: int) -> Array:
-    return jax.device_put(np.asarray(stack)[index], stack.device, may_alias=True)
+def _view(stack: Array, index: Any) -> Array:
+    part = np.asarray(stack)[index]
+    if part.dtype == np.uint16:
+        part = part.view(jnp.bfloat16)
+    return jax.device_put(part, stack.device, may_alias=True)
 
 
 def runs_apart(params: Any) -> bool:

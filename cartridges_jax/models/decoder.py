@@ -30,7 +30,7 @@ from cartridges_jax.cartridge import KVPrefix
 from cartridges_jax.models.cache import Cache
 from cartridges_jax.models.config import LayerKind, ModelConfig
 from cartridges_jax.models.pointwise import gated, rms_norm
-from cartridges_jax.quantized import Quantized, linear, linear_rows, rows
+from cartridges_jax.quantized import Matrix, linear, linear_rows, rows
 from cartridges_jax.rope import rope_tables, rotate
 
 TAPS = ("queries", "keys", "values")
@@ -252,9 +252,9 @@ def _view(
     return _View(turn, own, front)
 
 
-def lm_head(params: Any, config: ModelConfig) -> Array | Quantized:
+def lm_head(params: Any, config: ModelConfig) -> Matrix:
     """The output embedding, [V, D]."""
-    return params["embedding"] if config.tie_embeddings else params["lm_head"]
+    return params["lm_head"] if "lm_head" in params else params["embedding"]
 
 
 def lm_logits(params: Any, config: ModelConfig, hidden: Array) -> Array:

@@ -23,7 +23,7 @@ from cartridges_jax.text.tokenizer import Tokenizer, tokenizer_from_directory, t
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # How frozen matrices may be kept; "" is in the model's dtype.
-WEIGHTS = ("", "int8")
+WEIGHTS = ("", "int8", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,7 +93,8 @@ def load_model(
       source: a registry name ("smollm2-135m-instruct"), a GGUF file, a directory that
         holds one, a Hugging Face directory, or a hub id ("org/name").
       dtype: "float32" or "bfloat16", of the parameters and the computation.
-      weights: "int8" keeps the matrices in 8 bits a weight; "" in `dtype`.
+      weights: "int8" keeps the matrices in 8 bits a weight, "bfloat16" under a float32 model
+        in 16; "" in `dtype`.
       thinking: lets models that can think before they answer do so.
       windows_see_prefix: False lets layers with a sliding window see a whole prefix.
       accept_license: of a registry model that is offered under terms of its own.
@@ -106,7 +107,9 @@ def load_model(
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if weights not in WEIGHTS:
-        raise UserError(f"weights {weights!r}: choose 'int8', or '' for the model's dtype")
+        raise UserError(f"weights {weights!r}: choose 'int8', 'bfloat16', or '' for the model's dtype")
+    if weights == dtype == "bfloat16":
+        raise UserError("weights 'bfloat16' belongs to a float32 model: with dtype 'bfloat16' leave it ''")
     path = locate(source, accept_license=accept_license)
     opened = _open_directory(path, thinking) if path.is_dir() else _open_gguf(path, thinking)
     config = dataclasses.replace(opened.config, windows_see_prefix=windows_see_prefix)
@@ -116,7 +119,7 @@ def load_model(
             "they do not belong together, fetch the model again"
         )
     params = load_params(
-        opened.file, opened.names, config, DTYPES[dtype], int8=weights == "int8", sharding_of=sharding_of
+        opened.file, opened.names, config, DTYPES[dtype], stored=weights, sharding_of=sharding_of
     )
     return Model(
         name=source,

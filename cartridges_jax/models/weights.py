@@ -22,7 +22,7 @@ from cartridges_jax.formats.tensors import TensorFile
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.decoder import abstract_params, layer_path
 from cartridges_jax.models.families import Entry, Names
-from cartridges_jax.quantized import Quantized, channel_scale
+from cartridges_jax.quantized import Matrix, Narrow, Quantized, channel_scale
 
 # Values that are on their way from the file to a device at a time.
 _BLOCK_VALUES = 2**23
@@ -39,7 +39,7 @@ def load_params(
     config: ModelConfig,
     dtype: Any,
     *,
-    int8: bool = False,
+    stored: str = "",
     sharding_of: ShardingOf | None = None,
 ) -> Any:
     """Reads every parameter.
@@ -49,7 +49,7 @@ def load_params(
       names: its family's table.
       config: the model they belong to.
       dtype: of matrices, and of what is computed with them.
-      int8: keep matrices in 8 bits a weight (`quantized`).
+      stored: how matrices are kept if not in `dtype`: "int8" or "bfloat16" (see `quantized`).
       sharding_of: where each parameter goes; the default device if not given.
 
     Raises:
@@ -66,7 +66,7 @@ def load_params(
         node = tree
         for parent in path[:-1]:
             node = node.setdefault(parent, {})
-        node[path[-1]] = _fill(tensors, leaf, sharding, path, int8)
+        node[path[-1]] = _fill(tensors, leaf, sharding, path, stored)
     return tree
 
 
@@ -164,11 +164,12 @@ class _Tensor:
 
 
 def _fill(
-    tensors: list[_Tensor], leaf: jax.ShapeDtypeStruct, sharding: Sharding, path: tuple[str, ...], int8: bool
-) -> Array | Quantized:
+    tensors: list[_Tensor], leaf: jax.ShapeDtypeStruct, sharding: Sharding, path: tuple[str, ...], stored: str
+) -> Matrix:
     """One parameter, shard by shard; `tensors` in the order of its stack."""
     turned, stacked = _is_turned(path, leaf), _is_stacked(path)
-    int8 = int8 and leaf.ndim - stacked == 2
+    is_matrix = leaf.ndim - stacked == 2
+    int8, narrow = is_matrix and stored == "int8", is_matrix and stored == "bfloat16"
     # A tensor's rows are the channels of its products; what else a matrix has is summed over.
     row_axis = leaf.ndim - 1 if turned else int(stacked)
     summed = leaf.ndim - 2 if turned else leaf.ndim - 1
@@ -176,7 +177,7 @@ def _fill(
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
         bounds = [slice(*part.indices(size)[:2]) for part, size in zip(index, leaf.shape, strict=True)]
         sizes = [part.stop - part.start for part in bounds]
-        shard = jnp.zeros(sizes, jnp.int8 if int8 else leaf.dtype, device=device)
+        shard = jnp.zeros(sizes, jnp.int8 if int8 else jnp.uint16 if narrow else leaf.dtype, device=device)
         scale = np.zeros([size for axis, size in enumerate(sizes) if axis != summed], np.float32) if int8 else None
         for layer in range(bounds[0].start, bounds[0].stop) if stacked else (0,):
             start = (layer - bounds[0].start,) if stacked else ()
@@ -190,12 +191,15 @@ def _fill(
                     scale[(*start, slice(offset, offset + len(block)))] = block_scale
                     block = np.rint(block / block_scale[:, None])[(slice(None), *columns)]
                 where = (*start, 0, offset) if turned else (*start, offset, *(0,) * len(columns))
-                block = (block.T if turned else block).astype(shard.dtype)
+                block = block.T if turned else block
+                block = block.astype(jnp.bfloat16).view(np.uint16) if narrow else block.astype(shard.dtype)
                 shard = _put(shard, jax.device_put(block.reshape((1,) * stacked + block.shape), device), where)
         shards.append(shard)
         if int8:
             scales.append(jax.device_put(scale.astype(leaf.dtype), device))
     values = jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
+    if narrow:
+        return Narrow(values)
     if not int8:
         return values
     scale_shape = tuple(size for axis, size in enumerate(leaf.shape) if axis != summed)

@@ -189,21 +189,22 @@ def admit(state: State, read: Cache, tokens: Array, running: Array, at: Array) -
     A row may occur twice in `at` if what goes there is the same.
     """
     width = min(read.num_slots, state.cache.num_slots)
-    if isinstance(state.cache.keys, tuple):
+    if state.cache.is_apart:
         read = read.apart()
 
     # Row by row: one scatter of all would be a loop over single numbers on the CPU.
-    def put_row(r: Array, into: Array, part: Array) -> Array:
-        row = jax.lax.dynamic_slice_in_dim(part[..., :width, :], r, 1, axis=part.ndim - 4)
+    def put_row(r: Array, into: Array, part: Array, slot_axis: int) -> Array:
+        fitting = jax.lax.slice_in_dim(part, 0, width, axis=slot_axis)
+        row = jax.lax.dynamic_slice_in_dim(fitting, r, 1, axis=part.ndim - 4)
         start = (0,) * (into.ndim - 4) + (at[r], 0, 0, 0)
         return jax.lax.dynamic_update_slice(into, row, start)
 
-    def put(r: Array, caches: tuple) -> tuple:
-        return jax.tree.map(functools.partial(put_row, r), caches, (read.keys, read.values))
+    def put(r: Array, cache: Cache) -> Cache:
+        return cache.mapped(functools.partial(put_row, r), read)
 
-    keys, values = jax.lax.fori_loop(0, at.shape[0], put, (state.cache.keys, state.cache.values))
+    cache = jax.lax.fori_loop(0, at.shape[0], put, state.cache)
     return State(
-        cache=Cache(keys, values, state.cache.lengths.at[at].set(read.lengths)),
+        cache=cache.replace(lengths=cache.lengths.at[at].set(read.lengths)),
         tokens=state.tokens.at[at].set(tokens),
         num_generated=state.num_generated.at[at].set(1),
         running=state.running.at[at].set(running),
@@ -269,14 +270,15 @@ def resize(state: State, at: Array, kept: Array, *, num_slots: int) -> State:
       num_slots: at least what the longest kept row holds.
     """
 
-    def fit(part: Array) -> Array:
-        slots = part.shape[-2]
-        part = jnp.take(part[..., : min(slots, num_slots), :], at, axis=-4)
-        return jnp.pad(part, ((0, 0),) * (part.ndim - 2) + ((0, max(num_slots - slots, 0)), (0, 0)))
+    def fit(part: Array, slot_axis: int) -> Array:
+        slots = part.shape[slot_axis]
+        part = jnp.take(jax.lax.slice_in_dim(part, 0, min(slots, num_slots), axis=slot_axis), at, axis=-4)
+        padding = [(0, 0)] * part.ndim
+        padding[slot_axis] = (0, max(num_slots - slots, 0))
+        return jnp.pad(part, padding)
 
-    keys, values = jax.tree.map(fit, (state.cache.keys, state.cache.values))
     return State(
-        cache=Cache(keys, values, jnp.where(kept, state.cache.lengths[at], 0)),
+        cache=state.cache.mapped(fit).replace(lengths=jnp.where(kept, state.cache.lengths[at], 0)),
         tokens=state.tokens[at],
         num_generated=state.num_generated[at],
         running=state.running[at] & kept,

@@ -217,7 +217,7 @@ def test_cancelling_frees_the_slot_for_the_next_request(tiny_model, rng):
 
 def test_new_prefixes_prompts_and_settings_of_like_size_compile_nothing(tiny_model, rng):
     config = tiny_model.config
-    compiled = (programs.read_chunk, programs.admit, programs.decode, programs.resize)
+    compiled = (programs.read_chunk, programs.put_rows, programs.decode, programs.resize)
 
     def serve():
         engine = Engine(tiny_model, num_slots=4)

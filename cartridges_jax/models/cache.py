@@ -44,14 +44,13 @@ class Cache:
         """The same with every layer in arrays of its own."""
         return self.replace(keys=tuple(layer.swapaxes(-1, -2) for layer in self.keys), values=tuple(self.values))
 
-    def mapped(self, function: Callable[..., Array], *others: Cache) -> Cache:
-        """`function(part, *parts of the others, slot_axis)` of all keys and values; `lengths` stay as they are."""
-
-        def over(name: str, slot_axis: int) -> Layers:
-            held = (getattr(cache, name) for cache in (self, *others))
-            return jax.tree.map(lambda *parts: function(*parts, slot_axis), *held)
-
-        return self.replace(keys=over("keys", -1 if self.is_apart else -2), values=over("values", -2))
+    def mapped(self, function: Callable[[Array, int], Array]) -> Cache:
+        """`function(part, axis of the slots)` of all keys and values; `lengths` stay as they are."""
+        slot_axis = -1 if self.is_apart else -2
+        return self.replace(
+            keys=jax.tree.map(lambda part: function(part, slot_axis), self.keys),
+            values=jax.tree.map(lambda part: function(part, -2), self.values),
+        )
 
     def extended(self, layer: Array | int, keys: Array, values: Array) -> tuple[Cache, Array, Array]:
         """Writes new tokens behind each row's in one layer; `lengths` stay as they are.

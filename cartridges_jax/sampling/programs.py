@@ -13,6 +13,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from cartridges_jax.cartridge import KVPrefix
@@ -182,33 +183,58 @@ def first_tokens(
     return _goes_on(token, jnp.ones_like(token), rows), (token[None], top_ids[None], top[None])
 
 
-@functools.partial(jax.jit, donate_argnames=("state",))
 def admit(state: State, read: Cache, tokens: Array, running: Array, at: Array) -> State:
     """Puts R prompts that were read, and their first tokens [R], into rows `at` [R].
 
-    A row may occur twice in `at` if what goes there is the same.
+    A row may occur twice in `at` if what goes there is the same. The state is donated.
+
+    Where the layers lie apart, each is a call of one small program: together they are as
+    fast as one large program, which takes a second to compile, for every B, S, R and W.
     """
-    width = min(read.num_slots, state.cache.num_slots)
-    if state.cache.is_apart:
-        read = read.apart()
+    held = state.cache
+    if held.is_apart:
+        keys, values = (
+            tuple(put_rows(into, new, at, np.int32(layer), turned=turned) for layer, into in enumerate(layers))
+            for layers, new, turned in ((held.keys, read.keys, True), (held.values, read.values, False))
+        )
+    else:
+        keys, values = (put_rows(into, new, at) for into, new in ((held.keys, read.keys), (held.values, read.values)))
+    lengths, tokens, num_generated, running = _put_per_row(
+        (held.lengths, state.tokens, state.num_generated, state.running), (read.lengths, tokens, running), at
+    )
+    return State(Cache(keys, values, lengths), tokens, num_generated, running)
+
+
+@functools.partial(jax.jit, static_argnames=("turned",), donate_argnames=("into",))
+def put_rows(into: Array, new: Array, at: Array, layer: Array | None = None, *, turned: bool = False) -> Array:
+    """Rows of `new` [L, R, K, W, H] in their places in a cache; of one layer if `into` is of one.
+
+    Args:
+      turned: `into` has [H, S] instead of [S, H].
+    """
+    if layer is not None:
+        new = jax.lax.dynamic_index_in_dim(new, layer, keepdims=False)
+    new = new[..., : into.shape[-1 if turned else -2], :]
+    if turned:
+        new = new.swapaxes(-1, -2)
 
     # Row by row: one scatter of all would be a loop over single numbers on the CPU.
-    def put_row(r: Array, into: Array, part: Array, slot_axis: int) -> Array:
-        fitting = jax.lax.slice_in_dim(part, 0, width, axis=slot_axis)
-        row = jax.lax.dynamic_slice_in_dim(fitting, r, 1, axis=part.ndim - 4)
+    def put(r: Array, into: Array) -> Array:
+        row = jax.lax.dynamic_slice_in_dim(new, r, 1, axis=new.ndim - 4)
         start = (0,) * (into.ndim - 4) + (at[r], 0, 0, 0)
-        return jax.lax.dynamic_update_slice(into, row, start)
+        return jax.lax.dynamic_update_slice(into, row.astype(into.dtype), start)
 
-    def put(r: Array, cache: Cache) -> Cache:
-        return cache.mapped(functools.partial(put_row, r), read)
+    return jax.lax.fori_loop(0, at.shape[0], put, into)
 
-    cache = jax.lax.fori_loop(0, at.shape[0], put, state.cache)
-    return State(
-        cache=cache.replace(lengths=cache.lengths.at[at].set(read.lengths)),
-        tokens=state.tokens.at[at].set(tokens),
-        num_generated=state.num_generated.at[at].set(1),
-        running=state.running.at[at].set(running),
-    )
+
+@functools.partial(jax.jit, donate_argnames=("held",))
+def _put_per_row(held: tuple[Array, ...], new: tuple[Array, ...], at: Array) -> tuple[Array, ...]:
+    lengths, tokens, num_generated, running = held
+    new_lengths, new_tokens, new_running = new
+    return (
+        lengths.at[at].set(new_lengths), tokens.at[at].set(new_tokens), num_generated.at[at].set(1),
+        running.at[at].set(new_running),
+    )  # fmt: skip
 
 
 @functools.partial(

@@ -118,7 +118,7 @@ def default_config() -> ml_collections.ConfigDict:
         cartridge=CartridgeSettings(num_slots=144, num_frozen=1),
         study=FOR_SMALL_MODELS,
         train=TrainSettings(
-            steps=180,
+            steps=230,
             learning_rate=4e-2,
             schedule="cosine",
             warmup_steps=10,

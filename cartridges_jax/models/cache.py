@@ -4,8 +4,9 @@ from __future__ import annotations
 import flax.struct
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 
-from cartridges_jax import cartridge
+from cartridges_jax import cartridge, parallel
 from cartridges_jax.models.config import ModelConfig
 
 
@@ -28,13 +29,17 @@ class Cache:
         return self.keys.shape[3]
 
 
-def empty_cache(config: ModelConfig, num_rows: int, num_slots: int, dtype) -> Cache:
+# Logical names of the axes of keys and values (see `parallel.rules`).
+CACHE_AXES = ("layers", "rows", "kv_heads", None, None)
+
+
+def empty_cache(config: ModelConfig, num_rows: int, num_slots: int, dtype, mesh: Mesh | None = None) -> Cache:
     """A cache of B rows and S slots that holds nothing."""
     shape = (config.num_layers, num_rows, config.num_kv_heads, num_slots, config.head_dim)
     return Cache(
-        keys=jnp.zeros(shape, dtype),
-        values=jnp.zeros(shape, dtype),
-        lengths=jnp.zeros((num_rows,), jnp.int32),
+        keys=parallel.zeros(mesh, CACHE_AXES, shape, dtype),
+        values=parallel.zeros(mesh, CACHE_AXES, shape, dtype),
+        lengths=parallel.zeros(mesh, ("rows",), (num_rows,), jnp.int32),
     )
 
 

@@ -98,7 +98,7 @@ class Engine:
     def add_prefix(self, prefix: KVPrefix) -> PrefixHandle:
         """Keeps a prefix on the device until `drop_prefix`."""
         handle = PrefixHandle(prefix.num_slots, prefix.next_position)
-        self._residents[handle] = _Resident(as_front(prefix, self._model.dtype))
+        self._residents[handle] = _Resident(as_front(prefix, self._model.dtype, self._model.mesh))
         return handle
 
     def drop_prefix(self, handle: PrefixHandle) -> None:

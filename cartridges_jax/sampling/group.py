@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from cartridges_jax import parallel
 from cartridges_jax.models import Cache, Model, empty_cache
 from cartridges_jax.sampling import programs
 from cartridges_jax.sampling.buckets import (
@@ -151,8 +151,8 @@ class Group:
             mates=mates,
             tokens=tokens,
             segment_ids=(np.arange(width) < lengths[:, None]).astype(np.int32),
-            cache=empty_cache(model.config, num_rows, slot_bucket(width), model.dtype),
-            last=jnp.zeros((num_rows, model.config.d_model), model.dtype),
+            cache=empty_cache(model.config, num_rows, slot_bucket(width), model.dtype, model.mesh),
+            last=parallel.zeros(model.mesh, ("rows", None), (num_rows, model.config.d_model), model.dtype),
         )
 
     def _read(self) -> Pending | None:
@@ -233,7 +233,8 @@ class Group:
         self._occupants = occupants + [None] * (num_rows - len(kept))
         self._rows = None
         if self._state is None or not kept:
-            self._state = programs.empty_state(self._model.config, num_rows, num_slots, self._model.dtype)
+            model = self._model
+            self._state = programs.empty_state(model.config, num_rows, num_slots, model.dtype, model.mesh)
             return
         at = np.asarray(kept + kept[:1] * (num_rows - len(kept)), np.int32)
         self._state = programs.resize(self._state, at, np.arange(num_rows) < len(kept), num_slots=num_slots)
@@ -250,7 +251,7 @@ class Group:
     def _settings(self) -> programs.Rows:
         """The rows' settings on the device, made anew when rows have changed hands."""
         if self._rows is None:
-            self._rows = jax.device_put(_rows_of(self._occupants))
+            self._rows = jax.device_put(_rows_of(self._occupants), parallel.everywhere(self._model.mesh))
         return self._rows
 
 

@@ -13,15 +13,18 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
+from jax.sharding import Mesh
 
+from cartridges_jax import parallel
 from cartridges_jax.cartridge import KVPrefix
 from cartridges_jax.checkpoint import TrainCheckpoints
 from cartridges_jax.data.ahead import prepare_ahead
 from cartridges_jax.data.packing import Example, PackingPlan, TrainBatch, plan_packing
 from cartridges_jax.distill.loss import TAILS
+from cartridges_jax.distill.sharding import Step, batch_shardings, row_parts, state_shardings, step_on_mesh
 from cartridges_jax.distill.step import (
+    TrainState,
     cartridge_trainable,
     combine_cartridge,
     eval_step,
@@ -153,15 +156,29 @@ def heldout_loss(model: Model, prefix: KVPrefix, trainable, plan: PackingPlan, t
     total, count = 0.0, 0.0
     for step in range(len(plan.steps)):
         loss, targets = eval_step(
-            model.config, combine_cartridge, model.params, prefix, trainable, plan.batch(step), tail=tail
+            model.config, combine_cartridge, model.params, prefix, trainable, _placed(plan.batch(step), model.mesh), tail=tail
         )
         total, count = total + float(loss), count + float(targets)
     return total / count
 
 
-def _batches(plan: PackingPlan, steps: range) -> contextlib.closing[Iterator[TrainBatch]]:
-    """The batches of the given steps on the device, packed and copied while earlier steps run."""
-    return contextlib.closing(prepare_ahead(lambda step: jax.device_put(plan.batch(step)), steps))
+def _batches(plan: PackingPlan, steps: range, mesh: Mesh | None) -> contextlib.closing[Iterator[TrainBatch]]:
+    """The batches of the given steps on the devices, packed and copied while earlier steps run."""
+    return contextlib.closing(prepare_ahead(lambda step: _placed(plan.batch(step), mesh), steps))
+
+
+def _placed(batch: TrainBatch, mesh: Mesh | None) -> TrainBatch:
+    return jax.device_put(batch) if mesh is None else parallel.place(batch, batch_shardings(mesh))
+
+
+def _step_for(
+    model: Model, optimizer: optax.GradientTransformation, initial: KVPrefix, state: TrainState, settings: TrainSettings
+) -> Step:
+    """The step behind its static arguments."""
+    static, options = (model.config, optimizer, combine_cartridge), {"tail": settings.tail, "remat": settings.remat}
+    if model.mesh is None:
+        return functools.partial(train_step, *static, **options)
+    return step_on_mesh(*static, model.mesh, model.params, initial, state, **options)
 
 
 def train(
@@ -199,27 +216,32 @@ def train(
         good state is saved.
     """
     settings.check()
+    mesh = model.mesh
     plan = plan_packing(
         examples, num_steps=settings.steps, rows_per_step=settings.rows_per_step,
-        row_tokens=settings.row_tokens, micro_batches=settings.micro_batches, seed=seed,
+        row_tokens=settings.row_tokens, micro_batches=settings.micro_batches, row_parts=row_parts(mesh), seed=seed,
     )
     heldout_plan = None
     if heldout:
         heldout_plan = plan_packing(
             heldout, num_steps=None, rows_per_step=settings.rows_per_step // settings.micro_batches,
-            row_tokens=settings.row_tokens, micro_batches=1,
+            row_tokens=settings.row_tokens, micro_batches=1, row_parts=row_parts(mesh),
         )
     optimizer = make_optimizer(settings)
+    initial = parallel.place_prefix(initial, mesh)
     mask = learning_mask(initial.num_slots, num_frozen)[:, None]
-    state = init_state(cartridge_trainable(initial), optimizer)
+    trainable = cartridge_trainable(initial)
+    shardings = None if mesh is None else state_shardings(mesh, optimizer, trainable)
+    state = init_state(trainable, optimizer, shardings)
     history: dict[str, list[dict[str, float]]] = {"train": [], "heldout": []}
     checkpoints = TrainCheckpoints(directory, settings.keep_checkpoints)
     if checkpoints.latest_step() is not None:
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         state, extra = checkpoints.restore(abstract)
         history = extra["history"]
     done = int(state.step)
     on_step(done, None)
+    take_step = _step_for(model, optimizer, initial, state, settings)
 
     def measure_heldout(step: int) -> None:
         if heldout_plan is not None:
@@ -244,16 +266,13 @@ def train(
         if checkpoints.latest_step() != step:
             checkpoints.save(step, state, {"history": history})
 
-    with contextlib.closing(checkpoints), _batches(plan, range(done, settings.steps)) as batches:
+    with contextlib.closing(checkpoints), _batches(plan, range(done, settings.steps), mesh) as batches:
         end_if_refused(int(state.refused_in_a_row), done)
         if done == 0:
             measure_heldout(0)
         pending = None
         for step, batch in enumerate(batches, start=done + 1):
-            state, metrics = train_step(
-                model.config, optimizer, combine_cartridge, model.params, initial, mask, state,
-                batch, tail=settings.tail, remat=settings.remat,
-            )
+            state, metrics = take_step(model.params, initial, mask, state, batch)
             # Fetched one step late: the device works on this step while the host reads the last.
             refused_in_a_row = record(*pending) if pending else 0
             pending = (step, metrics)
@@ -269,7 +288,7 @@ def train(
             end_if_refused(refused_in_a_row, step)
             if stopping and not last:
                 raise StopRequested
-    trained = jax.tree.map(np.asarray, state.trainable)
+    trained = jax.tree.map(parallel.fetch, state.trainable)
     return TrainResult(
         prefix=initial.replace(keys=jnp.asarray(trained["keys"]), values=jnp.asarray(trained["values"])),
         history=history,

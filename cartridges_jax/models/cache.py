@@ -5,12 +5,16 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 
-from cartridges_jax import cartridge
+from cartridges_jax import cartridge, parallel
 from cartridges_jax.models.config import ModelConfig
 
 # One array of all layers, or one for each: see `empty_cache`.
 Layers = Array | tuple[Array, ...]
+
+# Logical names of the axes of stacked keys and values (see `parallel.rules`).
+CACHE_AXES = ("layers", "rows", "kv_heads", None, None)
 
 
 @flax.struct.dataclass
@@ -52,7 +56,7 @@ class Cache:
             if isinstance(held, tuple):
                 here = held[layer].at[row, :, slots].set(new.astype(held[layer].dtype))
                 return (*held[:layer], here, *held[layer + 1 :]), here
-            held = held.at[layer, row, :, slots].set(new.astype(held.dtype))
+            held = parallel.constrain(held.at[layer, row, :, slots].set(new.astype(held.dtype)), *CACHE_AXES)
             return held, held[layer]
 
         all_keys, own_keys = put(self.keys, keys)
@@ -60,20 +64,23 @@ class Cache:
         return self.replace(keys=all_keys, values=all_values), own_keys, own_values
 
 
-def empty_cache(config: ModelConfig, num_rows: int, num_slots: int, dtype, *, apart: bool = False) -> Cache:
+def empty_cache(
+    config: ModelConfig, num_rows: int, num_slots: int, dtype, *, apart: bool = False, mesh: Mesh | None = None
+) -> Cache:
     """A cache of B rows and S slots that holds nothing.
 
     Args:
       apart: every layer in an array of its own, as suits parameters that lie so.
+      mesh: over which it is spread.
     """
     shape = (num_rows, config.num_kv_heads, num_slots, config.head_dim)
 
     def zeros() -> Layers:
         if apart:
             return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
-        return jnp.zeros((config.num_layers, *shape), dtype)
+        return parallel.zeros(mesh, CACHE_AXES, (config.num_layers, *shape), dtype)
 
-    return Cache(zeros(), zeros(), jnp.zeros((num_rows,), jnp.int32))
+    return Cache(zeros(), zeros(), parallel.zeros(mesh, ("rows",), (num_rows,), jnp.int32))
 
 
 def row_as_prefix(cache: Cache, row: int, num_tokens: int) -> cartridge.KVPrefix:

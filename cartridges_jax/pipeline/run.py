@@ -19,14 +19,17 @@ from cartridges_jax.corpus.chunks import Chunk, token_coverage
 from cartridges_jax.corpus.questions import Question, questions_hash
 from cartridges_jax.data.conversations import Conversation
 from cartridges_jax.data.decontaminate import split_contaminated
-from cartridges_jax.data.packing import render_example
+from cartridges_jax.data.packing import check_rows, render_example
 from cartridges_jax.distill.initialise import initialise_from_first_tokens
+from cartridges_jax.distill.sharding import row_parts, undivided_slots
 from cartridges_jax.distill.trainer import StopRequested, train
 from cartridges_jax.errors import UserError
 from cartridges_jax.evaluation.conditions import conditions
 from cartridges_jax.evaluation.evaluate import evaluate
 from cartridges_jax.evaluation.report import print_summary, write_report
 from cartridges_jax.models import Model, load_model
+from cartridges_jax.models.sharding import undivided
+from cartridges_jax.parallel import make_mesh
 from cartridges_jax.pipeline.config import RunConfig
 from cartridges_jax.pipeline.inputs import check_paths, freeze_questions, read_inputs
 from cartridges_jax.pipeline.preflight import longest_evaluated, refuse_what_cannot_work
@@ -37,7 +40,9 @@ from cartridges_jax.selfstudy.plan import askable_sentences
 from cartridges_jax.selfstudy.synthesis import synthesise
 
 # The source files that a stage's outcome depends on.
-_MODEL_CODE = ("cartridge.py", "rope.py", "quantized.py", "attention", "models", "formats", "text", "sampling")
+_MODEL_CODE = (
+    "cartridge.py", "rope.py", "quantized.py", "parallel", "attention", "models", "formats", "text", "sampling",
+)
 _STUDY_CODE = (*_MODEL_CODE, "corpus", "data", "selfstudy")
 _TRAIN_CODE = (*_STUDY_CODE, "distill", "checkpoint")
 _EVALUATE_CODE = (
@@ -63,13 +68,19 @@ def run(config: RunConfig, path: Path, *, say: Callable[[str], None] = print) ->
     """
     config.check()
     check_paths(config)
+    mesh = make_mesh(config.mesh)
+    check_rows(config.train.rows_per_step, config.train.micro_batches, row_parts(mesh))
     workdir = Workdir(path)
     with workdir.held(), StopSignals() as signals:
         say(f"loading {config.model}")
         model = load_model(
             config.model, dtype=config.dtype, weights=config.weights, thinking=config.thinking,
-            windows_see_prefix=config.windows_see_prefix, accept_license=config.accept_license,
+            windows_see_prefix=config.windows_see_prefix, accept_license=config.accept_license, mesh=mesh,
         )
+        if mesh is not None:
+            say(f"{mesh.size} devices: {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items() if size > 1)}")
+            for words in undivided(model.config, mesh) + undivided_slots(config.cartridge.num_slots, mesh):
+                say(words)
         signals.check()
         return _Run(config, workdir, model, signals, say).report()
 
@@ -102,6 +113,8 @@ class _Run:
             self.say(f"{name}: goes on after {stage.spent():.0f} s of earlier work")
         return stage
 
+    # The mesh is no input of any stage: what it changes is the order of sums, in the last digits, and nobody
+    # would want another cartridge because the devices are others. A stage may end on another mesh than it began on.
     def _study_stage(self) -> Stage:
         return self._open("study", {
             "seed": self.config.seed,

@@ -67,7 +67,7 @@ def _read_chunks(model: Model, token_ids: Sequence[int], prefix: KVPrefix | None
     tokens = np.zeros((1, num_slots), np.int32)
     tokens[0, : len(token_ids)] = token_ids
     segment_ids = (np.arange(num_slots) < len(token_ids)).astype(np.int32)[None]
-    cache = empty_cache(model.config, 1, num_slots, model.dtype)
+    cache = empty_cache(model.config, 1, num_slots, model.dtype, mesh=model.mesh)
     hidden = []
     for begin in range(0, num_slots, size):
         window = slice(begin, begin + size)

@@ -14,9 +14,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 
+from cartridges_jax import parallel
 from cartridges_jax.cartridge import KVPrefix
-from cartridges_jax.models import Cache, Decoder, ModelConfig, empty_cache, lm_logits
+from cartridges_jax.models import CACHE_AXES, Cache, Decoder, ModelConfig, empty_cache, lm_logits
+from cartridges_jax.parallel import constrain, on_mesh_of
 from cartridges_jax.sampling.buckets import prefix_bucket
 from cartridges_jax.sampling.select import Choice, RowSampling, select_rows
 
@@ -48,11 +51,12 @@ class Front:
         )
 
 
-def as_front(prefix: KVPrefix, dtype: Any, *, apart: bool = False) -> Front:
-    """Pads a prefix to its bucket.
+def as_front(prefix: KVPrefix, dtype: Any, *, apart: bool = False, mesh: Mesh | None = None) -> Front:
+    """Pads a prefix to its bucket, and keeps it where it is used: every decode step reads it.
 
     Args:
       apart: keys and values of every layer in arrays of their own.
+      mesh: over which it is spread.
     """
     pad = prefix_bucket(prefix.num_slots) - prefix.num_slots
     slots = ((0, 0), (0, 0), (0, pad))
@@ -71,7 +75,7 @@ def as_front(prefix: KVPrefix, dtype: Any, *, apart: bool = False) -> Front:
         group=jnp.pad(jnp.asarray(prefix.group), (0, pad)),
         bias=None if bias is None else jnp.pad(jnp.asarray(bias, jnp.float32), slots, constant_values=_MASKED),
     )
-    return Front(padded, jnp.int32(prefix.next_position))
+    return Front(parallel.place_prefix(padded, mesh, in_use=True), jnp.int32(prefix.next_position))
 
 
 @flax.struct.dataclass
@@ -110,16 +114,33 @@ class Rows:
     sampling: RowSampling
 
 
+def _kept(state: State) -> State:
+    """The state as `empty_state` lays it out: what comes out of one program goes into the next."""
+    per_row = {name: constrain(getattr(state, name), "rows") for name in ("tokens", "num_generated", "running")}
+    return State(cache=_kept_cache(state.cache), **per_row)
+
+
+def _kept_cache(cache: Cache) -> Cache:
+    return Cache(
+        keys=constrain(cache.keys, *CACHE_AXES),
+        values=constrain(cache.values, *CACHE_AXES),
+        lengths=constrain(cache.lengths, "rows"),
+    )
+
+
 Outputs = tuple[Array, Array, Array]  # tokens [n, B] (-1: none), top ids [n, B, k], top log-probabilities [n, B, k]
 
 
-def empty_state(config: ModelConfig, num_rows: int, num_slots: int, dtype: Any, *, apart: bool = False) -> State:
+def empty_state(
+    config: ModelConfig, num_rows: int, num_slots: int, dtype: Any, *, apart: bool = False, mesh: Mesh | None = None
+) -> State:
     """B rows that hold nothing."""
+    per_row = functools.partial(parallel.zeros, mesh, ("rows",), (num_rows,))
     return State(
-        cache=empty_cache(config, num_rows, num_slots, dtype, apart=apart),
-        tokens=jnp.zeros((num_rows,), jnp.int32),
-        num_generated=jnp.zeros((num_rows,), jnp.int32),
-        running=jnp.zeros((num_rows,), bool),
+        cache=empty_cache(config, num_rows, num_slots, dtype, apart=apart, mesh=mesh),
+        tokens=per_row(jnp.int32),
+        num_generated=per_row(jnp.int32),
+        running=per_row(bool),
     )
 
 
@@ -145,6 +166,11 @@ def _choose(logits: Array, num_generated: Array, rows: Rows, choice: Choice, num
     return token, top_ids, top - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
 
 
+def _for_host(outputs: Outputs) -> Outputs:
+    """All of them on every device, so that every process can read them."""
+    return tuple(constrain(part) for part in outputs)
+
+
 def _goes_on(token: Array, num_generated: Array, rows: Rows) -> Array:
     return jnp.all(rows.stop_ids != token[:, None], axis=-1) & (num_generated < rows.limits)
 
@@ -165,7 +191,8 @@ def read_chunk(
     hidden, cache = _apply(config, params, front, cache, tokens, segment_ids)
     count = jnp.sum(segment_ids, axis=1)
     newest = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
-    return cache, jnp.where((count > 0)[:, None], newest, last)
+    with on_mesh_of(params):
+        return _kept_cache(cache), constrain(jnp.where((count > 0)[:, None], newest, last), "rows", None)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "choice", "num_top"))
@@ -179,7 +206,9 @@ def first_tokens(
     """
     logits = lm_logits(params, config, last)
     token, top_ids, top = _choose(logits, jnp.zeros((last.shape[0],), jnp.int32), rows, choice, num_top)
-    return _goes_on(token, jnp.ones_like(token), rows), (token[None], top_ids[None], top[None])
+    with on_mesh_of(params):
+        running = constrain(_goes_on(token, jnp.ones_like(token), rows), "rows")
+        return running, _for_host((token[None], top_ids[None], top[None]))
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))
@@ -202,12 +231,13 @@ def admit(state: State, read: Cache, tokens: Array, running: Array, at: Array) -
         return jax.tree.map(functools.partial(put_row, r), caches, (read.keys, read.values))
 
     keys, values = jax.lax.fori_loop(0, at.shape[0], put, (state.cache.keys, state.cache.values))
-    return State(
-        cache=Cache(keys, values, state.cache.lengths.at[at].set(read.lengths)),
-        tokens=state.tokens.at[at].set(tokens),
-        num_generated=state.num_generated.at[at].set(1),
-        running=state.running.at[at].set(running),
-    )
+    with on_mesh_of(state):
+        return _kept(State(
+            cache=Cache(keys, values, state.cache.lengths.at[at].set(read.lengths)),
+            tokens=state.tokens.at[at].set(tokens),
+            num_generated=state.num_generated.at[at].set(1),
+            running=state.running.at[at].set(running),
+        ))
 
 
 @functools.partial(
@@ -256,7 +286,8 @@ def decode(
         return number + 1, state, outputs
 
     _, state, outputs = jax.lax.while_loop(goes_on, step, (jnp.int32(0), state, outputs))
-    return state, outputs
+    with on_mesh_of(params):
+        return _kept(state), _for_host(outputs)
 
 
 @functools.partial(jax.jit, static_argnames=("num_slots",))
@@ -275,9 +306,10 @@ def resize(state: State, at: Array, kept: Array, *, num_slots: int) -> State:
         return jnp.pad(part, ((0, 0),) * (part.ndim - 2) + ((0, max(num_slots - slots, 0)), (0, 0)))
 
     keys, values = jax.tree.map(fit, (state.cache.keys, state.cache.values))
-    return State(
-        cache=Cache(keys, values, jnp.where(kept, state.cache.lengths[at], 0)),
-        tokens=state.tokens[at],
-        num_generated=state.num_generated[at],
-        running=state.running[at] & kept,
-    )
+    with on_mesh_of(state):
+        return _kept(State(
+            cache=Cache(keys, values, jnp.where(kept, state.cache.lengths[at], 0)),
+            tokens=state.tokens[at],
+            num_generated=state.num_generated[at],
+            running=state.running[at] & kept,
+        ))

@@ -1,0 +1,148 @@
+"""The same work on one device and on meshes of eight, in a process of its own; results go to a pickle.
+
+    python tests/eight_devices.py train|compile|evaluate MODEL.gguf OUT.pickle MESH…
+
+OUT holds {mesh: results}; the mesh "" is one device.
+"""
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+STEPS, SLOTS = 20, 16
+
+
+def results_of(work: str, model: Path, meshes: list[str], directory: Path) -> dict[str, dict]:
+    """Starts this program and reads what it leaves."""
+    out = directory / f"{work}.pickle"
+    done = subprocess.run(
+        [sys.executable, __file__, work, str(model), str(out), *meshes],
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return pickle.loads(out.read_bytes())
+
+
+def task(model):
+    """(initial cartridge, examples): random prefix, conversations and teachers."""
+    from targets import random_targets
+    from tiny import random_prefix, random_tokens
+
+    from cartridges_jax.data.packing import Example
+
+    rng = np.random.default_rng(3)
+    examples = []
+    for _ in range(60):
+        tokens = random_tokens(rng, model.config, int(rng.integers(8, 20)))
+        rows = np.sort(rng.choice(len(tokens) - 1, int(rng.integers(2, 6)), replace=False)).astype(np.int32)
+        _, ids, logprobs = random_targets(rng, len(rows), model.config.vocab_size, 4)
+        examples.append(Example(tokens, rows, ids, logprobs))
+    return random_prefix(rng, model.config, SLOTS), examples
+
+
+def trained(model) -> dict:
+    """Twenty steps of two micro-batches; the cartridge and the losses."""
+    from test_trainer import SETTINGS
+
+    from cartridges_jax.distill.trainer import train
+
+    initial, examples = task(model)
+    settings = dataclasses.replace(
+        SETTINGS, steps=STEPS, learning_rate=1e-2, rows_per_step=16, micro_batches=2, eval_every=STEPS, checkpoint_every=STEPS
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        result = train(model, initial, examples[:50], examples[50:], settings, Path(directory), num_frozen=1, seed=7)
+    return {
+        "keys": np.asarray(result.prefix.keys),
+        "values": np.asarray(result.prefix.values),
+        "train": [entry["loss"] for entry in result.history["train"]],
+        "heldout": [entry["loss"] for entry in result.history["heldout"]],
+    }
+
+
+def compiled(model) -> dict:
+    """What a compiled step sends, as (operation, type, shape), and how its state and its results lie."""
+    import jax
+    import optax
+
+    from cartridges_jax import parallel
+    from cartridges_jax.data.packing import plan_packing
+    from cartridges_jax.distill.sharding import batch_shardings, row_parts, state_shardings, step_on_mesh
+    from cartridges_jax.distill.step import cartridge_trainable, combine_cartridge, init_state, learning_mask
+
+    initial, examples = task(model)
+    mesh, optimizer = model.mesh, optax.adam(1e-2)
+    plan = plan_packing(
+        examples, num_steps=1, rows_per_step=16, row_tokens=48, micro_batches=2, row_parts=row_parts(mesh)
+    )
+    initial = parallel.place_prefix(initial, mesh)
+    trainable = cartridge_trainable(initial)
+    state = init_state(trainable, optimizer, state_shardings(mesh, optimizer, trainable))
+    step = step_on_mesh(
+        model.config, optimizer, combine_cartridge, mesh, model.params, initial, state, tail="class", remat=False
+    )
+    batch = parallel.place(plan.batch(0), batch_shardings(mesh))
+    program = step.lower(model.params, initial, learning_mask(SLOTS, 1)[:, None], state, batch).compile()
+    found = set()
+    for line in program.as_text().splitlines():
+        sent = re.search(r"= (.*?) (all-gather|all-to-all|reduce-scatter|all-reduce|collective-permute)(?:-start)?\(", line)
+        for kind, shape in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", sent[1]) if sent else ():
+            found.add((sent[2], kind, tuple(int(size) for size in shape.split(",") if size)))
+    return {
+        "sent": found,
+        "shards": {
+            jax.tree_util.keystr(path): (leaf.shape, leaf.sharding.shard_shape(leaf.shape))
+            for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+        },
+        "batch": {name: part.sharding.shard_shape(part.shape) for name, part in batch._asdict().items()},
+    }
+
+
+def evaluated(model) -> dict:
+    """Greedy and drawn tokens behind a prefix, and the measures of the four conditions."""
+    from test_evaluation import DOCUMENT, NUM_SLOTS, QUESTIONS, SETTINGS
+    from tiny import random_prefix, random_tokens
+
+    from cartridges_jax import sampling
+    from cartridges_jax.distill.initialise import initialise_from_first_tokens
+    from cartridges_jax.evaluation.conditions import conditions
+    from cartridges_jax.evaluation.evaluate import evaluate
+
+    rng = np.random.default_rng(4)
+    prefix = random_prefix(rng, model.config, 21)
+    prompts = [random_tokens(rng, model.config, length).tolist() for length in (3, 40, 17, 5, 9, 70, 1, 12, 33, 8, 25)]
+    answers = {
+        name: sampling.generate_tokens(
+            model, prompts, prefix, max_tokens=20, stop_ids=(), top_logprobs=3, seed=5, sampling=how, batch_size=8
+        )
+        for name, how in {"greedy": sampling.GREEDY, "drawn": sampling.Sampling(0.8, top_k=20)}.items()
+    }
+    fronts, _ = conditions(model, DOCUMENT, initialise_from_first_tokens(model, DOCUMENT.text, NUM_SLOTS), room=80)
+    measured = evaluate(model, fronts, QUESTIONS, [], SETTINGS)
+    return {
+        **{name: [generation.token_ids for generation in found] for name, found in answers.items()},
+        "logprobs": np.concatenate([generation.top_logprobs for generation in answers["greedy"]]),
+        "measures": measured.conditions,
+        "answers": measured.answers,
+    }
+
+
+def main() -> None:
+    from cartridges_jax.models import load_model
+    from cartridges_jax.parallel import make_mesh
+
+    work, path, out, *meshes = sys.argv[1:]
+    results = {mesh: {"train": trained, "compile": compiled, "evaluate": evaluated}[work](load_model(path, mesh=make_mesh(mesh))) for mesh in meshes}
+    Path(out).write_bytes(pickle.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

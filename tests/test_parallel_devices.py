@@ -1,0 +1,130 @@
+"""A mesh of eight devices does the work of one: training, tokens, measures, and whole runs. The models are tiny."""
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+from eight_devices import results_of
+from tiny import write_tiny_gguf
+from tiny_runs import command, finish, settings, talker_gguf, write_inputs  # noqa: F401
+
+from cartridges_jax.checkpoint import load_cartridge
+
+MESHES = ["data:8", "fsdp:8", "data:4,tensor:2", "data:2,fsdp:2,tensor:2"]
+MIXED = ["data:4,tensor:2", "data:2,fsdp:2,tensor:2"]
+
+
+def difference(found, expected):
+    """Of the whole array, relative to its length."""
+    return np.linalg.norm(np.asarray(found) - np.asarray(expected)) / np.linalg.norm(expected)
+
+
+# Training
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_gguf, tmp_path_factory):
+    return results_of("train", tiny_gguf, ["", *MESHES], tmp_path_factory.mktemp("trained"))
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_twenty_steps_on_a_mesh_make_the_cartridge_of_one_device(trained, mesh):
+    found, expected = trained[mesh], trained[""]
+    assert len(expected["train"]) == 20 and expected["train"][-1] < expected["train"][0]
+    np.testing.assert_allclose(found["train"], expected["train"], rtol=1e-5)
+    np.testing.assert_allclose(found["heldout"], expected["heldout"], rtol=1e-5)
+    assert difference(found["keys"], expected["keys"]) < 1e-5
+    assert difference(found["values"], expected["values"]) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def compiled(tiny_gguf, tmp_path_factory):
+    return results_of("compile", tiny_gguf, MIXED, tmp_path_factory.mktemp("compiled"))
+
+
+def gathered(program):
+    """Sizes of the numbers, not indices, that are gathered."""
+    return [math.prod(shape) for operation, kind, shape in program["sent"] if operation == "all-gather" and kind[0] == "f"]
+
+
+def test_without_fsdp_neither_weights_nor_activations_are_gathered(compiled):
+    assert gathered(compiled["data:4,tensor:2"]) == []
+
+
+def test_with_fsdp_no_more_than_one_matrix_of_a_layer_is_gathered_at_a_time(compiled):
+    # Tensor halves the largest, [64, 96], and the head's block of 288 tokens [288, 64].
+    assert 64 * 48 in gathered(compiled["data:2,fsdp:2,tensor:2"])
+    assert max(gathered(compiled["data:2,fsdp:2,tensor:2"])) <= 144 * 64
+
+
+def test_state_and_optimizer_are_split_over_heads_and_slots_and_batches_over_rows(compiled):
+    program = compiled["data:2,fsdp:2,tensor:2"]
+    slots = [(whole, part) for whole, part in program["shards"].values() if whole]
+    assert len(slots) == 3 * 2
+    assert set(slots) == {((3, 2, 16, 16), (3, 1, 8, 16))}
+    assert program["batch"]["tokens"] == (2, 8 // 4, 48)
+    assert program["batch"]["ids"][1] == 64
+
+
+# Tokens and measures
+
+
+@pytest.fixture(scope="module")
+def evaluated(tiny_gguf, tmp_path_factory):
+    return results_of("evaluate", tiny_gguf, ["", *MIXED], tmp_path_factory.mktemp("evaluated"))
+
+
+@pytest.mark.parametrize("mesh", MIXED)
+def test_the_sampler_makes_the_tokens_of_one_device(evaluated, mesh):
+    found, expected = evaluated[mesh], evaluated[""]
+    assert found["greedy"] == expected["greedy"]
+    assert found["drawn"] == expected["drawn"] != expected["greedy"]
+    np.testing.assert_allclose(found["logprobs"], expected["logprobs"], atol=1e-4)
+
+
+@pytest.mark.parametrize("mesh", MIXED)
+def test_an_evaluation_has_the_numbers_of_one_device(evaluated, mesh):
+    found, expected = evaluated[mesh], evaluated[""]
+    assert found["answers"] == expected["answers"]
+    for condition, measures in expected["measures"].items():
+        assert found["measures"][condition] == pytest.approx(measures, rel=1e-4, abs=1e-6), condition
+
+
+def test_heads_that_do_not_divide_change_nothing_of_the_result(tmp_path):
+    path = write_tiny_gguf(tmp_path / "nine.gguf", num_heads=9, num_kv_heads=3)
+    results = results_of("evaluate", path, ["", "data:4,tensor:2"], tmp_path)
+    assert results["data:4,tensor:2"]["greedy"] == results[""]["greedy"]
+
+
+# Whole runs
+
+
+@pytest.fixture
+def eight_devices(monkeypatch):
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "8")
+
+
+def test_a_run_on_a_mesh_is_finished_and_kept_on_another(talker_gguf, tmp_path, eight_devices):
+    write_inputs(tmp_path)
+    values = settings(talker_gguf, tmp_path, train__rows_per_step=4)
+    first = finish(command(values, tmp_path / "run", "--config.mesh=data:4,tensor:2"), timeout=900)
+    assert first.returncode == 0, first.stderr
+    assert "8 devices: data 4, tensor 2" in first.stdout
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["conditions"]["icl"]["teacher_kl"] == 0
+    assert report["conditions"]["cartridge"]["teacher_kl"] < report["conditions"]["truncated"]["teacher_kl"]
+    assert load_cartridge(tmp_path / "run" / "cartridge").prefix.num_slots == 24
+
+    second = finish(command(values, tmp_path / "run"))
+    for stage in ("study", "train", "evaluate"):
+        assert f"{stage}: nothing changed, kept" in second.stdout
+
+
+def test_rows_that_the_mesh_does_not_divide_are_refused_at_once(tiny_gguf, tmp_path, eight_devices):
+    write_inputs(tmp_path)
+    values = settings(tiny_gguf, tmp_path, train__rows_per_step=4)
+    done = finish(command(values, tmp_path / "run", "--config.mesh=data:-1"))
+    assert done.returncode == 2 and done.stderr.startswith("error: the 4 rows of a micro-batch cannot be split into the 8 parts")
+    assert "loading" not in done.stdout

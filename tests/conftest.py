@@ -17,6 +17,7 @@ GROUPS = {
     "real_model": ("test_real_model.py", "test_quickstart.py"),
     "tiny_runs": ("test_pipeline.py", "test_bad_input.py", "test_selfstudy.py"),
     "resume": ("test_resume.py",),
+    "meshes": ("test_parallel_devices.py",),
 }
 
 

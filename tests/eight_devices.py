@@ -1,6 +1,6 @@
 """The same work on one device and on meshes of eight, in a process of its own; results go to a pickle.
 
-    python tests/eight_devices.py train|compile|evaluate MODEL.gguf OUT.pickle MESH…
+    python tests/eight_devices.py train|compile|sample|evaluate MODEL.gguf OUT.pickle MESH…
 
 OUT holds {mesh: results}; the mesh "" is one device.
 """
@@ -106,15 +106,11 @@ def compiled(model) -> dict:
     }
 
 
-def evaluated(model) -> dict:
-    """Greedy and drawn tokens behind a prefix, and the measures of the four conditions."""
-    from test_evaluation import DOCUMENT, NUM_SLOTS, QUESTIONS, SETTINGS
+def sampled(model) -> dict:
+    """Greedy and drawn tokens behind a prefix, more requests than rows."""
     from tiny import random_prefix, random_tokens
 
     from cartridges_jax import sampling
-    from cartridges_jax.distill.initialise import initialise_from_first_tokens
-    from cartridges_jax.evaluation.conditions import conditions
-    from cartridges_jax.evaluation.evaluate import evaluate
 
     rng = np.random.default_rng(4)
     prefix = random_prefix(rng, model.config, 21)
@@ -125,14 +121,26 @@ def evaluated(model) -> dict:
         )
         for name, how in {"greedy": sampling.GREEDY, "drawn": sampling.Sampling(0.8, top_k=20)}.items()
     }
-    fronts, _ = conditions(model, DOCUMENT, initialise_from_first_tokens(model, DOCUMENT.text, NUM_SLOTS), room=80)
-    measured = evaluate(model, fronts, QUESTIONS, [], SETTINGS)
     return {
         **{name: [generation.token_ids for generation in found] for name, found in answers.items()},
         "logprobs": np.concatenate([generation.top_logprobs for generation in answers["greedy"]]),
-        "measures": measured.conditions,
-        "answers": measured.answers,
     }
+
+
+def evaluated(model) -> dict:
+    """The measures of the four conditions."""
+    from test_evaluation import DOCUMENT, NUM_SLOTS, QUESTIONS, SETTINGS
+
+    from cartridges_jax.distill.initialise import initialise_from_first_tokens
+    from cartridges_jax.evaluation.conditions import conditions
+    from cartridges_jax.evaluation.evaluate import evaluate
+
+    fronts, _ = conditions(model, DOCUMENT, initialise_from_first_tokens(model, DOCUMENT.text, NUM_SLOTS), room=80)
+    measured = evaluate(model, fronts, QUESTIONS, [], SETTINGS)
+    return {"measures": measured.conditions, "answers": measured.answers}
+
+
+WORKS = {"train": trained, "compile": compiled, "sample": sampled, "evaluate": evaluated}
 
 
 def main() -> None:
@@ -140,7 +148,7 @@ def main() -> None:
     from cartridges_jax.parallel import make_mesh
 
     work, path, out, *meshes = sys.argv[1:]
-    results = {mesh: {"train": trained, "compile": compiled, "evaluate": evaluated}[work](load_model(path, mesh=make_mesh(mesh))) for mesh in meshes}
+    results = {mesh: WORKS[work](load_model(path, mesh=make_mesh(mesh))) for mesh in meshes}
     Path(out).write_bytes(pickle.dumps(results))
 
 

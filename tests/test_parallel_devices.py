@@ -72,30 +72,31 @@ def test_state_and_optimizer_are_split_over_heads_and_slots_and_batches_over_row
 
 
 @pytest.fixture(scope="module")
-def evaluated(tiny_gguf, tmp_path_factory):
-    return results_of("evaluate", tiny_gguf, ["", *MIXED], tmp_path_factory.mktemp("evaluated"))
+def sampled(tiny_gguf, tmp_path_factory):
+    return results_of("sample", tiny_gguf, ["", *MIXED], tmp_path_factory.mktemp("sampled"))
 
 
 @pytest.mark.parametrize("mesh", MIXED)
-def test_the_sampler_makes_the_tokens_of_one_device(evaluated, mesh):
-    found, expected = evaluated[mesh], evaluated[""]
+def test_the_sampler_makes_the_tokens_of_one_device(sampled, mesh):
+    found, expected = sampled[mesh], sampled[""]
     assert found["greedy"] == expected["greedy"]
     assert found["drawn"] == expected["drawn"] != expected["greedy"]
     np.testing.assert_allclose(found["logprobs"], expected["logprobs"], atol=1e-4)
 
 
-@pytest.mark.parametrize("mesh", MIXED)
-def test_an_evaluation_has_the_numbers_of_one_device(evaluated, mesh):
-    found, expected = evaluated[mesh], evaluated[""]
+def test_heads_that_do_not_divide_change_nothing_of_the_tokens(tmp_path):
+    path = write_tiny_gguf(tmp_path / "nine.gguf", num_heads=9, num_kv_heads=3)
+    results = results_of("sample", path, ["", "data:4,tensor:2"], tmp_path)
+    assert results["data:4,tensor:2"]["greedy"] == results[""]["greedy"]
+
+
+def test_an_evaluation_has_the_numbers_of_one_device(tiny_gguf, tmp_path):
+    mesh = "data:2,fsdp:2,tensor:2"
+    results = results_of("evaluate", tiny_gguf, ["", mesh], tmp_path)
+    found, expected = results[mesh], results[""]
     assert found["answers"] == expected["answers"]
     for condition, measures in expected["measures"].items():
         assert found["measures"][condition] == pytest.approx(measures, rel=1e-4, abs=1e-6), condition
-
-
-def test_heads_that_do_not_divide_change_nothing_of_the_result(tmp_path):
-    path = write_tiny_gguf(tmp_path / "nine.gguf", num_heads=9, num_kv_heads=3)
-    results = results_of("evaluate", path, ["", "data:4,tensor:2"], tmp_path)
-    assert results["data:4,tensor:2"]["greedy"] == results[""]["greedy"]
 
 
 # Whole runs

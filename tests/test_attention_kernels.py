@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 
 from cartridges_jax.attention import (
-    LayerPrefix, PackedRows, attend, attention_implementation, packed_causal_mask, packed_view, prefix_mask,
+    LayerPrefix, PackedRows, attention_implementation, packed_causal_mask, packed_view, prefix_mask, tpu, tpu_blocks,
 )  # fmt: skip
-from cartridges_jax.attention import tpu, tpu_blocks
 from cartridges_jax.attention.reference import dense_attention
 from cartridges_jax.cartridge import from_plain_tokens
 from cartridges_jax.errors import UserError
@@ -81,7 +80,7 @@ def random_inputs(rng, case: Case) -> Inputs:
     leaves = [jnp.asarray(rng.standard_normal(shape) * 1.5, case.dtype) for shape in shapes]
     if P and case.bias:
         leaves.append(jnp.asarray(rng.standard_normal((case.K, P)) * 2, jnp.float32))
-    seen = jnp.arange(P) if P and case.window and case.windows_see_prefix else None
+    seen = jnp.arange(P) if P and case.windows_see_prefix else None
     return Inputs(tuple(leaves), jnp.asarray(segment_ids), jnp.asarray(positions), seen)
 
 
@@ -97,7 +96,7 @@ def by_kernels(case: Case, inputs: Inputs, *leaves):
 
 def masks(case: Case, inputs: Inputs):
     own = packed_causal_mask(inputs.segment_ids, inputs.positions, case.window)
-    if inputs.prefix_positions is None:
+    if inputs.prefix_positions is None or not case.window:
         return own, np.ones((case.B, case.T, case.P), bool)
     return own, prefix_mask(inputs.positions, inputs.prefix_positions, case.window)
 

@@ -57,8 +57,7 @@ def packed_view(
     Layers of one kind see alike, so masks are made here, once, and not in every layer.
 
     Args:
-      segment_ids, positions, prefix_positions, window: as in `PackedRows`, which has no
-        positions of the prefix without a window.
+      segment_ids, positions, prefix_positions, window: as in `PackedRows`.
       head_dim: H; widths that the kernels do not take are left to XLA.
 
     Returns:
@@ -66,5 +65,5 @@ def packed_view(
     """
     if current_implementation() != "xla" and tpu.supports(head_dim):
         return PackedRows(segment_ids, positions, prefix_positions, window), None
-    front = None if prefix_positions is None else prefix_mask(positions, prefix_positions, window)
-    return packed_causal_mask(segment_ids, positions, window), front
+    own = packed_causal_mask(segment_ids, positions, window)
+    return own, prefix_mask(positions, prefix_positions, window) if window and prefix_positions is not None else None

@@ -23,9 +23,9 @@ class PackedRows:
 
     Attributes:
       segment_ids: [B, T] int32; 0 is padding.
-      positions: [B, T] int32, strictly ascending within a segment; read with a window only.
+      positions: [B, T] int32, strictly ascending within a segment; read with a window.
       prefix_positions: [P] int32 where the window also moves past the prefix's slots;
-        None where every token sees all of them.
+        None where every token sees all of them. Read with a window.
       window: a token sees itself and the `window - 1` positions before it; 0 is all.
     """
 

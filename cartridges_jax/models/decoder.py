@@ -241,12 +241,12 @@ def _view(
     config: ModelConfig, kind: LayerKind, positions: Array, segment_ids: Array, prefix: KVPrefix | None, cache: Cache | None
 ) -> _View:
     turn = None if kind.rope is None else rope_tables(positions, config.head_dim, kind.rope)
-    passed = prefix.positions if prefix is not None and kind.window and config.windows_see_prefix else None
+    passed = prefix.positions if prefix is not None and config.windows_see_prefix else None
     if cache is None:
         own, front = packed_view(segment_ids, positions, passed, window=kind.window, head_dim=config.head_dim)
     else:
         own = cache_mask(cache.lengths, positions.shape[1], cache.num_slots, kind.window)
-        front = None if passed is None else prefix_mask(positions, passed, kind.window)
+        front = prefix_mask(positions, passed, kind.window) if kind.window and passed is not None else None
     return _View(turn, own, front)
 
 

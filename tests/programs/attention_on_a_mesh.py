@@ -1,9 +1,11 @@
 """Compares attention on meshes of eight devices with one device; exits with an error where they differ.
 
-Run by tests/test_attention_kernels.py. Imports `attend` as programs do, under `jax.jit` with
-shardings, the mesh in context only while the forward pass is traced, as the decoder has it.
+Run by tests/test_attention_kernels.py. The mesh is in context only while the forward pass is
+traced, so that the backward pass has to remember it.
 """
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -38,14 +40,15 @@ def main() -> None:
     segment_ids = jnp.asarray(np.sort(rng.integers(1, 4, (B, T)), axis=1), jnp.int32)
     rows = PackedRows(segment_ids, P + jnp.broadcast_to(jnp.arange(T), (B, T)), jnp.arange(P), window=8)
     for shape, num_kv_heads in MESHES:
+        mesh = jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
         prefix = LayerPrefix(normal(num_kv_heads, P, H), normal(num_kv_heads, P, H), normal(num_kv_heads, P))
         queries, upstream = normal(B, T, N, H), normal(B, T, N, H)
         operands = (queries, normal(B, num_kv_heads, T, H), normal(B, num_kv_heads, T, H), prefix, rows, upstream)
-        mesh = jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-        everywhere = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec())), operands)
         with attention_implementation("interpret"):
-            expected = jax.jit(lambda *operands: program(None, *operands))(*operands)
-            found = jax.jit(lambda *operands, mesh=mesh: program(mesh, *operands))(*everywhere)
+            expected = jax.jit(functools.partial(program, None))(*operands)
+            on_mesh = jax.jit(functools.partial(program, mesh))
+            assert str(jax.make_jaxpr(on_mesh)(*operands)).count("shard_map") == 2  # forward and backward
+            found = on_mesh(*jax.device_put(operands, NamedSharding(mesh, PartitionSpec())))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
 
 

@@ -195,7 +195,8 @@ def test_what_packing_leaves_empty_is_not_computed():
 
 
 @pytest.mark.parametrize(
-    ("size", "blocks"), [(1, (128, 1)), (144, (256, 1)), (512, (512, 1)), (520, (384, 2)), (2048, (512, 4)), (2049, (512, 5))]
+    ("size", "blocks"),
+    [(1, (128, 1)), (144, (256, 1)), (512, (512, 1)), (520, (384, 2)), (2048, (512, 4)), (2049, (512, 5))],
 )
 def test_blocks_are_few_and_waste_less_than_a_lane_row_each(size, blocks):
     assert tpu._even_blocks(size, 512) == blocks
@@ -254,7 +255,8 @@ def test_a_decoder_with_windows_and_a_prefix_computes_and_learns_alike_with_the_
     segment_ids = jnp.asarray([[1] * 7 + [2] * 5, [1] * 9 + [0] * 3], jnp.int32)
     positions = 9 + jnp.asarray([[*range(7), *range(5)], [*range(9), 0, 0, 0]], jnp.int32)
     params = Decoder(config).init(jax.random.key(int(rng.integers(1 << 30))), tokens, positions, segment_ids)
-    slots = [jnp.asarray(rng.standard_normal((config.num_layers, config.num_kv_heads, 9, 64)), jnp.float32) for _ in range(2)]
+    shape = (config.num_layers, config.num_kv_heads, 9, config.head_dim)
+    slots = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for _ in range(2)]
 
     @jax.jit
     def loss_and_gradient(keys, values):

@@ -137,23 +137,26 @@ def bias_spec(plan: Plan, placing: Placing) -> pl.BlockSpec:
 
 def tokens_specs(plan: Plan, placing: Placing, tokens: Tokens) -> Tokens:
     row = _spec(placing, (None, 1, plan.block), lambda at: (at.row, 0, at.queries))
-    return Tokens(head_spec(plan, placing, tokens.queries.shape[-1]), row, tokens.positions if tokens.positions is None else row)
+    return Tokens(head_spec(plan, placing, tokens.queries.shape[-1]), row, _where(tokens.positions, row))
 
 
 def own_specs(plan: Plan, placing: Placing, own: Own) -> Own:
     row = _spec(placing, (None, 1, plan.block), lambda at: (at.row, 0, at.own))
     matrix = own_spec(plan, placing, own.keys.shape[-1])
-    return Own(matrix, matrix, row, own.positions if own.positions is None else row)
+    return Own(matrix, matrix, row, _where(own.positions, row))
 
 
 def front_specs(plan: Plan, placing: Placing, front: Front | None) -> Front | None:
     if front is None:
         return None
+    row = _spec(placing, (1, plan.front_block), lambda at: (0, at.front))
     matrix = front_spec(plan, placing, front.keys.shape[-1])
-    positions = None
-    if front.positions is not None:
-        positions = _spec(placing, (1, plan.front_block), lambda at: (0, at.front))
-    return Front(matrix, matrix, bias_spec(plan, placing), positions)
+    return Front(matrix, matrix, bias_spec(plan, placing), _where(front.positions, row))
+
+
+def _where(operand: Array | None, spec: pl.BlockSpec) -> pl.BlockSpec | None:
+    """What is absent has no blocks."""
+    return None if operand is None else spec
 
 
 def upstream_specs(plan: Plan, placing: Placing, upstream: Upstream) -> Upstream:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from cartridges_jax.attention import LayerPrefix, attend, cache_mask, packed_causal_mask, prefix_mask
+from cartridges_jax.attention import LayerPrefix, PackedRows, attend, cache_mask, packed_view, prefix_mask
 from cartridges_jax.cartridge import KVPrefix
 from cartridges_jax.models.cache import Cache
 from cartridges_jax.models.config import LayerKind, ModelConfig
@@ -42,7 +42,7 @@ class _View(NamedTuple):
     """What a layer's kind makes of the batch: its rotation and what its tokens see."""
 
     turn: tuple[Array, Array] | None
-    own: Array
+    own: Array | PackedRows
     prefix: Array | None
 
 
@@ -256,13 +256,12 @@ def _view(
     config: ModelConfig, kind: LayerKind, positions: Array, segment_ids: Array, prefix: KVPrefix | None, cache: Cache | None
 ) -> _View:
     turn = None if kind.rope is None else rope_tables(positions, config.head_dim, kind.rope)
+    passed = prefix.positions if prefix is not None and config.windows_see_prefix else None
     if cache is None:
-        own = packed_causal_mask(segment_ids, positions, kind.window)
+        own, front = packed_view(segment_ids, positions, passed, window=kind.window, head_dim=config.head_dim)
     else:
         own = cache_mask(cache.lengths, positions.shape[1], cache.num_slots, kind.window)
-    front = None
-    if prefix is not None and kind.window and config.windows_see_prefix:
-        front = prefix_mask(positions, prefix.positions, kind.window)
+        front = prefix_mask(positions, passed, kind.window) if kind.window and passed is not None else None
     return _View(turn, own, front)
 
 

@@ -102,6 +102,8 @@ def test_the_train_step_runs_on_the_conversations_of_a_finished_run(talker_gguf,
     row = record["rows"][0]
     losses = row["first_losses"]
     assert losses["cartridges_jax"] == pytest.approx(losses["transformers+peft float32"], rel=1e-3)
+    assert losses["cartridges_jax bfloat16 weights"] == pytest.approx(losses["cartridges_jax"], rel=0.02)
+    assert row["variants"]["cartridges_jax bfloat16 weights"]["value"] > 0
     assert sum(record["length_histogram"].values()) == 9
     assert record["tokens"] <= record["padded_tokens"]
     if sys.platform == "linux":
@@ -111,7 +113,7 @@ def test_the_train_step_runs_on_the_conversations_of_a_finished_run(talker_gguf,
 def test_decode_runs_and_a_peer_that_is_not_installed_is_reported(talker_gguf, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(peers._NEEDS, peers.LLAMA_CPP, (("no_such_package",), "pip install …"))
     config = config_of(
-        "decode", talker_gguf, tmp_path, slots=16, batches=(2,), prompt_tokens=18, new_tokens=4, int8=False,
+        "decode", talker_gguf, tmp_path, slots=16, batches=(2,), prompt_tokens=18, new_tokens=4, variants=("bfloat16",),
         peer_dtypes=("float32",),
     )  # fmt: skip
     record = well_formed(run(config, tmp_path / "work"), tmp_path / "work", capsys)

@@ -6,7 +6,7 @@ import random
 from datetime import datetime
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import chat_templates
@@ -87,10 +87,10 @@ def day(monkeypatch):
 @cache
 def pair_of(name: str) -> Pair:
     family = FAMILIES[name]
-    directory = mkdtemp(prefix="chat-template-")
-    theirs = save_tokenizer(name, directory)
-    tokenizer = tokenizer_from_directory(Path(directory))
-    return Pair(ChatTemplate.from_directory(directory, tokenizer, thinking=family.thinking), theirs, family)
+    with TemporaryDirectory() as directory:
+        theirs = save_tokenizer(name, directory)
+        tokenizer = tokenizer_from_directory(Path(directory))
+        return Pair(ChatTemplate.from_directory(directory, tokenizer, thinking=family.thinking), theirs, family)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -228,12 +228,11 @@ def test_the_date_is_not_todays():
 
 
 @pytest.fixture(params=["bytes", "always", "never"])
-def plain(request) -> ChatTemplate:
+def plain(request, tmp_path) -> ChatTemplate:
     """A model without a chat template."""
     tokenizer = tiny_tokenizer(request.param, ["<bos>", "<eos>"])
-    directory = Path(mkdtemp(prefix="plain-"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>").save_pretrained(directory)
-    return ChatTemplate.from_directory(directory, tokenizer_from_directory(directory))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>").save_pretrained(tmp_path)
+    return ChatTemplate.from_directory(tmp_path, tokenizer_from_directory(tmp_path))
 
 
 def test_a_model_without_a_template_gets_plain_turns(plain):

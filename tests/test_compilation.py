@@ -11,21 +11,27 @@ import pytest
 from cartridges_jax.pipeline import compilation
 
 ROOT = Path(__file__).parents[1]
+# As the launch programs do it; reading the config imports JAX.
 PROGRAM = """
-from cartridges_jax.pipeline.compilation import keep_compilations
-keep_compilations()
-import jax
-from jax._src import monitoring
-hits = []
-monitoring.register_event_listener(lambda name, **_: hits.append(name) if name.endswith("cache_hits") else None)
-print(float(jax.jit(lambda x: (x @ x).sum())(jax.numpy.ones((8, 8)))), len(hits) > 0)
+from ml_collections import config_flags
+from cartridges_jax.pipeline.program import run_program
+config_flags.DEFINE_config_file("config")
+
+def main():
+    import jax
+    from jax._src import monitoring
+    hits = []
+    monitoring.register_event_listener(lambda name, **_: hits.append(name) if name.endswith("cache_hits") else None)
+    print(float(jax.jit(lambda x: (x @ x).sum())(jax.numpy.ones((8, 8)))), len(hits) > 0)
+
+run_program(main)
 """
 
 
 def start(tmp_path, **environment):
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        [sys.executable, "-c", PROGRAM, "--config=experiments/quickstart.py"], cwd=ROOT, capture_output=True, text=True, timeout=300,
         env={
             **inherited, "PYTHONPATH": str(ROOT), "CARTRIDGES_JAX_CACHE": str(tmp_path),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **environment,

@@ -13,6 +13,7 @@ from tiny_texts import save_tokenizer
 import cartridges_jax as cj
 from cartridges_jax import sampling
 from cartridges_jax.errors import UserError
+from cartridges_jax.models.model import fastest_weights
 
 torch.set_num_threads(1)
 
@@ -107,3 +108,19 @@ def test_weights_that_are_not_finite_leave_nothing_loaded(tmp_path):
 def test_unknown_options_are_refused_before_anything_is_read(tmp_path):
     with pytest.raises(UserError, match="int4"):
         cj.load_model(str(tmp_path), weights="int4")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "flags", "expected"),
+    [
+        ("float32", "fpu avx512f avx512_bf16", "bfloat16"),
+        ("float32", "fpu amx_bf16 amx_tile", "bfloat16"),
+        ("float32", "fpu avx2 avx512f", ""),
+        ("bfloat16", "fpu avx512_bf16", ""),
+    ],
+)
+def test_weights_are_narrow_where_the_processor_multiplies_such(dtype, flags, expected, tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\nflags\t\t: {flags}\nbugs\t: none\n")
+    assert fastest_weights(dtype, cpuinfo) == expected
+    assert fastest_weights(dtype, tmp_path / "none") == ""

@@ -1,6 +1,7 @@
 """A run as stages: what is kept, what runs again and why, and what a report holds. The model is a tiny one."""
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -18,6 +19,7 @@ from cartridges_jax.data.conversations import read_shard
 from cartridges_jax.errors import UserError
 from cartridges_jax.evaluation.conditions import conditions
 from cartridges_jax.models import load_model
+from cartridges_jax.models.model import fastest_weights
 from cartridges_jax.pipeline import run as pipeline
 from cartridges_jax.pipeline.config import default_config, from_config_dict
 from cartridges_jax.pipeline.workdir import Workdir, read_json, write_json
@@ -213,6 +215,15 @@ def test_what_changed_is_told_in_both_directions(tmp_path):
 
 
 # The configuration
+
+
+def test_weights_are_chosen_once_and_what_was_chosen_is_what_a_run_is_known_by():
+    config = from_config_dict(default_config())
+    assert config.weights == "auto"
+    chosen = config.with_weights_chosen()
+    assert chosen.weights == fastest_weights("float32")
+    assert dataclasses.replace(config, dtype="bfloat16").with_weights_chosen().weights == ""
+    assert dataclasses.replace(config, weights="int8").with_weights_chosen().weights == "int8"
 
 
 def test_the_defaults_are_a_config_that_is_accepted():

@@ -14,7 +14,7 @@ from cartridges_jax import sampling
 from cartridges_jax.errors import UserError
 from cartridges_jax.sampling import GREEDY, Sampling, generate_tokens, prefill
 from cartridges_jax.sampling.prefill import CHUNK
-from cartridges_jax.sampling.select import select_tokens
+from cartridges_jax.sampling.select import Choice, RowSampling, select_rows
 
 torch.set_num_threads(1)
 
@@ -222,10 +222,15 @@ def test_what_does_not_fit_the_context_is_refused_with_its_numbers(tiny_model, r
 # Choosing tokens
 
 
+def choose(logits, keys, settings):
+    """One token per row, all rows with the same settings."""
+    return np.asarray(select_rows(logits, keys, RowSampling.of([settings] * len(logits)), Choice.of([settings])))
+
+
 def draws(rng, logits, settings, count=20_000):
     keys = jax.random.split(jax.random.key(int(rng.integers(2**31))), count)
     rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, len(logits)))
-    return np.asarray(select_tokens(rows, keys, settings))
+    return choose(rows, keys, settings)
 
 
 def softmax(x):
@@ -298,15 +303,17 @@ def test_a_peaked_row_beside_a_flat_one_keeps_its_own_nucleus(rng):
     flat = (0.05 * rng.standard_normal(1000)).astype(np.float32)
     rows = jnp.asarray(np.stack([peaked, flat] * 500))
     keys = jax.random.split(jax.random.key(0), 1000)
-    found = np.asarray(select_tokens(rows, keys, Sampling(temperature=1.0, top_p=0.9)))
+    found = choose(rows, keys, Sampling(temperature=1.0, top_p=0.9))
     assert set(found[::2]) == {5, 6}
     assert len(set(found[1::2])) > 300 and set(found[1::2]) <= set(nucleus(flat, 0.9 + 1e-5))
 
 
-def test_greedy_takes_the_most_likely_token(rng):
-    logits = rng.standard_normal((5, 30)).astype(np.float32)
-    keys = jax.random.split(jax.random.key(0), 5)
-    np.testing.assert_array_equal(select_tokens(jnp.asarray(logits), keys, GREEDY), logits.argmax(-1))
+def test_greedy_takes_the_first_of_the_most_likely_tokens(rng):
+    logits = rng.integers(-9, 9, (200, 30)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(0), 200)
+    np.testing.assert_array_equal(choose(jnp.asarray(logits), keys, GREEDY), logits.argmax(-1))
+    logits[3, 5] = np.nan
+    assert 0 <= choose(jnp.asarray(logits), keys, GREEDY)[3] < 30
 
 
 @pytest.mark.parametrize("settings", [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}])

@@ -38,6 +38,8 @@ QUESTIONS = (
 
 # Small enough for a run of seconds, with every stage and several batches, rows and checkpoints.
 SMALL = {
+    # The same on every processor.
+    "weights": "",
     "heldout": 3,
     "cartridge.num_slots": 24,
     "study.conversations": 18,

@@ -27,6 +27,7 @@ from cartridges_jax.benchmarks.timing import Times, interleaved
 from cartridges_jax.cartridge import KVPrefix
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Cache, Decoder, Model, ModelConfig, empty_cache, lm_logits
+from cartridges_jax.sampling.select import most_likely
 
 NAME = "cache_sweep"
 OWN, SHARED = "own", "shared"
@@ -84,7 +85,7 @@ def greedy_steps(
             {"params": params}, tokens[:, None], start + cache.lengths[:, None], jnp.ones_like(tokens)[:, None],
             prefix=prefix, cache=cache,
         )
-        return (cache, jnp.argmax(lm_logits(params, config, hidden[:, 0]), axis=-1).astype(jnp.int32)), None
+        return (cache, most_likely(lm_logits(params, config, hidden[:, 0]))), None
 
     lengths = cache.lengths
     (cache, tokens), _ = jax.lax.scan(step, (cache, tokens), length=num_steps)
@@ -102,8 +103,8 @@ class Decoding:
         empty = empty_cache(model.config, num_rows, own + num_steps, model.dtype, apart=model.layers_apart)
         # Small and not constant: nothing may be folded away.
         fill = jnp.linspace(-0.5, 0.5, model.config.head_dim, dtype=model.dtype)
-        keys, values = jax.tree.map(lambda part: part + fill, (empty.keys, empty.values))
-        cache = Cache(keys, values, lengths=jnp.full((num_rows,), own, jnp.int32))
+        cache = empty.mapped(lambda part, slot_axis: part + (fill if slot_axis == -2 else fill[:, None]))
+        cache = cache.replace(lengths=jnp.full((num_rows,), own, jnp.int32))
         tokens = jnp.arange(num_rows, dtype=jnp.int32) % model.config.vocab_size
         # Committed to the device, as what the program returns is: else the second call compiles again.
         self._cache, self._tokens = jax.device_put((cache, tokens), jax.devices()[0])

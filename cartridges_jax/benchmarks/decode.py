@@ -14,16 +14,30 @@ from typing import Any
 
 from cartridges_jax.benchmarks import figures
 from cartridges_jax.benchmarks.decode_sides import CARTRIDGE, DOCUMENT, LlamaCpp, Ours, Side, TransformersPeft, Vllm, Work
-from cartridges_jax.benchmarks.inputs import COMMON, Common, config_dict, prompts_of_length, read_model
-from cartridges_jax.benchmarks.limits import decode_bytes, decode_flops, kv_bytes_per_token, step_seconds_at_least
-from cartridges_jax.benchmarks.machine import Ceilings
+from cartridges_jax.benchmarks.inputs import (
+    COMMON,
+    OURS,
+    Common,
+    config_dict,
+    prompts_of_length,
+    read_model,
+    read_variants,
+)
+from cartridges_jax.benchmarks.limits import (
+    decode_bytes,
+    decode_flops,
+    kv_bytes_per_token,
+    multiplied_in,
+    step_seconds_at_least,
+)
+from cartridges_jax.benchmarks.machine import CEILINGS, Ceilings
 from cartridges_jax.benchmarks.peers import LLAMA_CPP, TRANSFORMERS, VLLM, Absent, hugging_face
 from cartridges_jax.benchmarks.peers.vllm_cpu import HOW_TO_INSTALL
 from cartridges_jax.benchmarks.results import Result, say_absent
 from cartridges_jax.benchmarks.rounds import (
-    OURS,
     absent_peers,
     compared,
+    compared_variants,
     durations,
     keeping,
     take_turns,
@@ -49,7 +63,7 @@ class DecodeSettings:
       prompt_tokens: length of every prompt.
       new_tokens: generated per prompt.
       dtype: ours.
-      int8: also measure ourselves with weights in 8 bits.
+      variants: how our weights are kept in further measurements ("bfloat16", "int8").
       peer_dtypes: of transformers and vLLM.
       vllm_python: the python of an environment with vLLM; "" for none.
       vllm_kv_gib: memory that vLLM may use for keys and values.
@@ -61,7 +75,7 @@ class DecodeSettings:
     prompt_tokens: int
     new_tokens: int
     dtype: str
-    int8: bool
+    variants: tuple[str, ...]
     peer_dtypes: tuple[str, ...]
     vllm_python: str
     vllm_kv_gib: int
@@ -75,8 +89,8 @@ class DecodeSettings:
 def default_config():
     """The defaults that experiments override."""
     return config_dict(NAME, DecodeSettings(
-        common=COMMON, batches=(1, 8, 32, 128), slots=256, prompt_tokens=24, new_tokens=64, dtype="float32", int8=True,
-        peer_dtypes=("float32", "bfloat16"), vllm_python="", vllm_kv_gib=4,
+        common=COMMON, batches=(1, 8, 32, 128), slots=256, prompt_tokens=24, new_tokens=64, dtype="float32",
+        variants=("bfloat16", "int8"), peer_dtypes=("float32", "bfloat16"), vllm_python="", vllm_kv_gib=4,
     ))  # fmt: skip
 
 
@@ -84,10 +98,8 @@ def run(settings: DecodeSettings, workdir: Path) -> Result:
     """Measures every batch size, then the time to the first token; writes the figure."""
     common = settings.common
     document = read_document(common.document)
-    model = read_model(common, dtype=settings.dtype)
-    models = {OURS: model}
-    if settings.int8:
-        models[f"{OURS} int8"] = read_model(common, dtype=settings.dtype, weights="int8")
+    models = read_variants(common, settings.dtype, settings.variants)
+    model = models[OURS]
     work = Work(
         cartridge=initialise_from_first_tokens(model, document.text, settings.slots),
         document=model.chat.system_prefix(document.text).token_ids,
@@ -168,21 +180,16 @@ def _row(
     for name, model in models.items():
         flops = decode_flops(model.config, batch, settings.slots + seen)
         read[name] = decode_bytes(model.config, model.params, model.dtype, batch, settings.slots, seen)
-        at_least[name] = settings.new_tokens * step_seconds_at_least(flops, read[name], machine)
+        at_least[name] = settings.new_tokens * step_seconds_at_least(
+            flops, read[name], machine, multiplied_in=multiplied_in(model.params)
+        )
+    fractions = {name: at_least[name] / times[name].median for name in models}
     rivals = [name for name in calls if name not in models]
     row = {
         "batch": batch,
         **compared(times, rivals, total),
-        "fraction_of_limit": at_least[OURS] / times[OURS].median,
-        "variants": {
-            name: {
-                "value": times[name].per_second(total),
-                "ratio": {rival: times[name].times_faster_than(times[rival]) for rival in rivals},
-                "fraction_of_limit": at_least[name] / times[name].median,
-            }
-            for name in models
-            if name != OURS
-        },
+        "fraction_of_limit": fractions[OURS],
+        "variants": compared_variants(times, [name for name in models if name != OURS], rivals, total, fractions),
         "limit": total / at_least[OURS],
         "bytes_per_token": read[OURS] / batch,
         # The others have the document in front, not the cartridge.
@@ -190,7 +197,7 @@ def _row(
             name: _agreement(answers[OURS], answers[name]) for name in rivals if name.startswith(TRANSFORMERS)
         },
         **durations(times),
-        "machine": {name: machine[name] for name in ("matmul_gflops", "bandwidth_gb_s")},
+        "machine": {name: machine[name] for name in CEILINGS},
     }
     return row, machine
 

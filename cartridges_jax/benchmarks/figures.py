@@ -10,14 +10,15 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from cartridges_jax.benchmarks.inputs import OURS
 from cartridges_jax.benchmarks.results import Result
-from cartridges_jax.benchmarks.rounds import OURS
 
 _INK, _MUTED, _GRID = "#1c1f26", "#5d6573", "#e3e6eb"
 _COLOURS = ("#0f766e", "#b45309")
 # The same side has the same colour in every figure: the first that fits its name.
 _BY_NAME = (
-    ("cartridges_jax int8", "#7cc4bb"), ("cartridges_jax", "#0f766e"), ("llama.cpp", "#9aa3b2"),
+    ("cartridges_jax bfloat16", "#2fa597"), ("cartridges_jax int8", "#9ed8d1"), ("cartridges_jax", "#0f766e"),
+    ("llama.cpp", "#9aa3b2"),
     ("vllm bfloat16", "#aab6da"), ("vllm", "#6d7fb3"), ("bfloat16", "#e5b67f"), ("", "#b45309"),
 )  # fmt: skip
 _STYLE = {

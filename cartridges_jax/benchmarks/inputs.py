@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from cartridges_jax.models import Model, load_model
 from cartridges_jax.selfstudy.synthesis import FOR_SMALL_MODELS, synthesise
 from cartridges_jax.typed_config import build, config_values
 
+# What we are called among those who are measured.
+OURS = "cartridges_jax"
 # The defaults of a run, with shorter answers.
 STUDY = dataclasses.replace(FOR_SMALL_MODELS, conversations=48, requests_per_batch=96, answer_max_tokens=32)
 
@@ -72,6 +75,14 @@ def settings_of(cls: type, config: ml_collections.ConfigDict) -> Any:
 
 def read_model(common: Common, **options: str) -> Model:
     return load_model(common.model, **options)
+
+
+def read_variants(common: Common, dtype: str, variants: Sequence[str]) -> dict[str, Model]:
+    """By name, the model itself, and once more for every way of keeping its weights (`load_model`'s `weights`)."""
+    return {
+        OURS: read_model(common, dtype=dtype),
+        **{f"{OURS} {weights} weights": read_model(common, dtype=dtype, weights=weights) for weights in variants},
+    }
 
 
 def read_conversations(directory: str) -> list[Conversation]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from cartridges_jax.models import ModelConfig
-from cartridges_jax.quantized import num_bytes
+from cartridges_jax.quantized import Narrow, num_bytes
 
 
 def layer_matmul_shapes(config: ModelConfig) -> list[tuple[int, int]]:
@@ -79,6 +80,19 @@ def decode_bytes(
     return weights + kv_bytes_per_token(config, kv_dtype) * (shared_slots + num_rows * own_slots)
 
 
-def step_seconds_at_least(flops: float, num_bytes_read: float, machine: dict[str, Any]) -> float:
+def multiplied_in(params: Any) -> str:
+    """The dtype of the operands in products with a model's weights: "bfloat16" or "float32"."""
+    narrow = any(isinstance(leaf, Narrow) for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Narrow)))
+    return "bfloat16" if narrow else "float32"
+
+
+def flops_per_second(machine: dict[str, Any], multiplied_in: str) -> float:
+    """What products reached on the machine, by the dtype of their operands."""
+    return machine["matmul_gflops" if multiplied_in == "float32" else "matmul_bfloat16_gflops"] * 1e9
+
+
+def step_seconds_at_least(
+    flops: float, num_bytes_read: float, machine: dict[str, Any], *, multiplied_in: str = "float32"
+) -> float:
     """The roofline: neither the products nor the reads can be faster."""
-    return max(flops / (machine["matmul_gflops"] * 1e9), num_bytes_read / (machine["bandwidth_gb_s"] * 1e9))
+    return max(flops / flops_per_second(machine, multiplied_in), num_bytes_read / (machine["bandwidth_gb_s"] * 1e9))

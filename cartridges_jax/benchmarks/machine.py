@@ -1,6 +1,6 @@
 """What this machine can do at best: matrix products at the model's shapes, and memory reads.
 
-Both ceilings are candidates of `timing.interleaved` like everything else, so that they
+The ceilings are candidates of `timing.interleaved` like everything else, so that they
 are slowed by the same neighbours as what is measured against them.
 """
 from __future__ import annotations
@@ -19,13 +19,15 @@ from cartridges_jax.benchmarks.limits import layer_matmul_shapes, layer_weights
 from cartridges_jax.benchmarks.timing import Times
 from cartridges_jax.models import ModelConfig
 
-MATMUL, BANDWIDTH = "ceiling: matmul", "ceiling: memory"
+MATMUL, MATMUL_BFLOAT16, BANDWIDTH = "ceiling: matmul", "ceiling: bfloat16 matmul", "ceiling: memory"
+# Their keys in `Ceilings.measured`.
+CEILINGS = ("matmul_gflops", "matmul_bfloat16_gflops", "bandwidth_gb_s")
 # Well beyond the last-level cache of a desktop or a cloud slice.
 _BANDWIDTH_ROWS, _BANDWIDTH_COLUMNS = 1 << 16, 1 << 10
 
 
 class Ceilings:
-    """The two probes, and what their times mean.
+    """The probes, and what their times mean.
 
     Attributes:
       candidates: name to call, for `timing.interleaved`.
@@ -55,25 +57,34 @@ class Ceilings:
 
         @jax.jit
         def products(x, weights, rows, table):
-            """The products of one forward pass and little else."""
+            """The products of one forward pass and little else; operands in the weights' dtype, sums in float32."""
             q, k, v, o, gate, up, down = weights
 
+            def product(subscripts, a, b):
+                return jnp.einsum(subscripts, a.astype(b.dtype), b, preferred_element_type=jnp.float32)
+
+            def times(a, b):
+                return product("ni,io->no", a, b)
+
             def layer(_, x):
-                mixed = (x @ q) @ o + (x @ k).sum() + (x @ v).sum()
-                return 0.1 * (mixed + ((x @ gate) * (x @ up)) @ down)
+                mixed = times(times(x, q), o) + times(x, k).sum() + times(x, v).sum()
+                return 0.1 * (mixed + times(times(x, gate) * times(x, up), down))
 
-            return jax.lax.fori_loop(0, config.num_layers, layer, x), jnp.einsum("nd,vd->nv", rows, table)
+            return jax.lax.fori_loop(0, config.num_layers, layer, x), product("nd,vd->nv", rows, table)
 
+        narrow_weights, narrow_table = jax.tree.map(lambda a: a.astype(jnp.bfloat16), (weights, table))
         read = jax.jit(lambda memory: memory.sum(axis=1))
         self.candidates: dict[str, Callable[[], object]] = {
             MATMUL: lambda: jax.block_until_ready(products(x, weights, rows, table)),
+            MATMUL_BFLOAT16: lambda: jax.block_until_ready(products(x, narrow_weights, rows, narrow_table)),
             BANDWIDTH: lambda: jax.block_until_ready(read(memory)),
         }
 
     def measured(self, times: Mapping[str, Times]) -> dict[str, Any]:
-        """What the results' `machine` holds: both ceilings, and what ran where."""
+        """What the results' `machine` holds: the ceilings, and what ran where."""
         return {
             "matmul_gflops": times[MATMUL].per_second(self._flops) / 1e9,
+            "matmul_bfloat16_gflops": times[MATMUL_BFLOAT16].per_second(self._flops) / 1e9,
             "bandwidth_gb_s": times[BANDWIDTH].per_second(self._bytes) / 1e9,
             **description(),
         }

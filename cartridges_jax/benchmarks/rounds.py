@@ -5,14 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cartridges_jax.benchmarks import peers
-from cartridges_jax.benchmarks.inputs import Common
+from cartridges_jax.benchmarks.inputs import OURS, Common
 from cartridges_jax.benchmarks.machine import Ceilings
 from cartridges_jax.benchmarks.peers import Absent
 from cartridges_jax.benchmarks.results import Bar
 from cartridges_jax.benchmarks.timing import WARMUPS, Times, interleaved
-
-# What we are called among the candidates.
-OURS = "cartridges_jax"
 
 
 def take_turns(label: str, candidates: Mapping[str, Callable[[], object]], *, repeats: int) -> dict[str, Times]:
@@ -49,6 +46,21 @@ def compared(times: Mapping[str, Times], rivals: Sequence[str], amount: float) -
         "value": times[OURS].per_second(amount),
         "peers": {name: times[name].per_second(amount) for name in rivals},
         "ratio": {name: times[OURS].times_faster_than(times[name]) for name in rivals},
+    }
+
+
+def compared_variants(
+    times: Mapping[str, Times], variants: Sequence[str], rivals: Sequence[str], amount: float,
+    fraction_of_limit: Mapping[str, float],
+) -> dict[str, Any]:
+    """The same for the ways of keeping our weights, by name."""
+    return {
+        name: {
+            "value": times[name].per_second(amount),
+            "ratio": {rival: times[name].times_faster_than(times[rival]) for rival in rivals},
+            "fraction_of_limit": fraction_of_limit[name],
+        }
+        for name in variants
     }
 
 

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cartridges_jax.benchmarks import figures
-from cartridges_jax.benchmarks.inputs import COMMON, STUDY, Common, config_dict, read_model
+from cartridges_jax.benchmarks.inputs import COMMON, OURS, STUDY, Common, config_dict, read_model
 from cartridges_jax.benchmarks.limits import layer_weights
 from cartridges_jax.benchmarks.machine import Ceilings
 from cartridges_jax.benchmarks.peers import TRANSFORMERS, hugging_face
 from cartridges_jax.benchmarks.results import Bar, Result, say_absent
-from cartridges_jax.benchmarks.rounds import OURS, absent_peers, compared, durations, take_turns_with_ceilings
+from cartridges_jax.benchmarks.rounds import absent_peers, compared, durations, take_turns_with_ceilings
 from cartridges_jax.corpus.documents import Document, read_document
 from cartridges_jax.data.conversations import Conversation, read_shard
 from cartridges_jax.errors import UserError

@@ -19,17 +19,26 @@ import numpy as np
 from cartridges_jax.benchmarks import figures, memory
 from cartridges_jax.benchmarks.inputs import (
     COMMON,
+    OURS,
     Common,
     config_dict,
     make_conversations,
     read_conversations,
     read_model,
+    read_variants,
 )
-from cartridges_jax.benchmarks.limits import distillation_flops
-from cartridges_jax.benchmarks.machine import Ceilings
+from cartridges_jax.benchmarks.limits import distillation_flops, flops_per_second, multiplied_in
+from cartridges_jax.benchmarks.machine import CEILINGS, Ceilings
 from cartridges_jax.benchmarks.peers import TRANSFORMERS, hugging_face
 from cartridges_jax.benchmarks.results import Result, say_absent
-from cartridges_jax.benchmarks.rounds import OURS, absent_peers, compared, durations, keeping, take_turns_with_ceilings
+from cartridges_jax.benchmarks.rounds import (
+    absent_peers,
+    compared,
+    compared_variants,
+    durations,
+    keeping,
+    take_turns_with_ceilings,
+)
 from cartridges_jax.cartridge import KVPrefix
 from cartridges_jax.corpus.documents import read_document
 from cartridges_jax.data.packing import Example, PackingPlan, plan_packing, render_example
@@ -49,6 +58,7 @@ class TrainStepSettings:
     Attributes:
       slots: P, one setting each; the first gives the headline.
       dtype: ours.
+      variants: how our weights are kept in further measurements ("bfloat16", "int8").
       peer_dtypes: the peer's.
       conversations: study directory of a finished run; "" makes a few.
       num_conversations: how many are made.
@@ -61,6 +71,7 @@ class TrainStepSettings:
     common: Common
     slots: tuple[int, ...]
     dtype: str
+    variants: tuple[str, ...]
     peer_dtypes: tuple[str, ...]
     conversations: str
     num_conversations: int
@@ -84,6 +95,7 @@ def default_config():
         common=COMMON,
         slots=(128, 512),
         dtype="float32",
+        variants=("bfloat16",),
         peer_dtypes=("float32", "bfloat16"),
         conversations="",
         num_conversations=48,
@@ -153,7 +165,8 @@ def examples_of(model: Model, settings: TrainStepSettings, workdir: Path) -> lis
 def run(settings: TrainStepSettings, workdir: Path) -> Result:
     """Measures every P; writes the figure."""
     common = settings.common
-    model = read_model(common, dtype=settings.dtype)
+    models = read_variants(common, settings.dtype, settings.variants)
+    model = models[OURS]
     document = read_document(common.document)
     examples = examples_of(model, settings, workdir)
     plan = plan_of(examples, settings)
@@ -170,19 +183,20 @@ def run(settings: TrainStepSettings, workdir: Path) -> Result:
         transformers_peft.use_threads(common.threads)
         float_model = model if settings.dtype == "float32" else read_model(common)
         directory = hugging_face.export(float_model, workdir / "hugging_face")
-        loaded = {dtype: transformers_peft.load(directory, dtype) for dtype in settings.peer_dtypes}
+        theirs = {dtype: transformers_peft.load(directory, dtype) for dtype in settings.peer_dtypes}
 
     tokens = settings.train.rows_per_step * settings.train.row_tokens
     ceilings = Ceilings(model.config, tokens, plan.num_targets * settings.train.micro_batches)
     rows, machines = [], []
     for num_slots in settings.slots:
         prefix = initialise_from_first_tokens(model, document.text, num_slots)
-        ours = Ours(model, prefix, plan, settings)
         losses: dict[str, list[float]] = {}
-        candidates = {OURS: keeping(losses, OURS, ours.round)}
+        candidates = {
+            name: keeping(losses, name, Ours(loaded, prefix, plan, settings).round) for name, loaded in models.items()
+        }
         if with_peers:
             arrays = [np.asarray(x, np.float32) for x in (prefix.keys, prefix.values)]
-            for dtype, frozen in loaded.items():
+            for dtype, frozen in theirs.items():
                 wrapped = transformers_peft.with_cartridge(frozen, *arrays, settings.num_frozen, trained=True)
                 trainer = transformers_peft.Trainer(
                     wrapped, learning_rate=settings.train.learning_rate, clip_norm=settings.train.clip_norm
@@ -196,17 +210,26 @@ def run(settings: TrainStepSettings, workdir: Path) -> Result:
             distillation_flops(model.config, [len(e.tokens) for e in batch], sum(len(e.rows) for e in batch), num_slots)
             for batch in batches
         )
+        rivals = [name for name in candidates if name not in models]
+        fractions = {
+            name: flops / times[name].median / flops_per_second(machine, multiplied_in(loaded.params))
+            for name, loaded in models.items()
+        }
         row = {
             "slots": num_slots,
-            **compared(times, [name for name in candidates if name != OURS], num_targets),
-            "fraction_of_limit": flops / times[OURS].median / (machine["matmul_gflops"] * 1e9),
+            **compared(times, rivals, num_targets),
+            "fraction_of_limit": fractions[OURS],
+            "variants": compared_variants(
+                times, [name for name in models if name != OURS], rivals, num_targets, fractions
+            ),
             "gflop_per_round": flops / 1e9,
             **durations(times),
             "first_losses": {name: values[0] for name, values in losses.items()},
-            "matmul_gflops": machine["matmul_gflops"],
+            "machine": {name: machine[name] for name in CEILINGS},
         }
         if settings.measure_memory:
-            row["peak_bytes"] = _peaks(settings, workdir, used, prefix, list(candidates))
+            kept_as = dict(zip(models, ("", *settings.variants), strict=True))
+            row["peak_bytes"] = _peaks(settings, workdir, used, prefix, kept_as, rivals)
         rows.append(row)
 
     result = Result(
@@ -230,18 +253,25 @@ def run(settings: TrainStepSettings, workdir: Path) -> Result:
 
 
 def _peaks(
-    settings: TrainStepSettings, workdir: Path, used: Sequence[Example], prefix: KVPrefix, names: Sequence[str]
+    settings: TrainStepSettings, workdir: Path, used: Sequence[Example], prefix: KVPrefix, kept_as: dict[str, str],
+    rivals: Sequence[str],
 ) -> dict[str, int | None]:
-    """Peak bytes of each side, weights and libraries included, in steady steps."""
+    """Peak bytes of each side, weights and libraries included, in steady steps.
+
+    Args:
+      kept_as: our names, and how weights are kept under them.
+      rivals: the peers' names, which end in their dtype.
+    """
     data = workdir / "memory.npz"
     workdir.mkdir(parents=True, exist_ok=True)
     arrays = {f"{field}{i}": getattr(e, field) for i, e in enumerate(used) for field in ("tokens", "rows", "ids", "logprobs")}
     np.savez(data, keys=np.asarray(prefix.keys), values=np.asarray(prefix.values), count=len(used), **arrays)
     peaks = {}
-    for name in names:
+    for name in (*kept_as, *rivals):
         task = {
-            "side": "ours" if name == OURS else "peer",
-            "dtype": settings.dtype if name == OURS else name.split(" ")[-1],
+            "side": "ours" if name in kept_as else "peer",
+            "dtype": settings.dtype if name in kept_as else name.split(" ")[-1],
+            "weights": kept_as.get(name, ""),
             "model": settings.common.model,
             "directory": str(workdir / "hugging_face"),
             "data": str(data),

@@ -53,7 +53,7 @@ def _ours(task: dict, keys: np.ndarray, values: np.ndarray, examples: list[dict]
     from cartridges_jax.models import load_model
 
     train = TrainSettings(**task["train"])
-    model = load_model(task["model"], dtype=task["dtype"])
+    model = load_model(task["model"], dtype=task["dtype"], weights=task["weights"])
     plan = plan_packing(
         [Example(**example) for example in examples], num_steps=None, rows_per_step=train.rows_per_step,
         row_tokens=train.row_tokens, micro_batches=train.micro_batches,

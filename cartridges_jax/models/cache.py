@@ -1,6 +1,8 @@
 """A conversation's own keys and values while it is decoded."""
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ from jax.sharding import Mesh
 from cartridges_jax import cartridge, parallel
 from cartridges_jax.models.config import ModelConfig
 
-# One array of all layers, or one for each: see `empty_cache`.
+# One array of all layers, or one for each: see `Cache`.
 Layers = Array | tuple[Array, ...]
 
 # Logical names of the axes of stacked keys and values (see `parallel.rules`).
@@ -22,8 +24,10 @@ class Cache:
     """Per-row keys and values, filled from slot 0 on.
 
     Attributes:
-      keys: [L, B, K, S, H], after RoPE; or L times [B, K, S, H].
-      values: as `keys`.
+      keys: [L, B, K, S, H], after RoPE; or where the layers lie apart, which is for CPUs,
+        L times [B, K, H, S]: few queries with keys that lie so are multiplied as fast as
+        the keys can be read, with [S, H] half as fast.
+      values: [L, B, K, S, H], or L times [B, K, S, H].
       lengths: [B] int32, tokens held by each row; slots behind are unread.
     """
 
@@ -33,11 +37,24 @@ class Cache:
 
     @property
     def num_slots(self) -> int:
-        return jax.tree.leaves(self.keys)[0].shape[-2]
+        return jax.tree.leaves(self.values)[0].shape[-2]
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether every layer has arrays of its own."""
+        return isinstance(self.values, tuple)
 
     def apart(self) -> Cache:
-        """The same with every layer in an array of its own."""
-        return self.replace(keys=tuple(self.keys), values=tuple(self.values))
+        """The same with every layer in arrays of its own."""
+        return self.replace(keys=tuple(layer.swapaxes(-1, -2) for layer in self.keys), values=tuple(self.values))
+
+    def mapped(self, function: Callable[[Array, int], Array]) -> Cache:
+        """`function(part, axis of the slots)` of all keys and values; `lengths` stay as they are."""
+        slot_axis = -1 if self.is_apart else -2
+        return self.replace(
+            keys=jax.tree.map(lambda part: function(part, slot_axis), self.keys),
+            values=jax.tree.map(lambda part: function(part, -2), self.values),
+        )
 
     def extended(self, layer: Array | int, keys: Array, values: Array) -> tuple[Cache, Array, Array]:
         """Writes new tokens behind each row's in one layer; `lengths` stay as they are.
@@ -52,16 +69,20 @@ class Cache:
         row = jnp.arange(keys.shape[0])[:, None]
         slots = self.lengths[:, None] + jnp.arange(keys.shape[1])
 
-        def put(held: Layers, new: Array) -> tuple[Layers, Array]:
-            if isinstance(held, tuple):
-                here = held[layer].at[row, :, slots].set(new.astype(held[layer].dtype))
-                return (*held[:layer], here, *held[layer + 1 :]), here
-            held = parallel.constrain(held.at[layer, row, :, slots].set(new.astype(held.dtype)), *CACHE_AXES)
-            return held, held[layer]
+        if self.is_apart:
+            own_keys = self.keys[layer].at[row, :, :, slots].set(keys.astype(self.keys[layer].dtype))
+            own_values = self.values[layer].at[row, :, slots].set(values.astype(self.values[layer].dtype))
 
-        all_keys, own_keys = put(self.keys, keys)
-        all_values, own_values = put(self.values, values)
-        return self.replace(keys=all_keys, values=all_values), own_keys, own_values
+            def with_layer(held: tuple[Array, ...], here: Array) -> tuple[Array, ...]:
+                return (*held[:layer], here, *held[layer + 1 :])
+
+            held = self.replace(keys=with_layer(self.keys, own_keys), values=with_layer(self.values, own_values))
+            return held, own_keys.swapaxes(-1, -2), own_values
+        all_keys, all_values = (
+            parallel.constrain(held.at[layer, row, :, slots].set(new.astype(held.dtype)), *CACHE_AXES)
+            for held, new in ((self.keys, keys), (self.values, values))
+        )
+        return self.replace(keys=all_keys, values=all_values), all_keys[layer], all_values[layer]
 
 
 def empty_cache(
@@ -73,22 +94,22 @@ def empty_cache(
       apart: every layer in an array of its own, as suits parameters that lie so.
       mesh: over which it is spread.
     """
-    shape = (num_rows, config.num_kv_heads, num_slots, config.head_dim)
+    B, K, S, H = num_rows, config.num_kv_heads, num_slots, config.head_dim
 
-    def zeros() -> Layers:
+    def zeros(*shape: int) -> Layers:
         if apart:
             return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
         return parallel.zeros(mesh, CACHE_AXES, (config.num_layers, *shape), dtype)
 
-    return Cache(zeros(), zeros(), parallel.zeros(mesh, ("rows",), (num_rows,), jnp.int32))
+    return Cache(
+        zeros(B, K, H, S) if apart else zeros(B, K, S, H), zeros(B, K, S, H), parallel.zeros(mesh, ("rows",), (B,), jnp.int32)
+    )
 
 
 def row_as_prefix(cache: Cache, row: int, num_tokens: int) -> cartridge.KVPrefix:
     """The first `num_tokens` slots of one row as a prefix at positions 0..num_tokens-1."""
-
-    def stacked(layers: Layers) -> Array:
-        if isinstance(layers, tuple):
-            return jnp.stack([layer[row, :, :num_tokens] for layer in layers])
-        return layers[:, row, :, :num_tokens]
-
-    return cartridge.from_plain_tokens(stacked(cache.keys), stacked(cache.values))
+    if cache.is_apart:
+        keys = jnp.stack([layer[row, :, :, :num_tokens].swapaxes(-1, -2) for layer in cache.keys])
+        values = jnp.stack([layer[row, :, :num_tokens] for layer in cache.values])
+        return cartridge.from_plain_tokens(keys, values)
+    return cartridge.from_plain_tokens(*(layers[:, row, :, :num_tokens] for layers in (cache.keys, cache.values)))

@@ -10,8 +10,9 @@ import hashlib
 import importlib.util
 import os
 import platform
-import sys
 from pathlib import Path
+
+import jax
 
 from cartridges_jax.formats.wheels import cache_dir
 
@@ -23,12 +24,12 @@ _MAX_BYTES = 2 * 2**30
 
 
 def keep_compilations() -> None:
-    """Turns JAX's compilation cache on; to be called before JAX is imported.
+    """Turns JAX's compilation cache on; to be called before anything is compiled.
 
     JAX_COMPILATION_CACHE_DIR, if set, is what counts, and an empty value turns it off. Off
     too where the directory cannot be written.
     """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ or "jax" in sys.modules:
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     directory = cache_dir() / "xla" / processor()
     try:
@@ -37,11 +38,13 @@ def keep_compilations() -> None:
         return
     if not os.access(directory, os.W_OK):
         return
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory)
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", str(_MIN_COMPILE_SECONDS))
+    # Not through the environment: a config file has often imported JAX by now, and it reads its variables then.
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS)
     # Without this package JAX can bound no cache and refuses to try.
-    if importlib.util.find_spec("filelock"):
-        os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(_MAX_BYTES))
+    if "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ and importlib.util.find_spec("filelock"):
+        jax.config.update("jax_compilation_cache_max_size", _MAX_BYTES)
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

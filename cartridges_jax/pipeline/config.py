@@ -9,10 +9,13 @@ from cartridges_jax.corpus.documents import QUICKSTART
 from cartridges_jax.distill.trainer import TrainSettings
 from cartridges_jax.errors import UserError
 from cartridges_jax.evaluation.evaluate import EvaluationSettings
-from cartridges_jax.models.model import DTYPES, WEIGHTS
+from cartridges_jax.models.model import DTYPES, WEIGHTS, fastest_weights
 from cartridges_jax.parallel import parse_mesh
 from cartridges_jax.selfstudy.synthesis import FOR_SMALL_MODELS, SynthesisSettings
 from cartridges_jax.typed_config import build, config_values
+
+# Of `weights`: what is fastest on this machine.
+AUTO = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +39,7 @@ class RunConfig:
       model: registry name, Hugging Face directory, GGUF file, or hub id ("org/name").
       dtype: "float32" or "bfloat16", of the model.
       weights: "int8" keeps the frozen model's matrices in 8 bits, "bfloat16" under a float32
-        model in 16 (the fastest where a CPU has instructions for it); "" in `dtype`.
+        model in 16; "" in `dtype`; "auto" is what is fastest here (`with_weights_chosen`).
       thinking: lets a model that can think before it answers do so.
       windows_see_prefix: False lets layers with a sliding window see the whole cartridge.
       accept_license: of a registry model that is offered under terms of its own.
@@ -73,8 +76,8 @@ class RunConfig:
         """Raises UserError for a value that no run could use, before anything is loaded."""
         if self.dtype not in DTYPES:
             raise UserError(f"dtype={self.dtype!r}: choose one of {', '.join(DTYPES)}")
-        if self.weights not in WEIGHTS:
-            raise UserError(f"weights={self.weights!r}: choose 'int8', 'bfloat16', or '' for the model's dtype")
+        if self.weights not in (AUTO, *WEIGHTS):
+            raise UserError(f"weights={self.weights!r}: choose 'auto', 'int8', 'bfloat16', or '' for the model's dtype")
         if self.weights == self.dtype == "bfloat16":
             raise UserError("weights='bfloat16' belongs to dtype='float32': leave weights ''")
         if self.mesh:
@@ -100,13 +103,17 @@ class RunConfig:
             raise UserError("train.targets='all' needs the teacher's view of A's tokens: set study.score_user_messages=True")
         self.evaluation.check()
 
+    def with_weights_chosen(self) -> RunConfig:
+        """The same with what `weights` "auto" means on this machine."""
+        return dataclasses.replace(self, weights=fastest_weights(self.dtype)) if self.weights == AUTO else self
+
 
 def default_config() -> ml_collections.ConfigDict:
     """The defaults that experiments override: sized for a small model on a CPU."""
     return ml_collections.ConfigDict(dataclasses.asdict(RunConfig(
         model="smollm2-135m-instruct",
         dtype="float32",
-        weights="",
+        weights=AUTO,
         thinking=False,
         windows_see_prefix=True,
         accept_license=False,

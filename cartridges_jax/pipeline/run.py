@@ -67,12 +67,14 @@ def run(config: RunConfig, path: Path, *, say: Callable[[str], None] = print) ->
       Interrupted: SIGINT or SIGTERM came; the same call goes on from there.
     """
     config.check()
+    config = config.with_weights_chosen()
     check_paths(config)
     mesh = make_mesh(config.mesh)
     check_rows(config.train.rows_per_step, config.train.micro_batches, row_parts(mesh))
     workdir = Workdir(path)
     with workdir.held(), StopSignals() as signals:
-        say(f"loading {config.model}")
+        kept = f", its matrices in {config.weights}" if config.weights else ""
+        say(f"loading {config.model} in {config.dtype}{kept}")
         model = load_model(
             config.model, dtype=config.dtype, weights=config.weights, thinking=config.thinking,
             windows_see_prefix=config.windows_see_prefix, accept_license=config.accept_license, mesh=mesh,

@@ -13,6 +13,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
@@ -211,33 +212,61 @@ def first_tokens(
         return running, _for_host((token[None], top_ids[None], top[None]))
 
 
-@functools.partial(jax.jit, donate_argnames=("state",))
 def admit(state: State, read: Cache, tokens: Array, running: Array, at: Array) -> State:
     """Puts R prompts that were read, and their first tokens [R], into rows `at` [R].
 
-    A row may occur twice in `at` if what goes there is the same.
+    A row may occur twice in `at` if what goes there is the same. The state is donated.
+
+    Where the layers lie apart, each is a call of one small program: together they are as
+    fast as one large program, which takes a second to compile, for every B, S, R and W.
     """
-    width = min(read.num_slots, state.cache.num_slots)
-    if isinstance(state.cache.keys, tuple):
-        read = read.apart()
+    held = state.cache
+    if held.is_apart:
+        keys, values = (
+            tuple(put_rows(into, new, at, np.int32(layer), turned=turned) for layer, into in enumerate(layers))
+            for layers, new, turned in ((held.keys, read.keys, True), (held.values, read.values, False))
+        )
+    else:
+        keys, values = (put_rows(into, new, at) for into, new in ((held.keys, read.keys), (held.values, read.values)))
+    lengths, tokens, num_generated, running = _put_per_row(
+        (held.lengths, state.tokens, state.num_generated, state.running), (read.lengths, tokens, running), at
+    )
+    return State(Cache(keys, values, lengths), tokens, num_generated, running)
+
+
+@functools.partial(jax.jit, static_argnames=("turned",), donate_argnames=("into",))
+def put_rows(into: Array, new: Array, at: Array, layer: Array | None = None, *, turned: bool = False) -> Array:
+    """Rows of `new` [L, R, K, W, H] in their places in a cache; of one layer if `into` is of one.
+
+    Args:
+      turned: `into` has [H, S] instead of [S, H].
+    """
+    if layer is not None:
+        new = jax.lax.dynamic_index_in_dim(new, layer, keepdims=False)
+    new = new[..., : into.shape[-1 if turned else -2], :]
+    if turned:
+        new = new.swapaxes(-1, -2)
 
     # Row by row: one scatter of all would be a loop over single numbers on the CPU.
-    def put_row(r: Array, into: Array, part: Array) -> Array:
-        row = jax.lax.dynamic_slice_in_dim(part[..., :width, :], r, 1, axis=part.ndim - 4)
+    def put(r: Array, into: Array) -> Array:
+        row = jax.lax.dynamic_slice_in_dim(new, r, 1, axis=new.ndim - 4)
         start = (0,) * (into.ndim - 4) + (at[r], 0, 0, 0)
-        return jax.lax.dynamic_update_slice(into, row, start)
+        return jax.lax.dynamic_update_slice(into, row.astype(into.dtype), start)
 
-    def put(r: Array, caches: tuple) -> tuple:
-        return jax.tree.map(functools.partial(put_row, r), caches, (read.keys, read.values))
+    into = jax.lax.fori_loop(0, at.shape[0], put, into)
+    with on_mesh_of(into):
+        return constrain(into, *CACHE_AXES)
 
-    keys, values = jax.lax.fori_loop(0, at.shape[0], put, (state.cache.keys, state.cache.values))
-    with on_mesh_of(state):
-        return _kept(State(
-            cache=Cache(keys, values, state.cache.lengths.at[at].set(read.lengths)),
-            tokens=state.tokens.at[at].set(tokens),
-            num_generated=state.num_generated.at[at].set(1),
-            running=state.running.at[at].set(running),
-        ))
+
+@functools.partial(jax.jit, donate_argnames=("held",))
+def _put_per_row(held: tuple[Array, ...], new: tuple[Array, ...], at: Array) -> tuple[Array, ...]:
+    lengths, tokens, num_generated, running = held
+    new_lengths, new_tokens, new_running = new
+    with on_mesh_of(held):
+        return tuple(constrain(part, "rows") for part in (
+            lengths.at[at].set(new_lengths), tokens.at[at].set(new_tokens), num_generated.at[at].set(1),
+            running.at[at].set(new_running),
+        ))  # fmt: skip
 
 
 @functools.partial(
@@ -300,15 +329,16 @@ def resize(state: State, at: Array, kept: Array, *, num_slots: int) -> State:
       num_slots: at least what the longest kept row holds.
     """
 
-    def fit(part: Array) -> Array:
-        slots = part.shape[-2]
-        part = jnp.take(part[..., : min(slots, num_slots), :], at, axis=-4)
-        return jnp.pad(part, ((0, 0),) * (part.ndim - 2) + ((0, max(num_slots - slots, 0)), (0, 0)))
+    def fit(part: Array, slot_axis: int) -> Array:
+        slots = part.shape[slot_axis]
+        part = jnp.take(jax.lax.slice_in_dim(part, 0, min(slots, num_slots), axis=slot_axis), at, axis=-4)
+        padding = [(0, 0)] * part.ndim
+        padding[slot_axis] = (0, max(num_slots - slots, 0))
+        return jnp.pad(part, padding)
 
-    keys, values = jax.tree.map(fit, (state.cache.keys, state.cache.values))
     with on_mesh_of(state):
         return _kept(State(
-            cache=Cache(keys, values, jnp.where(kept, state.cache.lengths[at], 0)),
+            cache=state.cache.mapped(fit).replace(lengths=jnp.where(kept, state.cache.lengths[at], 0)),
             tokens=state.tokens[at],
             num_generated=state.num_generated[at],
             running=state.running[at] & kept,

@@ -113,11 +113,12 @@ def test_the_train_step_runs_on_the_conversations_of_a_finished_run(talker_gguf,
 def test_decode_runs_and_a_peer_that_is_not_installed_is_reported(talker_gguf, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(peers._NEEDS, peers.LLAMA_CPP, (("no_such_package",), "pip install …"))
     config = config_of(
-        "decode", talker_gguf, tmp_path, slots=16, batches=(2,), prompt_tokens=18, new_tokens=4, variants=("bfloat16",),
-        peer_dtypes=("float32",),
+        "decode", talker_gguf, tmp_path, slots=16, batches=(2, 3), prompt_tokens=18, new_tokens=4, variants=("bfloat16",),
+        peer_dtypes=("float32",), transformers_rows=2,
     )  # fmt: skip
     record = well_formed(run(config, tmp_path / "work"), tmp_path / "work", capsys)
     assert record["rows"][0]["same_tokens"] == {"transformers+peft float32": 1.0}
+    assert not record["rows"][1]["peers"]
     assert record["peers"]["llama.cpp"] is None and record["ratio"]["vllm"] is None
     assert record["absent"]["llama.cpp"] == "pip install …" and "vllm_python" in record["absent"]["vllm"]
     first = record["first_token_seconds"]["cartridges_jax"]

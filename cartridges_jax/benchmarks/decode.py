@@ -65,6 +65,8 @@ class DecodeSettings:
       dtype: ours.
       variants: how our weights are kept in further measurements ("bfloat16", "int8").
       peer_dtypes: of transformers and vLLM.
+      transformers_rows: in larger batches transformers takes no part; each row has a copy of
+        the cartridge there, and at 128 rows the peers together need more than 24 GiB.
       vllm_python: the python of an environment with vLLM; "" for none.
       vllm_kv_gib: memory that vLLM may use for keys and values.
     """
@@ -77,6 +79,7 @@ class DecodeSettings:
     dtype: str
     variants: tuple[str, ...]
     peer_dtypes: tuple[str, ...]
+    transformers_rows: int
     vllm_python: str
     vllm_kv_gib: int
 
@@ -90,7 +93,7 @@ def default_config():
     """The defaults that experiments override."""
     return config_dict(NAME, DecodeSettings(
         common=COMMON, batches=(1, 8, 32, 128), slots=256, prompt_tokens=24, new_tokens=64, dtype="float32",
-        variants=("bfloat16", "int8"), peer_dtypes=("float32", "bfloat16"), vllm_python="", vllm_kv_gib=4,
+        variants=("bfloat16", "int8"), peer_dtypes=("float32", "bfloat16"), transformers_rows=32, vllm_python="", vllm_kv_gib=4,
     ))  # fmt: skip
 
 
@@ -153,7 +156,7 @@ def _rivals(settings: DecodeSettings, model: Model, work: Work, workdir: Path) -
     directory = hugging_face.export(float_model, workdir / "hugging_face")
     found: list[Side] = []
     if TRANSFORMERS not in names:
-        found.append(TransformersPeft(directory, dtypes, work, common.threads))
+        found.append(TransformersPeft(directory, dtypes, work, common.threads, settings.transformers_rows))
     file = locate(common.model)
     if LLAMA_CPP not in names and file.suffix == ".gguf":
         found.append(LlamaCpp(file, work, common.threads))

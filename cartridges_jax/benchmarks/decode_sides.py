@@ -90,12 +90,12 @@ class Ours:
 
 
 class TransformersPeft:
-    """transformers with PEFT's cartridge, once a dtype."""
+    """transformers with PEFT's cartridge, once a dtype, for batches of up to `most_rows`."""
 
-    def __init__(self, directory: Path, dtypes: Sequence[str], work: Work, num_threads: int):
+    def __init__(self, directory: Path, dtypes: Sequence[str], work: Work, num_threads: int, most_rows: int):
         from cartridges_jax.benchmarks.peers import transformers_peft
 
-        self._peer, self._work = transformers_peft, work
+        self._peer, self._work, self._most_rows = transformers_peft, work, most_rows
         transformers_peft.use_threads(num_threads)
         arrays = [np.asarray(x, np.float32) for x in (work.cartridge.keys, work.cartridge.values)]
         self._plain = {f"{TRANSFORMERS} {dtype}": transformers_peft.load(directory, dtype) for dtype in dtypes}
@@ -104,6 +104,8 @@ class TransformersPeft:
         }
 
     def generation(self, num_rows: int) -> dict[str, Call]:
+        if num_rows > self._most_rows:
+            return {}
         work = self._work
         return {name: self._call(model, work.prompts[:num_rows], work.new_tokens) for name, model in self._behind.items()}
 

@@ -82,7 +82,7 @@ def train_step(result: Result, path: Path) -> None:
     """Speed per P beside the lengths of the conversations."""
 
     def draw(axes):
-        groups = [f"P = {row['slots']}\n(ours: {row['fraction_of_limit']:.0%} of the matmul ceiling)" for row in result.rows]
+        groups = [f"P = {row['slots']}\nours: {row['fraction_of_limit']:.0%} of the ceiling" for row in result.rows]
         grouped_bars(axes[0], groups, _series(result.rows), result.unit)
         axes[0].set_title("Distillation step, target tokens/s")
         histogram = result.more["length_histogram"]

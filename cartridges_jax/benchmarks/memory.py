@@ -1,13 +1,15 @@
 """Peak memory of a piece of work in a process of its own.
 
-The high-water mark is reset after a few steps, so that it shows what the steady work
-needs (weights, libraries and program included) and not what reading a file or compiling
-took. It is read from /proc: `ru_maxrss` of a child also counts what its parent held when
-it was started (tests/test_benchmarks.py::test_peak_memory_is_the_child_s_own). Linux
-only; elsewhere None.
+The high-water mark is reset after a few steps, and what the allocator holds back of freed
+memory is returned, so that it shows what the steady work needs (weights, libraries and
+program included) and not what reading a file or compiling took. It is read from /proc:
+`ru_maxrss` of a child also counts what its parent held when it was started
+(tests/test_benchmarks.py::test_peak_memory_is_the_child_s_own). Linux only; elsewhere None.
 """
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import os
 import subprocess
@@ -34,7 +36,12 @@ def peak_bytes(module: str, task: dict[str, Any]) -> int | None:
 
 
 def reset_high_water_mark() -> None:
-    """From here on the peak is counted anew."""
+    """From here on the peak is counted anew, without garbage."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):  # another C library than glibc
+        pass
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from cartridges_jax.benchmarks import figures
 from cartridges_jax.benchmarks.inputs import COMMON, OURS, STUDY, Common, config_dict, read_model
-from cartridges_jax.benchmarks.limits import layer_weights
+from cartridges_jax.benchmarks.limits import flops_per_second, layer_weights, multiplied_in
 from cartridges_jax.benchmarks.machine import Ceilings
 from cartridges_jax.benchmarks.peers import TRANSFORMERS, hugging_face
 from cartridges_jax.benchmarks.results import Bar, Result, say_absent
@@ -25,6 +25,7 @@ from cartridges_jax.corpus.documents import Document, read_document
 from cartridges_jax.data.conversations import Conversation, read_shard
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Model, ModelConfig
+from cartridges_jax.models.model import fastest_weights
 from cartridges_jax.selfstudy.plan import plan_batches
 from cartridges_jax.selfstudy.seeds import FAMILIES
 from cartridges_jax.selfstudy.synthesis import SynthesisSettings, synthesise
@@ -38,6 +39,7 @@ class SelfStudySettings:
 
     Attributes:
       chunk_tokens: of the document's beginning.
+      weights: how ours are kept; "auto" as a run does (`fastest_weights`).
       study: how it is studied; `conversations` are wanted of it, from batches of
         `requests_per_batch` messages. Batches beyond the first count too.
       peer_dtypes: the peer's.
@@ -46,6 +48,7 @@ class SelfStudySettings:
 
     common: Common
     chunk_tokens: int
+    weights: str
     study: SynthesisSettings
     peer_dtypes: tuple[str, ...]
     peer_rows: int
@@ -64,6 +67,7 @@ def default_config():
     return config_dict(NAME, SelfStudySettings(
         common=COMMON,
         chunk_tokens=1024,
+        weights="auto",
         study=dataclasses.replace(
             STUDY, conversations=32, requests_per_batch=64, chunk_min_tokens=1024, chunk_max_tokens=1024,
             teacher_context="chunk",
@@ -136,7 +140,8 @@ def flops_with_sharing(config: ModelConfig, rows: list[Row]) -> int:
 def run(settings: SelfStudySettings, workdir: Path) -> Result:
     """Measures both sides; writes the figure."""
     common, study = settings.common, settings.study
-    model = read_model(common)
+    weights = fastest_weights("float32") if settings.weights == "auto" else settings.weights
+    model = read_model(common, weights=weights)
     document = read_document(common.document)
     tokens = model.tokenizer.encode(document.text)[: settings.chunk_tokens]
     chunk = Document(document.name, model.tokenizer.decode(tokens))
@@ -162,7 +167,7 @@ def run(settings: SelfStudySettings, workdir: Path) -> Result:
         from cartridges_jax.benchmarks.peers import transformers_peft
 
         transformers_peft.use_threads(common.threads)
-        directory = hugging_face.export(model, workdir / "hugging_face")
+        directory = hugging_face.export(read_model(common), workdir / "hugging_face")
         batches = batched(messages, settings.peer_rows) + batched(answers, settings.peer_rows)
         for dtype in settings.peer_dtypes:
             loaded = transformers_peft.load(directory, dtype)
@@ -184,7 +189,8 @@ def run(settings: SelfStudySettings, workdir: Path) -> Result:
         "messages": len(messages),
         "tokens_generated": sum(row.new_tokens for row in messages + answers),
         **compared(times, [name for name in calls if name != OURS], len(kept)),
-        "fraction_of_limit": flops / (machine["matmul_gflops"] * 1e9) / times[OURS].median,
+        "weights": weights,
+        "fraction_of_limit": flops / flops_per_second(machine, multiplied_in(model.params)) / times[OURS].median,
         **durations(times),
     }
     shutil.rmtree(shards, ignore_errors=True)

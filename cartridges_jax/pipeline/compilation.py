@@ -38,7 +38,8 @@ def keep_compilations() -> None:
         return
     if not os.access(directory, os.W_OK):
         return
-    # Not through the environment: a config file has often imported JAX by now, and it reads its variables then.
+    # The environment is for programs that this one starts: JAX has read it here, with the config file.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory)
     jax.config.update("jax_compilation_cache_dir", str(directory))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS)

@@ -70,6 +70,9 @@ class Job:
     def got_on(self) -> None:
         """To be called by work that takes long, every now and then: it does not stall."""
 
+    def note(self, signum: int) -> None:
+        """This process was told to stop by a signal; may be called from the signal's handler."""
+
     def stop_wanted(self, signum: int | None) -> int | None:
         """The signal that some process was told to stop by; `signum` is this one's, if any.
 
@@ -105,7 +108,8 @@ class ManyProcesses(Job):
         self._lock = threading.Lock()
         self._steps = 0  # calls of stops_here
         self._last_step: int | None = None  # the call after which all stop
-        self._stop_signal: int | None = None
+        self._own_signal: int | None = None
+        self._stop_signal: int | None = None  # the first that came to any process
         self._ended: JobEnded | None = None
         self._closing = threading.Event()
         self._watch = threading.Thread(target=self._watch_others, name="watch-over-job", daemon=True)
@@ -162,21 +166,19 @@ class ManyProcesses(Job):
         if self._ended is not None:
             raise self._ended
 
+    def note(self, signum: int) -> None:
+        # For the watch to pass on: the work may be waiting for others.
+        self._own_signal = signum
+
     def stop_wanted(self, signum: int | None) -> int | None:
-        self._pass_on(signum)
-        return self._stop_signal
+        self.got_on()
+        return self._stop_signal if signum is None else signum
 
     def stops_here(self, signum: int | None) -> bool:
-        self._pass_on(signum)
+        self.got_on()
         with self._lock:
             self._steps += 1
             return self._last_step is not None and self._steps >= self._last_step
-
-    def _pass_on(self, signum: int | None) -> None:
-        self.got_on()
-        if signum is not None and self._stop_signal is None:
-            self._stop_signal = signum
-            self._tell("stop/signal", signum)
 
     # The store
 
@@ -240,6 +242,8 @@ class ManyProcesses(Job):
             if found:
                 return JobEnded(f"{self._named(ended['process'])} ended: {ended['why']}", ended["code"])
             if self._last_step is None:
+                if self._own_signal is not None:
+                    self._tell("stop/signal", self._own_signal)
                 for signum in self._told("stop/").values():
                     self._stop_signal = signum
                     self._agree_on_last_step()
@@ -268,7 +272,12 @@ class ManyProcesses(Job):
         """
         with self._lock:
             self._tell(f"steps/{self.process}", self._steps)
-            taken = [self._wait_for(f"steps/{process}") for process in range(self.num_processes)]
+            taken = []
+            for process in range(self.num_processes):
+                found, steps = self._look(f"steps/{process}", self._peer_seconds)
+                if not found:
+                    raise JobEnded(f"lost {self._named(process)}: it did not say where to stop")
+                taken.append(steps)
             self._last_step = max(taken) + 1
 
     def _end(self, ended: JobEnded | None) -> None:

@@ -122,10 +122,13 @@ def _explicit(given: Mapping) -> dict:
 
 
 def _connected(settings: Mapping, whom: str, peer_seconds: float, stall_seconds: float) -> Job:
+    # Preemption is the job's affair (see `parallel.job`): JAX's service would take SIGTERM for itself, even
+    # before anything is there to be saved.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
-        # Their own watch comes first (see `parallel.job`); JAX's is left for what it may not see.
+        # The job's own watch comes first; JAX's is left for what it may not see.
         jax.distributed.initialize(**settings, heartbeat_timeout_seconds=int(2 * peer_seconds) + 60)
-    except (ValueError, RuntimeError, KeyError) as error:
+    except (ValueError, RuntimeError, KeyError, OSError) as error:
         raise UserError(
             f"no connection with the other processes through {whom} ({one_line(error)[:200]}): check that all were "
             "started alike, or run alone with distributed='off'"

@@ -43,6 +43,7 @@ class StopSignals:
 
     def _note(self, signum: int, frame) -> None:
         self._signum = signum
+        self._job.note(signum)
         self._restore()
 
     def _restore(self) -> None:

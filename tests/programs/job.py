@@ -38,6 +38,7 @@ def stop(job):
         time.sleep(0.01 * (1 + job.process))
         if step == 20 and job.process == _WHO.value:
             signum = signal.SIGTERM
+            job.note(signum)
         if job.stops_here(signum):
             print(f"stopped after step {step}; it was told {job.stop_wanted(signum)}")
             return

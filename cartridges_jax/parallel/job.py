@@ -231,9 +231,10 @@ class ManyProcesses(Job):
 
     def _trouble(self) -> JobEnded | None:
         """Returns when another process is in trouble, or this one closes."""
-        now = got_on_at = time.monotonic()
-        # Of every process its beat, how far it had got, and when that beat was new here.
-        heard = {process: (0, 0, now) for process in range(self.num_processes)}
+        # Time is counted in beats of this watch: if the machine sleeps, nobody is lost meanwhile.
+        got_on_at = 0
+        # Of every process its beat, how far it had got, and at which beat of this one that was new.
+        heard = {process: (0, 0, 0) for process in range(self.num_processes)}
         for beat in itertools.count(1):
             self._tell(f"beat/{self.process}", [beat, self._progress], again=True)
             found, ended = self._look("ended", _BEAT_SECONDS)
@@ -247,17 +248,16 @@ class ManyProcesses(Job):
                 for signum in self._told("stop/").values():
                     self._stop_signal = signum
                     self._agree_on_last_step()
-            now = time.monotonic()
             for name, (number, progress) in self._told("beat/").items():
                 before = heard[int(name)]
                 if progress != before[1]:
-                    got_on_at = now
+                    got_on_at = beat
                 if number != before[0]:
-                    heard[int(name)] = number, progress, now
+                    heard[int(name)] = number, progress, beat
             for process, (_, _, when) in heard.items():
-                if now - when > self._peer_seconds:
+                if (beat - when) * _BEAT_SECONDS > self._peer_seconds:
                     return JobEnded(f"lost {self._named(process)}: no sign of life for {self._peer_seconds:.0f} s")
-            if now - got_on_at > self._stall_seconds:
+            if (beat - got_on_at) * _BEAT_SECONDS > self._stall_seconds:
                 behind = min(heard, key=lambda process: heard[process][1])
                 return JobEnded(
                     f"no process has got on for {self._stall_seconds:.0f} s; {self._named(behind)} got least far"

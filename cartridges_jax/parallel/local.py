@@ -37,7 +37,7 @@ def run_locally(command: Sequence[str], *, num_processes: int, num_devices: int 
     processes = [
         subprocess.Popen(
             [sys.executable, *command, *flags, f"--process_id={number}"], env=env, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", process_group=0,
         )
         for number in range(num_processes)
     ]  # fmt: skip

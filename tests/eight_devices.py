@@ -62,22 +62,27 @@ def task(model):
 
 
 def trained(model, job) -> dict:
-    """Twenty steps of two micro-batches; the cartridge and the losses."""
+    """Twenty steps of two micro-batches; the cartridge and the losses, and the parts of batches that each process made."""
     from test_trainer import SETTINGS
 
+    from cartridges_jax.data.packing import PackingPlan
     from cartridges_jax.distill.trainer import train
 
+    made, part = set(), PackingPlan.part
+    PackingPlan.part = lambda plan, step, number: (made.add(number), part(plan, step, number))[1]
     initial, examples = task(model)
     settings = dataclasses.replace(
         SETTINGS, steps=STEPS, learning_rate=1e-2, rows_per_step=16, micro_batches=2, eval_every=STEPS, checkpoint_every=STEPS
     )
     with tempfile.TemporaryDirectory() as directory:
         result = train(model, initial, examples[:50], examples[50:], settings, Path(directory), num_frozen=1, seed=7, job=job)
+    PackingPlan.part = part
     return {
         "keys": np.asarray(result.prefix.keys),
         "values": np.asarray(result.prefix.values),
         "train": [entry["loss"] for entry in result.history["train"]],
         "heldout": [entry["loss"] for entry in result.history["heldout"]],
+        "parts": everyone(job, sorted(made)),
     }
 
 

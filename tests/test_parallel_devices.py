@@ -54,6 +54,11 @@ def test_twenty_steps_of_two_processes_make_the_cartridge_of_one_device(trained,
     assert difference(found["values"], expected["values"]) < 1e-5
 
 
+def test_a_process_makes_only_the_rows_that_its_own_devices_take(trained_by_two):
+    assert trained_by_two["data:8"]["parts"] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert trained_by_two["data:2,fsdp:2,tensor:2"]["parts"] == [[0, 1], [2, 3]]
+
+
 @pytest.mark.parametrize("weights", ["int8", "bfloat16"])
 def test_steps_with_small_weights_on_a_mesh_are_those_of_one_device(tiny_gguf, tmp_path, weights):
     mesh = "data:2,fsdp:2,tensor:2"

@@ -101,7 +101,9 @@ def _fail(message: str, code: int = UserError.exit_code) -> None:
 
 def _connected() -> bool:
     """Whether this process has others to wait for at its end."""
-    return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
+    # Without importing JAX, which may be half loaded when an interrupt comes.
+    is_initialized = getattr(sys.modules.get("jax.distributed"), "is_initialized", None)
+    return is_initialized is not None and is_initialized()
 
 
 def _exit(code: int) -> NoReturn:

@@ -22,6 +22,7 @@ GROUPS = {
     "tiny_runs": ("test_pipeline.py", "test_bad_input.py", "test_selfstudy.py"),
     "resume": ("test_resume.py",),
     "meshes": ("test_parallel_devices.py",),
+    "many_processes": ("test_many_processes.py",),
 }
 
 

@@ -1,12 +1,14 @@
-"""The same work on one device and on meshes of eight, in a process of its own; results go to a pickle.
+"""The same work on one device and on meshes of eight, in processes of their own; results go to a pickle.
 
-    python tests/eight_devices.py train|compile|sample|evaluate MODEL.gguf OUT.pickle WEIGHTS MESH…
+    python tests/eight_devices.py train|compile|sample|evaluate|study MODEL.gguf OUT.pickle WEIGHTS MESH… FLAGS_OF_A_JOB
 
-OUT holds {mesh: results}; the mesh "" is one device.
+OUT holds {mesh: results}; the mesh "" is one device. Results are those of the first process; the other ones must
+take part.
 """
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import pickle
 import re
@@ -20,12 +22,23 @@ import numpy as np
 STEPS, SLOTS = 20, 16
 
 
-def results_of(work: str, model: Path, meshes: list[str], directory: Path, weights: str = "") -> dict[str, dict]:
-    """Starts this program and reads what it leaves; `weights` as of `load_model`."""
+def results_of(
+    work: str, model: Path, meshes: list[str], directory: Path, weights: str = "", processes: int = 1
+) -> dict[str, dict]:
+    """Starts this program and reads what it leaves.
+
+    Args:
+      weights: as of `load_model`.
+      processes: that share the eight devices.
+    """
     out = directory / f"{work}.pickle"
+    arguments = [__file__, work, str(model), str(out), weights, *meshes]
+    if processes > 1:
+        launcher = Path(__file__).parents[1] / "launch" / "local_multiprocess.py"
+        arguments = [str(launcher), f"--processes={processes}", f"--devices={8 // processes}", "--", *arguments]
     done = subprocess.run(
-        [sys.executable, __file__, work, str(model), str(out), weights, *meshes],
-        env={**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
+        [sys.executable, *arguments], env={**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"},
+        capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return pickle.loads(out.read_bytes())
@@ -48,27 +61,32 @@ def task(model):
     return random_prefix(rng, model.config, SLOTS), examples
 
 
-def trained(model) -> dict:
-    """Twenty steps of two micro-batches; the cartridge and the losses."""
+def trained(model, job) -> dict:
+    """Twenty steps of two micro-batches; the cartridge and the losses, and the parts of batches that each process made."""
     from test_trainer import SETTINGS
 
+    from cartridges_jax.data.packing import PackingPlan
     from cartridges_jax.distill.trainer import train
 
+    made, part = set(), PackingPlan.part
+    PackingPlan.part = lambda plan, step, number: (made.add(number), part(plan, step, number))[1]
     initial, examples = task(model)
     settings = dataclasses.replace(
         SETTINGS, steps=STEPS, learning_rate=1e-2, rows_per_step=16, micro_batches=2, eval_every=STEPS, checkpoint_every=STEPS
     )
     with tempfile.TemporaryDirectory() as directory:
-        result = train(model, initial, examples[:50], examples[50:], settings, Path(directory), num_frozen=1, seed=7)
+        result = train(model, initial, examples[:50], examples[50:], settings, Path(directory), num_frozen=1, seed=7, job=job)
+    PackingPlan.part = part
     return {
         "keys": np.asarray(result.prefix.keys),
         "values": np.asarray(result.prefix.values),
         "train": [entry["loss"] for entry in result.history["train"]],
         "heldout": [entry["loss"] for entry in result.history["heldout"]],
+        "parts": everyone(job, sorted(made)),
     }
 
 
-def compiled(model) -> dict:
+def compiled(model, job) -> dict:
     """What a compiled step sends, as (operation, type, shape), and how its state and its results lie."""
     import jax
     import optax
@@ -106,7 +124,7 @@ def compiled(model) -> dict:
     }
 
 
-def sampled(model) -> dict:
+def sampled(model, job) -> dict:
     """Greedy and drawn tokens behind a prefix, more requests than rows."""
     from tiny import random_prefix, random_tokens
 
@@ -127,7 +145,7 @@ def sampled(model) -> dict:
     }
 
 
-def evaluated(model) -> dict:
+def evaluated(model, job) -> dict:
     """The measures of the four conditions."""
     from test_evaluation import DOCUMENT, NUM_SLOTS, QUESTIONS, SETTINGS
 
@@ -140,16 +158,53 @@ def evaluated(model) -> dict:
     return {"measures": measured.conditions, "answers": measured.answers}
 
 
-WORKS = {"train": trained, "compile": compiled, "sample": sampled, "evaluate": evaluated}
+def studied(model, job) -> dict:
+    """Self-study's conversations, and the shards that each process wrote."""
+    from tiny_runs import DOCUMENT, config_of, settings
+
+    from cartridges_jax.corpus.documents import Document
+    from cartridges_jax.selfstudy import synthesis
+
+    chosen = config_of(settings(model.name, Path())).study
+    written, write_shard = [], synthesis.write_shard
+
+    def noted(path, conversations):
+        written.append(path.name)
+        write_shard(path, conversations)
+
+    synthesis.write_shard = noted
+    with tempfile.TemporaryDirectory() as directory:
+        shared = Path(job.from_first(lambda: directory))
+        conversations = synthesis.synthesise(model, Document("doc", DOCUMENT), shared, chosen, seed=5, job=job)
+        job.wait_for_all()
+    mine = [[c.metadata["id"], *(m.content for m in c.messages)] for c in conversations]
+    return {"conversations": everyone(job, mine), "written": everyone(job, written)}
+
+
+def everyone(job, value) -> list:
+    """What every process has of a JSON value, in the first one."""
+    with tempfile.TemporaryDirectory() as directory:
+        shared = Path(job.from_first(lambda: directory))
+        (shared / str(job.process)).write_text(json.dumps(value))
+        job.wait_for_all()
+        found = [json.loads((shared / str(process)).read_text()) for process in range(job.num_processes) if job.is_first]
+        job.wait_for_all()
+    return found
+
+
+WORKS = {"train": trained, "compile": compiled, "sample": sampled, "evaluate": evaluated, "study": studied}
 
 
 def main() -> None:
     from cartridges_jax.models import load_model
-    from cartridges_jax.parallel import make_mesh
+    from cartridges_jax.parallel import make_mesh, start_job
 
-    work, path, out, weights, *meshes = sys.argv[1:]
-    results = {mesh: WORKS[work](load_model(path, weights=weights, mesh=make_mesh(mesh))) for mesh in meshes}
-    Path(out).write_bytes(pickle.dumps(results))
+    flags = dict(argument[2:].split("=") for argument in sys.argv if argument.startswith("--"))
+    work, path, out, weights, *meshes = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
+    with start_job(**{name: int(value) if value.isdecimal() else value for name, value in flags.items()}) as job:
+        results = {mesh: WORKS[work](load_model(path, weights=weights, mesh=make_mesh(mesh)), job) for mesh in meshes}
+        if job.is_first:
+            Path(out).write_bytes(pickle.dumps(results))
 
 
 if __name__ == "__main__":

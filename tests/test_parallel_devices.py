@@ -1,4 +1,4 @@
-"""A mesh of eight devices does the work of one: training, tokens, measures, and whole runs. The models are tiny."""
+"""Eight devices, of one process or two, do the work of one: training, tokens, measures, whole runs. The models are tiny."""
 from __future__ import annotations
 
 import json
@@ -13,6 +13,7 @@ from tiny_runs import command, finish, settings, talker_gguf, write_inputs  # no
 from cartridges_jax.checkpoint import load_cartridge
 
 MESHES = ["data:8", "fsdp:8", "data:4,tensor:2", "data:2,fsdp:2,tensor:2"]
+BY_TWO = ["data:8", "fsdp:8", "data:2,fsdp:2,tensor:2"]
 MIXED = ["data:4,tensor:2", "data:2,fsdp:2,tensor:2"]
 
 
@@ -37,6 +38,25 @@ def test_twenty_steps_on_a_mesh_make_the_cartridge_of_one_device(trained, mesh):
     np.testing.assert_allclose(found["heldout"], expected["heldout"], rtol=1e-5)
     assert difference(found["keys"], expected["keys"]) < 1e-5
     assert difference(found["values"], expected["values"]) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def trained_by_two(tiny_gguf, tmp_path_factory):
+    return results_of("train", tiny_gguf, BY_TWO, tmp_path_factory.mktemp("by_two"), processes=2)
+
+
+@pytest.mark.parametrize("mesh", BY_TWO)
+def test_twenty_steps_of_two_processes_make_the_cartridge_of_one_device(trained, trained_by_two, mesh):
+    found, expected = trained_by_two[mesh], trained[""]
+    np.testing.assert_allclose(found["train"], expected["train"], rtol=1e-5)
+    np.testing.assert_allclose(found["heldout"], expected["heldout"], rtol=1e-5)
+    assert difference(found["keys"], expected["keys"]) < 1e-5
+    assert difference(found["values"], expected["values"]) < 1e-5
+
+
+def test_a_process_makes_only_the_rows_that_its_own_devices_take(trained_by_two):
+    assert trained_by_two["data:8"]["parts"] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert trained_by_two["data:2,fsdp:2,tensor:2"]["parts"] == [[0, 1], [2, 3]]
 
 
 @pytest.mark.parametrize("weights", ["int8", "bfloat16"])
@@ -94,6 +114,12 @@ def test_the_sampler_makes_the_tokens_of_one_device(sampled, mesh):
     np.testing.assert_allclose(found["logprobs"], expected["logprobs"], atol=1e-4)
 
 
+def test_two_processes_make_the_tokens_of_one_device(sampled, tiny_gguf, tmp_path):
+    (found,) = results_of("sample", tiny_gguf, MIXED[1:], tmp_path, processes=2).values()
+    assert found["greedy"] == sampled[""]["greedy"]
+    assert found["drawn"] == sampled[""]["drawn"]
+
+
 def test_heads_that_do_not_divide_change_nothing_of_the_tokens(tmp_path):
     path = write_tiny_gguf(tmp_path / "nine.gguf", num_heads=9, num_kv_heads=3)
     results = results_of("sample", path, ["", "data:4,tensor:2"], tmp_path)
@@ -107,6 +133,39 @@ def test_an_evaluation_has_the_numbers_of_one_device(tiny_gguf, tmp_path):
     assert found["answers"] == expected["answers"]
     for condition, measures in expected["measures"].items():
         assert found["measures"][condition] == pytest.approx(measures, rel=1e-4, abs=1e-6), condition
+
+
+def test_two_processes_measure_the_numbers_of_one_device(tiny_gguf, tmp_path):
+    mesh = "data:2,fsdp:2,tensor:2"
+    (found,) = results_of("evaluate", tiny_gguf, [mesh], tmp_path, processes=2).values()
+    (expected,) = results_of("evaluate", tiny_gguf, [""], tmp_path).values()
+    assert found["answers"] == expected["answers"]
+    for condition, measures in expected["measures"].items():
+        assert found["measures"][condition] == pytest.approx(measures, rel=1e-4, abs=1e-6), condition
+
+
+# Self-study
+
+
+def test_two_processes_study_side_by_side_in_shards_of_their_own(talker_gguf, tmp_path):
+    # Each has all of the model on its four devices.
+    (study,) = results_of("study", talker_gguf, ["data:2,tensor:4"], tmp_path, processes=2).values()
+    first, second = study["written"]
+    assert [name[-9:-8] for name in first] == list("0246"[: len(first)])
+    assert [name[-9:-8] for name in second] == list("1357"[: len(second)])
+    assert len(first) == len(second) > 0
+    one, other = study["conversations"]
+    assert one == other and len(one) == 18
+    assert [entry[0] for entry in one] == sorted({entry[0] for entry in one})
+    assert len({entry[1].lower() for entry in one}) == 18
+
+
+def test_processes_that_share_a_model_study_together(talker_gguf, tmp_path):
+    (study,) = results_of("study", talker_gguf, ["fsdp:8"], tmp_path, processes=2).values()
+    (alone,) = results_of("study", talker_gguf, [""], tmp_path).values()
+    first, second = study["written"]
+    assert first == alone["written"][0] and not second
+    assert study["conversations"][0] == study["conversations"][1] == alone["conversations"][0]
 
 
 # Whole runs

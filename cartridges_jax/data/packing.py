@@ -6,6 +6,7 @@ from the step number alone.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -150,39 +151,49 @@ class PackingPlan:
     efficiency: float
     epochs: float
 
+    @functools.cached_property
+    def shapes(self) -> TrainBatch:
+        """Of a step's batch."""
+        per_micro, k = len(self.steps[0]) // self.micro_batches, max(example.ids.shape[1] for example in self.examples)
+        tokens = self.micro_batches, per_micro, self.row_tokens
+        targets = self.micro_batches, self.row_parts * self.num_targets
+        return TrainBatch(tokens, tokens, tokens, targets, (*targets, k), (*targets, k), targets)
+
     def batch(self, step: int) -> TrainBatch:
         """The batch of one step."""
+        parts = [self.part(step, number) for number in range(self.row_parts)]
+        return TrainBatch(*(np.concatenate(arrays, axis=1) for arrays in zip(*parts))) if len(parts) > 1 else parts[0]
+
+    def part(self, step: int, number: int) -> TrainBatch:
+        """What one part of the mesh has of a step's batch: the rows numbered so within every micro-batch."""
         rows = self.steps[step]
         micro, per_micro = self.micro_batches, len(rows) // self.micro_batches
-        shape = (micro, per_micro, self.row_tokens)
-        k = max(example.ids.shape[1] for example in self.examples)
-        tokens, positions, segment_ids = (np.zeros(shape, np.int32) for _ in range(3))
         per_part = per_micro // self.row_parts
-        num_targets = self.row_parts * self.num_targets
+        first = number * per_part
+        k = self.shapes.ids[-1]
+        tokens, positions, segment_ids = (np.zeros((micro, per_part, self.row_tokens), np.int32) for _ in range(3))
         # Padding points at the first token of its part.
-        target_rows = np.repeat(np.arange(self.row_parts, dtype=np.int32) * per_part * self.row_tokens, self.num_targets)
-        target_rows = np.tile(target_rows, (micro, 1))
-        ids = np.zeros((micro, num_targets, k), np.int32)
-        logprobs = np.full((micro, num_targets, k), -np.inf, np.float32)
-        weight = np.zeros((micro, num_targets), np.float32)
-        filled = np.tile(np.arange(self.row_parts) * self.num_targets, (micro, 1))
-        for row, members in enumerate(rows):
-            a, b = divmod(row, per_micro)
-            part = b // per_part
-            at = 0
-            for segment, index in enumerate(members, start=1):
-                example = self.examples[index]
-                size = len(example.tokens)
-                tokens[a, b, at : at + size] = example.tokens
-                positions[a, b, at : at + size] = np.arange(size)
-                segment_ids[a, b, at : at + size] = segment
-                where = slice(filled[a, part], filled[a, part] + len(example.rows))
-                target_rows[a, where] = b * self.row_tokens + at + example.rows
-                ids[a, where] = _widened(example.ids, k, 0)
-                logprobs[a, where] = _widened(example.logprobs, k, -np.inf)
-                weight[a, where] = 1.0
-                filled[a, part] += len(example.rows)
-                at += size
+        target_rows = np.full((micro, self.num_targets), first * self.row_tokens, np.int32)
+        ids = np.zeros((micro, self.num_targets, k), np.int32)
+        logprobs = np.full((micro, self.num_targets, k), -np.inf, np.float32)
+        weight = np.zeros((micro, self.num_targets), np.float32)
+        for a in range(micro):
+            filled = 0
+            for b in range(per_part):
+                at = 0
+                for segment, index in enumerate(rows[a * per_micro + first + b], start=1):
+                    example = self.examples[index]
+                    size = len(example.tokens)
+                    tokens[a, b, at : at + size] = example.tokens
+                    positions[a, b, at : at + size] = np.arange(size)
+                    segment_ids[a, b, at : at + size] = segment
+                    where = slice(filled, filled + len(example.rows))
+                    target_rows[a, where] = (first + b) * self.row_tokens + at + example.rows
+                    ids[a, where] = _widened(example.ids, k, 0)
+                    logprobs[a, where] = _widened(example.logprobs, k, -np.inf)
+                    weight[a, where] = 1.0
+                    filled += len(example.rows)
+                    at += size
         return TrainBatch(tokens, positions, segment_ids, target_rows, ids, logprobs, weight)
 
 

@@ -2,17 +2,18 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from cartridges_jax import parallel
 from cartridges_jax.cartridge import PREFIX_AXES, KVPrefix
-from cartridges_jax.data.packing import BATCH_AXES, TrainBatch
+from cartridges_jax.data.packing import BATCH_AXES, PackingPlan, TrainBatch
 from cartridges_jax.distill.step import Combine, TrainState, train_step_function
 from cartridges_jax.models import ModelConfig
 
@@ -24,6 +25,23 @@ def batch_shardings(mesh: Mesh) -> TrainBatch:
     """Rows over data and fsdp; a packing plan of `row_parts` sees to it that they divide."""
     parts = parallel.row_parts(mesh)
     return TrainBatch(*(parallel.sharding(mesh, axes, [parts] * len(axes)) for axes in BATCH_AXES))
+
+
+def placed_batch(plan: PackingPlan, step: int, mesh: Mesh | None) -> TrainBatch:
+    """The batch of a step on the devices: every process makes the rows that lie on its own, and no others.
+
+    Args:
+      plan: of the mesh's `row_parts`.
+    """
+    if mesh is None:
+        return jax.device_put(plan.batch(step))
+    part = functools.cache(functools.partial(plan.part, step))
+
+    def placed(field: int, shape: tuple[int, ...], where: NamedSharding) -> Array:
+        size = shape[1] // plan.row_parts
+        return jax.make_array_from_callback(shape, where, lambda index: part((index[1].start or 0) // size)[field])
+
+    return TrainBatch(*map(placed, itertools.count(), plan.shapes, batch_shardings(mesh)))
 
 
 def state_shardings(

@@ -15,7 +15,7 @@ from cartridges_jax.cartridge import KVPrefix
 from cartridges_jax.data.packing import TrainBatch
 from cartridges_jax.distill.loss import divergence_per_token
 from cartridges_jax.models import Decoder, ModelConfig, lm_head
-from cartridges_jax.parallel import constrain, num_parts, on_mesh_of
+from cartridges_jax.parallel import constrain, num_parts, on_mesh_of, place
 
 # (params, frozen, trainable) -> (params, prefix): what is trained and where it goes.
 Combine = Callable[[Any, Any, Any], tuple[Any, KVPrefix]]
@@ -72,7 +72,7 @@ def init_state(
         refused_in_a_row=jnp.array(0, jnp.int32),
     )
     # Committed to a device as the step's outputs are, or the second step would compile anew.
-    return jax.device_put(state, jax.local_devices()[0] if shardings is None else shardings)
+    return jax.device_put(state, jax.local_devices()[0]) if shardings is None else place(state, shardings)
 
 
 def batch_loss(

@@ -18,11 +18,11 @@ from jax.sharding import Mesh
 
 from cartridges_jax import parallel
 from cartridges_jax.cartridge import KVPrefix
-from cartridges_jax.checkpoint import TrainCheckpoints
 from cartridges_jax.data.ahead import prepare_ahead
 from cartridges_jax.data.packing import Example, PackingPlan, TrainBatch, plan_packing
+from cartridges_jax.distill.checkpoints import SharedCheckpoints
 from cartridges_jax.distill.loss import TAILS
-from cartridges_jax.distill.sharding import Step, batch_shardings, state_shardings, step_on_mesh
+from cartridges_jax.distill.sharding import Step, placed_batch, state_shardings, step_on_mesh
 from cartridges_jax.distill.step import (
     TrainState,
     cartridge_trainable,
@@ -34,6 +34,7 @@ from cartridges_jax.distill.step import (
 )
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Model
+from cartridges_jax.parallel import ALONE, Job
 
 SCHEDULES = ("constant", "cosine")
 
@@ -156,7 +157,7 @@ def heldout_loss(model: Model, prefix: KVPrefix, trainable, plan: PackingPlan, t
     total, count = 0.0, 0.0
     for step in range(len(plan.steps)):
         loss, targets = eval_step(
-            model.config, combine_cartridge, model.params, prefix, trainable, _placed(plan.batch(step), model.mesh), tail=tail
+            model.config, combine_cartridge, model.params, prefix, trainable, placed_batch(plan, step, model.mesh), tail=tail
         )
         total, count = total + float(loss), count + float(targets)
     return total / count
@@ -164,11 +165,7 @@ def heldout_loss(model: Model, prefix: KVPrefix, trainable, plan: PackingPlan, t
 
 def _batches(plan: PackingPlan, steps: range, mesh: Mesh | None) -> contextlib.closing[Iterator[TrainBatch]]:
     """The batches of the given steps on the devices, packed and copied while earlier steps run."""
-    return contextlib.closing(prepare_ahead(lambda step: _placed(plan.batch(step), mesh), steps))
-
-
-def _placed(batch: TrainBatch, mesh: Mesh | None) -> TrainBatch:
-    return jax.device_put(batch) if mesh is None else parallel.place(batch, batch_shardings(mesh))
+    return contextlib.closing(prepare_ahead(lambda step: placed_batch(plan, step, mesh), steps))
 
 
 def _step_for(
@@ -191,6 +188,7 @@ def train(
     *,
     num_frozen: int,
     seed: int,
+    job: Job = ALONE,
     on_step: Callable[[int, float | None], None] = lambda step, loss: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> TrainResult:
@@ -203,9 +201,10 @@ def train(
       directory: where checkpoints of this run, and no other's, are kept.
       num_frozen: first slots that never change (paper: the attention sink).
       seed: of the data order.
+      job: the processes that train together; the model lies on a mesh of all their devices.
       on_step: called with (steps taken, that step's loss); first with the steps of
         earlier attempts and None.
-      should_stop: asked after every step.
+      should_stop: asked after every step; says the same in every process.
 
     Returns:
       The same result, bit for bit, however often the run was interrupted.
@@ -229,15 +228,14 @@ def train(
         )
     optimizer = make_optimizer(settings)
     initial = parallel.place_prefix(initial, mesh)
-    mask = learning_mask(initial.num_slots, num_frozen)[:, None]
+    mask = parallel.replicate(learning_mask(initial.num_slots, num_frozen)[:, None], mesh)
     trainable = cartridge_trainable(initial)
     shardings = None if mesh is None else state_shardings(mesh, optimizer, trainable)
     state = init_state(trainable, optimizer, shardings)
     history: dict[str, list[dict[str, float]]] = {"train": [], "heldout": []}
-    checkpoints = TrainCheckpoints(directory, settings.keep_checkpoints)
-    if checkpoints.latest_step() is not None:
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-        state, extra = checkpoints.restore(abstract)
+    checkpoints = SharedCheckpoints(directory, settings.keep_checkpoints, job)
+    if checkpoints.latest is not None:
+        state, extra = checkpoints.restore(state)
         history = extra["history"]
     done = int(state.step)
     on_step(done, None)
@@ -262,10 +260,6 @@ def train(
                 f"(the last good state is in {directory})"
             )
 
-    def save(step: int) -> None:
-        if checkpoints.latest_step() != step:
-            checkpoints.save(step, state, {"history": history})
-
     with contextlib.closing(checkpoints), _batches(plan, range(done, settings.steps), mesh) as batches:
         end_if_refused(int(state.refused_in_a_row), done)
         if done == 0:
@@ -284,7 +278,7 @@ def train(
             if last or step % settings.eval_every == 0:
                 measure_heldout(step)
             if saving or refused_in_a_row >= settings.max_refused_in_a_row:
-                save(step)
+                checkpoints.save(step, state, {"history": history})
             end_if_refused(refused_in_a_row, step)
             if stopping and not last:
                 raise StopRequested

@@ -19,7 +19,7 @@ from cartridges_jax.formats.tensors import TensorFile
 from cartridges_jax.models.apart import layers_apart, runs_apart
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.families import Names, read_gguf_metadata, read_hugging_face_config
-from cartridges_jax.models.sharding import param_shardings
+from cartridges_jax.models.sharding import param_shardings, params_on
 from cartridges_jax.models.weights import load_params
 from cartridges_jax.text.chat import ChatTemplate
 from cartridges_jax.text.tokenizer import Tokenizer, tokenizer_from_directory, tokenizer_from_gguf
@@ -72,6 +72,10 @@ class Model:
     def decode_params(self) -> Any:
         """The parameters as the sampler takes them: on one CPU with the layers apart."""
         return layers_apart(self.params, self.config) if runs_apart(self.params) else self.params
+
+    def on(self, part: Mesh) -> Model:
+        """The same on one of its mesh's `parallel.independent_parts`, of which this process has devices."""
+        return dataclasses.replace(self, params=params_on(self.params, part), mesh=part)
 
     @property
     def layers_apart(self) -> bool:

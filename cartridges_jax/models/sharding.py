@@ -1,6 +1,10 @@
 """Where a model's parameters lie on a mesh."""
 from __future__ import annotations
 
+from typing import Any
+
+import jax
+from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
 from cartridges_jax import parallel
@@ -34,6 +38,18 @@ def param_shardings(config: ModelConfig, mesh: Mesh) -> ShardingOf:
         return parallel.sharding(mesh, axes[path], sizes)
 
     return sharding_of
+
+
+def params_on(params: Any, part: Mesh) -> Any:
+    """Parameters on a part of their mesh that holds all of them; nothing is copied."""
+    devices = set(part.devices.flat)
+
+    def here(leaf: Array) -> Array:
+        where = NamedSharding(part, leaf.sharding.spec)
+        shards = [shard.data for shard in leaf.addressable_shards if shard.device in devices]
+        return jax.make_array_from_single_device_arrays(leaf.shape, where, shards)
+
+    return jax.tree.map(here, params)
 
 
 def undivided(config: ModelConfig, mesh: Mesh) -> list[str]:

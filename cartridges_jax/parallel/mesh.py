@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from cartridges_jax.errors import UserError
@@ -64,3 +65,26 @@ def make_mesh(line: str, devices: Sequence[jax.Device] | None = None) -> Mesh | 
     return jax.make_mesh(
         tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices
     )
+
+
+def independent_parts(mesh: Mesh) -> list[Mesh]:
+    """The mesh cut along `data` into parts whose processes have devices in no other part.
+
+    Parameters are not split over `data`, so every part holds all of the model, and its
+    processes can run programs of their own while others run theirs. A mesh of one process
+    is one part, and so is one whose other axes span all processes.
+    """
+    processes = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    return [Mesh(mesh.devices[rows], mesh.axis_names, axis_types=mesh.axis_types) for rows in _unshared_rows(processes)]
+
+
+def _unshared_rows(labels: np.ndarray) -> list[list[int]]:
+    """Rows of labels [R, …] in groups, so that no label occurs in two: groups and rows in ascending order."""
+    groups: list[tuple[list[int], set[int]]] = []
+    for row in range(len(labels)):
+        rows, seen = [row], set(labels[row].flat)
+        for group in [group for group in groups if group[1] & seen]:
+            groups.remove(group)
+            rows, seen = group[0] + rows, group[1] | seen
+        groups.append((sorted(rows), seen))
+    return sorted(rows for rows, _ in groups)

@@ -34,10 +34,17 @@ def place(tree: Any, shardings: Any) -> Any:
 
 
 def _place(value: Any, where: NamedSharding) -> Array:
-    if isinstance(value, jax.Array):
+    if isinstance(value, jax.Array) and value.is_fully_addressable <= where.is_fully_addressable:
         return jax.device_put(value, where)
+    # Of this process alone, or NumPy's: every process has the same, and JAX need not compare them.
     value = np.asarray(value)
     return jax.make_array_from_callback(value.shape, where, lambda index: value[index])
+
+
+def replicate(tree: Any, mesh: Mesh | None) -> Any:
+    """Arrays that every device has all of; on the default device without a mesh."""
+    where = everywhere(mesh)
+    return jax.device_put(tree) if where is None else jax.tree.map(lambda value: _place(value, where), tree)
 
 
 def place_prefix(prefix: KVPrefix, mesh: Mesh | None, *, in_use: bool = False) -> KVPrefix:

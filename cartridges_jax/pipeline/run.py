@@ -29,7 +29,7 @@ from cartridges_jax.evaluation.evaluate import evaluate
 from cartridges_jax.evaluation.report import print_summary, write_report
 from cartridges_jax.models import Model, load_model
 from cartridges_jax.models.sharding import undivided
-from cartridges_jax.parallel import make_mesh, row_parts
+from cartridges_jax.parallel import ALONE, Job, make_mesh, row_parts
 from cartridges_jax.pipeline.config import RunConfig
 from cartridges_jax.pipeline.inputs import check_paths, freeze_questions, read_inputs
 from cartridges_jax.pipeline.preflight import longest_evaluated, refuse_what_cannot_work
@@ -51,28 +51,38 @@ _EVALUATE_CODE = (
 _CODE = {"study": _STUDY_CODE, "train": _TRAIN_CODE, "evaluate": _EVALUATE_CODE}
 
 
-def run(config: RunConfig, path: Path, *, say: Callable[[str], None] = print) -> dict[str, Any]:
+def run(
+    config: RunConfig, path: Path, *, job: Job = ALONE, say: Callable[[str], None] = print
+) -> dict[str, Any] | None:
     """Takes a document to a cartridge and its report, or takes up where a run was stopped.
 
     Args:
       config: what to do.
       path: the workdir; `cartridge/`, `report.json` and `report.html` end up there.
-      say: is told what happens.
+      job: the processes that do it together; each calls this function.
+      say: is told what happens, in the first process.
 
     Returns:
-      The report.
+      The report, in the first process.
 
     Raises:
       UserError: bad input, found before expensive work where that is possible.
       Interrupted: SIGINT or SIGTERM came; the same call goes on from there.
     """
     config.check()
-    config = config.with_weights_chosen()
+    # One choice for all hosts, whose processors may differ.
+    config = dataclasses.replace(config, weights=job.from_first(lambda: config.with_weights_chosen().weights))
     check_paths(config)
     mesh = make_mesh(config.mesh)
+    if mesh is None and job.num_processes > 1:
+        raise UserError(f"{job.num_processes} processes need a mesh over their devices, such as --config.mesh=data:-1")
     check_rows(config.train.rows_per_step, config.train.micro_batches, row_parts(mesh))
-    workdir = Workdir(path)
-    with workdir.held(), StopSignals() as signals:
+    workdir = Workdir(path, job)
+    if not job.is_first:
+        say = _say_nothing
+    with workdir.held(), StopSignals(job) as signals:
+        if job.num_processes > 1:
+            say(f"{job.num_processes} processes")
         kept = f", its matrices in {config.weights}" if config.weights else ""
         say(f"loading {config.model} in {config.dtype}{kept}")
         model = load_model(
@@ -84,22 +94,33 @@ def run(config: RunConfig, path: Path, *, say: Callable[[str], None] = print) ->
             for words in undivided(model.config, mesh) + undivided_slots(config.cartridge.num_slots, mesh):
                 say(words)
         signals.check()
-        return _Run(config, workdir, model, signals, say).report()
+        return _Run(config, workdir, model, job, signals, say).report()
+
+
+def _say_nothing(text: str) -> None:
+    """What other processes than the first do with what the first one says."""
 
 
 class _Run:
     """The stages of one run, in order; each asks for what it needs from those before."""
 
     def __init__(
-        self, config: RunConfig, workdir: Workdir, model: Model, signals: StopSignals, say: Callable[[str], None]
+        self,
+        config: RunConfig,
+        workdir: Workdir,
+        model: Model,
+        job: Job,
+        signals: StopSignals,
+        say: Callable[[str], None],
     ):
-        self.config, self.workdir, self.model, self.signals, self.say = config, workdir, model, signals, say
+        self.config, self.workdir, self.model, self.job, self.signals, self.say = config, workdir, model, job, signals, say
         self.document, self.questions = read_inputs(config, model.tokenizer)
         self.document_tokens = len(model.tokenizer.encode(self.document.text))
         # Now, because the files may change under a long run.
         self._code = {name: code_hash(*parts) for name, parts in _CODE.items()}
         refuse_what_cannot_work(config, model, self.document, self.questions, workdir)
-        freeze_questions(workdir, self.questions)
+        if job.is_first:
+            freeze_questions(workdir, self.questions)
         say(
             f"{self.document.name}: {self.document_tokens:,} tokens, {len(self.questions)} questions; "
             f"cartridge of {config.cartridge.num_slots} slots"
@@ -136,12 +157,13 @@ class _Run:
 
         def converse(**callbacks) -> list[Conversation]:
             return synthesise(
-                self.model, self.document, stage.directory, self.config.study, seed=self.config.seed, **callbacks
+                self.model, self.document, stage.directory, self.config.study, seed=self.config.seed, job=self.job,
+                **callbacks,
             )
 
         if stage.done:
             return stage, converse()
-        with stage.clock() as clock, progress("study", self.config.study.conversations) as bar:
+        with stage.clock() as clock, self._bar("study", self.config.study.conversations) as bar:
 
             def heartbeat() -> None:
                 clock.tick()
@@ -150,6 +172,9 @@ class _Run:
             conversations = converse(on_progress=bar.at, heartbeat=heartbeat)
         stage.finish({"conversations": len(conversations)})
         return stage, conversations
+
+    def _bar(self, name: str, total: int):
+        return progress(name, total, shown=self.job.is_first)
 
     def _split(self, conversations: list[Conversation]) -> tuple[list[Conversation], list[Conversation], int]:
         """(to train on, held out, dropped because they are evaluation questions)."""
@@ -182,7 +207,8 @@ class _Run:
             cartridge = load_cartridge(directory)
         except UserError as error:
             raise UserError(f"{error} (to train it again, delete {stage.directory})") from None
-        self._publish(stage, cartridge)
+        if self.job.is_first:
+            self._publish(stage, cartridge)
         return stage, cartridge
 
     def _train(self, stage: Stage, conversations: list[Conversation], directory: Path, clock) -> None:
@@ -195,7 +221,7 @@ class _Run:
             )
         chat = model.chat
         initial = initialise_from_first_tokens(model, self.document.text, config.cartridge.num_slots)
-        with progress("train", config.train.steps) as bar:
+        with self._bar("train", config.train.steps) as bar:
 
             def on_step(step: int, loss: float | None) -> None:
                 bar.at(step, note="" if loss is None else f"loss {loss:.3f}")
@@ -207,10 +233,12 @@ class _Run:
                     [render_example(c, chat, targets=config.train.targets) for c in learned],
                     [render_example(c, chat) for c in heldout],
                     config.train, stage.directory / "checkpoints",
-                    num_frozen=config.cartridge.num_frozen, seed=config.seed,
+                    num_frozen=config.cartridge.num_frozen, seed=config.seed, job=self.job,
                     on_step=on_step, should_stop=self.signals.requested,
                 )
             except StopRequested:
+                # Nobody leaves before the first process has saved the state.
+                self.job.wait_for_all()
                 self.signals.check()
                 raise
         metadata = CartridgeMetadata.of(
@@ -222,7 +250,8 @@ class _Run:
             step=config.train.steps,
             config=dataclasses.asdict(config),
         )
-        save_cartridge(directory, result.prefix, metadata)
+        if self.job.is_first:
+            save_cartridge(directory, result.prefix, metadata)
         stage.finish({
             "history": result.history,
             "refused_steps": result.refused,
@@ -255,7 +284,7 @@ class _Run:
         if stage.done:
             return stage
         heldout = self._split(conversations)[1]
-        with stage.clock() as clock, progress("evaluate", 1) as bar:
+        with stage.clock() as clock, self._bar("evaluate", 1) as bar:
 
             def advance(done: int, total: int) -> None:
                 bar.at(done, total)
@@ -278,11 +307,13 @@ class _Run:
         places = np.linspace(0, len(self.questions) - 1, limit).round().astype(int)
         return [self.questions[i] for i in places]
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> dict[str, Any] | None:
         """Runs what is missing and writes the report."""
         study_stage, conversations = self.study()
         train_stage, cartridge = self.train(study_stage, conversations)
         evaluate_stage = self.evaluate(train_stage, cartridge, conversations)
+        if not self.job.is_first:
+            return None
         trained, measured = train_stage.result(), evaluate_stage.result()
         seconds = {
             "synthesis": study_stage.spent(), "training": train_stage.spent(), "evaluation": evaluate_stage.spent(),

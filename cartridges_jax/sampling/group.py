@@ -253,7 +253,7 @@ class Group:
     def _settings(self) -> programs.Rows:
         """The rows' settings on the device, made anew when rows have changed hands."""
         if self._rows is None:
-            self._rows = jax.device_put(_rows_of(self._occupants), parallel.everywhere(self._model.mesh))
+            self._rows = parallel.replicate(_rows_of(self._occupants), self._model.mesh)
         return self._rows
 
 

@@ -1,0 +1,82 @@
+"""A job of several processes on this machine, for tests and for debugging what will run on many hosts."""
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import TextIO
+
+
+def run_locally(command: Sequence[str], *, num_processes: int, num_devices: int = 0, grace_seconds: float = 20.0) -> int:
+    """Runs a Python program as a job of several processes, and returns when all have ended.
+
+    Every line that a process writes comes out with its number in front, such as "[1] ". SIGINT
+    and SIGTERM are passed on to all. When one process fails, the others have `grace_seconds` to
+    end by themselves, and say why, before they are killed.
+
+    Args:
+      command: the program's file and arguments; the flags of `start_job` are added to them.
+      num_devices: CPU devices of each process; 0 leaves the devices as they are.
+
+    Returns:
+      The exit code of the first process that failed, 128 + its number if a signal ended it;
+      0 if none did.
+    """
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    env = dict(os.environ)
+    if num_devices:
+        env |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(num_devices)}
+    flags = ["--distributed=on", f"--coordinator=localhost:{port}", f"--num_processes={num_processes}"]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *command, *flags, f"--process_id={number}"], env=env, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", process_group=0,
+        )
+        for number in range(num_processes)
+    ]  # fmt: skip
+    readers = [
+        threading.Thread(target=_copy_lines, args=(f"[{number}] ", stream, out))
+        for number, process in enumerate(processes)
+        for stream, out in ((process.stdout, sys.stdout), (process.stderr, sys.stderr))
+    ]
+    for reader in readers:
+        reader.start()
+
+    def pass_on(signum: int, frame) -> None:
+        for process in processes:
+            process.send_signal(signum)
+
+    before = {signum: signal.signal(signum, pass_on) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return _wait(processes, grace_seconds)
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+        for process in processes:
+            process.kill()
+        for reader in readers:
+            reader.join()
+
+
+def _wait(processes: Sequence[subprocess.Popen], grace_seconds: float) -> int:
+    failed, give_up_at = 0, float("inf")
+    while any(process.poll() is None for process in processes) and time.monotonic() < give_up_at:
+        codes = [process.returncode for process in processes if process.returncode]
+        if codes and not failed:
+            failed, give_up_at = codes[0], time.monotonic() + grace_seconds
+        time.sleep(0.05)
+    failed = failed or next((process.returncode for process in processes if process.returncode), 0)
+    return failed if failed >= 0 else 128 - failed
+
+
+def _copy_lines(prefix: str, stream: TextIO, out: TextIO) -> None:
+    for line in stream:
+        out.write(f"{prefix}{line}")
+        out.flush()

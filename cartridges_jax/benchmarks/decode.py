@@ -15,8 +15,7 @@ from typing import Any
 from cartridges_jax.benchmarks import figures
 from cartridges_jax.benchmarks.decode_sides import CARTRIDGE, DOCUMENT, LlamaCpp, Ours, Side, TransformersPeft, Vllm, Work
 from cartridges_jax.benchmarks.inputs import COMMON, Common, config_dict, prompts_of_length, read_model
-from cartridges_jax.benchmarks.limits import decode_bytes, decode_flops, kv_bytes_per_token, step_seconds_at_least
-from cartridges_jax.benchmarks.machine import Ceilings
+from cartridges_jax.benchmarks.machine import Ceilings, step_seconds_at_least
 from cartridges_jax.benchmarks.peers import LLAMA_CPP, TRANSFORMERS, VLLM, Absent, hugging_face
 from cartridges_jax.benchmarks.peers.vllm_cpu import HOW_TO_INSTALL
 from cartridges_jax.benchmarks.results import Result, say_absent
@@ -34,6 +33,7 @@ from cartridges_jax.distill.initialise import initialise_from_first_tokens
 from cartridges_jax.errors import UserError
 from cartridges_jax.formats.sources import locate
 from cartridges_jax.models import Model
+from cartridges_jax.models.costs import decode_bytes, decode_flops, kv_bytes_per_token
 from cartridges_jax.quantized import num_bytes
 
 NAME = "decode"

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cartridges_jax.benchmarks.limits import layer_matmul_shapes, layer_weights
 from cartridges_jax.benchmarks.timing import Times
 from cartridges_jax.models import ModelConfig
+from cartridges_jax.models.costs import layer_matmul_shapes, layer_weights
 
 MATMUL, BANDWIDTH = "ceiling: matmul", "ceiling: memory"
 # Well beyond the last-level cache of a desktop or a cloud slice.
@@ -102,3 +102,8 @@ def _processor() -> str:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def step_seconds_at_least(flops: float, num_bytes_read: float, machine: dict[str, Any]) -> float:
+    """The roofline: neither the products nor the reads can be faster."""
+    return max(flops / (machine["matmul_gflops"] * 1e9), num_bytes_read / (machine["bandwidth_gb_s"] * 1e9))

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 from cartridges_jax.benchmarks import figures
 from cartridges_jax.benchmarks.inputs import COMMON, STUDY, Common, config_dict, read_model
-from cartridges_jax.benchmarks.limits import layer_weights
 from cartridges_jax.benchmarks.machine import Ceilings
 from cartridges_jax.benchmarks.peers import TRANSFORMERS, hugging_face
 from cartridges_jax.benchmarks.results import Bar, Result, say_absent
@@ -25,6 +24,7 @@ from cartridges_jax.corpus.documents import Document, read_document
 from cartridges_jax.data.conversations import Conversation, read_shard
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Model, ModelConfig
+from cartridges_jax.models.costs import layer_weights
 from cartridges_jax.selfstudy.plan import plan_batches
 from cartridges_jax.selfstudy.seeds import FAMILIES
 from cartridges_jax.selfstudy.synthesis import SynthesisSettings, synthesise

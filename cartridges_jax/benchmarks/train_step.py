@@ -25,7 +25,6 @@ from cartridges_jax.benchmarks.inputs import (
     read_conversations,
     read_model,
 )
-from cartridges_jax.benchmarks.limits import distillation_flops
 from cartridges_jax.benchmarks.machine import Ceilings
 from cartridges_jax.benchmarks.peers import TRANSFORMERS, hugging_face
 from cartridges_jax.benchmarks.results import Result, say_absent
@@ -38,6 +37,7 @@ from cartridges_jax.distill.step import cartridge_trainable, combine_cartridge, 
 from cartridges_jax.distill.trainer import TrainSettings, make_optimizer
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Model
+from cartridges_jax.models.costs import distillation_flops
 
 NAME = "train_step"
 

@@ -1,6 +1,6 @@
 """The same work on one device and on meshes of eight, in a process of its own; results go to a pickle.
 
-    python tests/eight_devices.py train|compile|sample|evaluate MODEL.gguf OUT.pickle MESH…
+    python tests/eight_devices.py train|compile|sample|evaluate MODEL.gguf OUT.pickle WEIGHTS MESH…
 
 OUT holds {mesh: results}; the mesh "" is one device.
 """
@@ -20,11 +20,11 @@ import numpy as np
 STEPS, SLOTS = 20, 16
 
 
-def results_of(work: str, model: Path, meshes: list[str], directory: Path) -> dict[str, dict]:
-    """Starts this program and reads what it leaves."""
+def results_of(work: str, model: Path, meshes: list[str], directory: Path, weights: str = "") -> dict[str, dict]:
+    """Starts this program and reads what it leaves; `weights` as of `load_model`."""
     out = directory / f"{work}.pickle"
     done = subprocess.run(
-        [sys.executable, __file__, work, str(model), str(out), *meshes],
+        [sys.executable, __file__, work, str(model), str(out), weights, *meshes],
         env={**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -75,13 +75,13 @@ def compiled(model) -> dict:
 
     from cartridges_jax import parallel
     from cartridges_jax.data.packing import plan_packing
-    from cartridges_jax.distill.sharding import batch_shardings, row_parts, state_shardings, step_on_mesh
+    from cartridges_jax.distill.sharding import batch_shardings, state_shardings, step_on_mesh
     from cartridges_jax.distill.step import cartridge_trainable, combine_cartridge, init_state, learning_mask
 
     initial, examples = task(model)
     mesh, optimizer = model.mesh, optax.adam(1e-2)
     plan = plan_packing(
-        examples, num_steps=1, rows_per_step=16, row_tokens=48, micro_batches=2, row_parts=row_parts(mesh)
+        examples, num_steps=1, rows_per_step=16, row_tokens=48, micro_batches=2, row_parts=parallel.row_parts(mesh)
     )
     initial = parallel.place_prefix(initial, mesh)
     trainable = cartridge_trainable(initial)
@@ -147,8 +147,8 @@ def main() -> None:
     from cartridges_jax.models import load_model
     from cartridges_jax.parallel import make_mesh
 
-    work, path, out, *meshes = sys.argv[1:]
-    results = {mesh: WORKS[work](load_model(path, mesh=make_mesh(mesh))) for mesh in meshes}
+    work, path, out, weights, *meshes = sys.argv[1:]
+    results = {mesh: WORKS[work](load_model(path, weights=weights, mesh=make_mesh(mesh))) for mesh in meshes}
     Path(out).write_bytes(pickle.dumps(results))
 
 

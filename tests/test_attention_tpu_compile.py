@@ -55,7 +55,7 @@ def compiled(mesh, *, B, T, N, K, H, P, dtype=jnp.bfloat16, bias=True, window=0,
 
 
 def one_chip(devices) -> Mesh:
-    return Mesh(devices[:1].reshape(1, 1), ("data", "tensor"))
+    return Mesh(devices[:1].reshape(1, 1, 1), ("data", "fsdp", "tensor"))
 
 
 def test_scores_of_llama_31_8b_stay_on_the_chip(devices):
@@ -84,7 +84,7 @@ def test_other_sizes_compile(devices, sizes):
 
 
 def test_on_a_mesh_only_the_gradient_of_the_prefix_is_sent(devices):
-    mesh = Mesh(devices.reshape(2, 2), ("data", "tensor"))
+    mesh = Mesh(devices.reshape(2, 1, 2), ("data", "fsdp", "tensor"))
     program = compiled(mesh, B=2, T=512, N=8, K=2, H=128, P=512).as_text()
     assert program.count("tpu_custom_call") == 4
     collectives = r"(all-gather|all-to-all|collective-permute|reduce-scatter|all-reduce)(?:-start)?\("

@@ -39,6 +39,16 @@ def test_twenty_steps_on_a_mesh_make_the_cartridge_of_one_device(trained, mesh):
     assert difference(found["values"], expected["values"]) < 1e-5
 
 
+@pytest.mark.parametrize("weights", ["int8", "bfloat16"])
+def test_steps_with_small_weights_on_a_mesh_are_those_of_one_device(tiny_gguf, tmp_path, weights):
+    mesh = "data:2,fsdp:2,tensor:2"
+    results = results_of("train", tiny_gguf, ["", mesh], tmp_path, weights)
+    # A last digit decides how a number is rounded to bfloat16.
+    rtol = 1e-5 if weights == "int8" else 1e-3
+    np.testing.assert_allclose(results[mesh]["train"], results[""]["train"], rtol=rtol)
+    np.testing.assert_allclose(results[mesh]["heldout"], results[""]["heldout"], rtol=rtol)
+
+
 @pytest.fixture(scope="module")
 def compiled(tiny_gguf, tmp_path_factory):
     return results_of("compile", tiny_gguf, MIXED, tmp_path_factory.mktemp("compiled"))

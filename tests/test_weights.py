@@ -271,12 +271,12 @@ import jax; jax.config.update("jax_num_cpu_devices", 8); jax.config.update("jax_
 import numpy as np
 from cartridges_jax.models import load_model
 from cartridges_jax.parallel import make_mesh
-for weights in ("", "int8"):
+for weights in ("", "int8", "bfloat16"):
     plain = load_model(sys.argv[2], weights=weights)
     spread = load_model(sys.argv[2], weights=weights, mesh=make_mesh("fsdp:4,tensor:2"))
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), spread.params, plain.params)
     q_proj = spread.params["layers"]["0"]["q_proj"]
-    q_proj = q_proj.values if weights else q_proj
+    q_proj = {"": lambda q: q, "int8": lambda q: q.values, "bfloat16": lambda q: q.bits}[weights](q_proj)
     assert {s.data.shape for s in q_proj.addressable_shards} == {(3, 16, 32)}, q_proj.sharding
 print("sharded as asked")
 """

@@ -2,9 +2,9 @@
 
 XLA cannot partition a Pallas kernel, so a kernel runs under `shard_map`, over the mesh in
 context (`jax.set_mesh`, or `jax.sharding.use_abstract_mesh` while a program is traced).
-The rows of a batch lie over `data` and `fsdp`, key/value heads with their query heads over
-`tensor`, as far as these axes divide them; what they do not divide is computed by every
-device. All devices that have a head see the whole prefix of it.
+The rows of a batch and the key/value heads, with their query heads, lie as `parallel.rules`
+says; what its axes do not divide is computed by every device. All devices that have a head
+see the whole prefix of it.
 """
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ import jax
 from jax import Array
 from jax.sharding import AbstractMesh, PartitionSpec
 
-ROW_AXES = ("data", "fsdp")
-HEAD_AXES = ("tensor",)
+from cartridges_jax.parallel import RULES, dividing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,15 +67,5 @@ def layout_in_context(num_rows: int, num_kv_heads: int) -> Layout:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes:
         return Layout(None)
-    return Layout(mesh, _dividing(mesh, ROW_AXES, num_rows), _dividing(mesh, HEAD_AXES, num_kv_heads))
-
-
-def _dividing(mesh: AbstractMesh, axes: tuple[str, ...], size: int) -> tuple[str, ...]:
-    """The mesh's axes of these, from the first on, that divide the size together."""
-    kept: tuple[str, ...] = ()
-    for axis in (axis for axis in axes if axis in mesh.axis_names):
-        if size % mesh.shape[axis]:
-            break
-        kept += (axis,)
-        size //= mesh.shape[axis]
-    return kept
+    rows, heads = RULES["rows"].in_use, RULES["kv_heads"].in_use
+    return Layout(mesh, dividing(mesh, rows, num_rows), dividing(mesh, heads, num_kv_heads))

@@ -20,14 +20,9 @@ from cartridges_jax.models import ModelConfig
 Step = Callable[[Any, KVPrefix, Array, TrainState, TrainBatch], tuple[TrainState, dict[str, Array]]]
 
 
-def row_parts(mesh: Mesh | None) -> int:
-    """Into how many parts a mesh splits the rows of a batch."""
-    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-
-
 def batch_shardings(mesh: Mesh) -> TrainBatch:
     """Rows over data and fsdp; a packing plan of `row_parts` sees to it that they divide."""
-    parts = row_parts(mesh)
+    parts = parallel.row_parts(mesh)
     return TrainBatch(*(parallel.sharding(mesh, axes, [parts] * len(axes)) for axes in BATCH_AXES))
 
 

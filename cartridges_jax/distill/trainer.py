@@ -22,7 +22,7 @@ from cartridges_jax.checkpoint import TrainCheckpoints
 from cartridges_jax.data.ahead import prepare_ahead
 from cartridges_jax.data.packing import Example, PackingPlan, TrainBatch, plan_packing
 from cartridges_jax.distill.loss import TAILS
-from cartridges_jax.distill.sharding import Step, batch_shardings, row_parts, state_shardings, step_on_mesh
+from cartridges_jax.distill.sharding import Step, batch_shardings, state_shardings, step_on_mesh
 from cartridges_jax.distill.step import (
     TrainState,
     cartridge_trainable,
@@ -219,13 +219,13 @@ def train(
     mesh = model.mesh
     plan = plan_packing(
         examples, num_steps=settings.steps, rows_per_step=settings.rows_per_step,
-        row_tokens=settings.row_tokens, micro_batches=settings.micro_batches, row_parts=row_parts(mesh), seed=seed,
+        row_tokens=settings.row_tokens, micro_batches=settings.micro_batches, row_parts=parallel.row_parts(mesh), seed=seed,
     )
     heldout_plan = None
     if heldout:
         heldout_plan = plan_packing(
             heldout, num_steps=None, rows_per_step=settings.rows_per_step // settings.micro_batches,
-            row_tokens=settings.row_tokens, micro_batches=1, row_parts=row_parts(mesh),
+            row_tokens=settings.row_tokens, micro_batches=1, row_parts=parallel.row_parts(mesh),
         )
     optimizer = make_optimizer(settings)
     initial = parallel.place_prefix(initial, mesh)

@@ -10,9 +10,9 @@ with parameters on one device nothing is partitioned and nothing is constrained.
 from cartridges_jax.parallel.constraints import constrain, num_parts, on_mesh_of
 from cartridges_jax.parallel.mesh import make_mesh, parse_mesh
 from cartridges_jax.parallel.placement import everywhere, fetch, place, place_prefix, zeros
-from cartridges_jax.parallel.rules import RULES, partition, sharding
+from cartridges_jax.parallel.rules import RULES, dividing, partition, row_parts, sharding
 
 __all__ = [
-    "RULES", "constrain", "everywhere", "fetch", "make_mesh", "num_parts", "on_mesh_of", "parse_mesh", "partition",
-    "place", "place_prefix", "sharding", "zeros",
+    "RULES", "constrain", "dividing", "everywhere", "fetch", "make_mesh", "num_parts", "on_mesh_of", "parse_mesh",
+    "partition", "place", "place_prefix", "row_parts", "sharding", "zeros",
 ]

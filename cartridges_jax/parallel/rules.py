@@ -6,6 +6,7 @@ array is kept, and how it lies when it is computed with, where the two differ.
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -94,6 +95,11 @@ def dividing(mesh: Mesh | AbstractMesh, rule: Sequence[str], size: int) -> tuple
         kept.append(axis)
         size //= mesh.shape[axis]
     return tuple(kept)
+
+
+def row_parts(mesh: Mesh | None) -> int:
+    """Into how many parts a mesh splits the rows of a batch that all its axes for rows divide."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES["rows"].in_use)
 
 
 def sharding(

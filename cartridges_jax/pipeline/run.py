@@ -21,7 +21,7 @@ from cartridges_jax.data.conversations import Conversation
 from cartridges_jax.data.decontaminate import split_contaminated
 from cartridges_jax.data.packing import check_rows, render_example
 from cartridges_jax.distill.initialise import initialise_from_first_tokens
-from cartridges_jax.distill.sharding import row_parts, undivided_slots
+from cartridges_jax.distill.sharding import undivided_slots
 from cartridges_jax.distill.trainer import StopRequested, train
 from cartridges_jax.errors import UserError
 from cartridges_jax.evaluation.conditions import conditions
@@ -29,7 +29,7 @@ from cartridges_jax.evaluation.evaluate import evaluate
 from cartridges_jax.evaluation.report import print_summary, write_report
 from cartridges_jax.models import Model, load_model
 from cartridges_jax.models.sharding import undivided
-from cartridges_jax.parallel import make_mesh
+from cartridges_jax.parallel import make_mesh, row_parts
 from cartridges_jax.pipeline.config import RunConfig
 from cartridges_jax.pipeline.inputs import check_paths, freeze_questions, read_inputs
 from cartridges_jax.pipeline.preflight import longest_evaluated, refuse_what_cannot_work

@@ -11,9 +11,10 @@ from jax.sharding import Mesh
 from cartridges_jax.ahead import inputs
 from cartridges_jax.ahead.job import STEPS_PER_DISPATCH, TOKENS_PER_READ, Job
 from cartridges_jax.data.packing import check_rows
-from cartridges_jax.distill.sharding import row_parts, step_on_mesh
+from cartridges_jax.distill.sharding import step_on_mesh
 from cartridges_jax.distill.step import combine_cartridge
 from cartridges_jax.distill.trainer import make_optimizer
+from cartridges_jax.parallel import row_parts
 from cartridges_jax.sampling import programs
 from cartridges_jax.sampling.buckets import READ_CHUNK, prompt_bucket, read_rows, slot_bucket
 from cartridges_jax.sampling.select import GREEDY, Choice

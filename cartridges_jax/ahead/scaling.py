@@ -9,8 +9,8 @@ from cartridges_jax.ahead.hardware import Chip
 from cartridges_jax.ahead.job import Job
 from cartridges_jax.ahead.tables import table
 from cartridges_jax.ahead.topology import of_size
-from cartridges_jax.distill.sharding import row_parts
 from cartridges_jax.errors import UserError
+from cartridges_jax.parallel import row_parts
 
 SIZES = tuple(2**power for power in range(10))
 # What part of the devices' gain is still a gain.

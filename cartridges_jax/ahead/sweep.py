@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from cartridges_jax.ahead.check import Check, check, mesh_of, with_micro_batches
 from cartridges_jax.ahead.job import Job
 from cartridges_jax.ahead.topology import Topology
-from cartridges_jax.distill.sharding import row_parts
 from cartridges_jax.errors import UserError
+from cartridges_jax.parallel import row_parts
 
 
 def meshes(num_devices: int, job: Job) -> Iterator[str]:

@@ -26,9 +26,9 @@ def main() -> None:
         raise UserError("give --config=experiments/pods/llama31_8b_v5e16.py (or another)")
     from cartridges_jax.ahead.run import run
     from cartridges_jax.pipeline.config import from_config_dict
-    from cartridges_jax.pipeline.pod import job_of
+    from cartridges_jax.pipeline.pod import draft_of
 
-    run(job_of(from_config_dict(_CONFIG.value)), programs=_PROGRAMS.value, sweep=_SWEEP.value, scaling=_SCALING.value)
+    run(draft_of(from_config_dict(_CONFIG.value)), programs=_PROGRAMS.value, sweep=_SWEEP.value, scaling=_SCALING.value)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from ahead_jobs import ROOT, compile_ahead, records, toy_flags, toy_job
+from ahead_drafts import ROOT, compile_ahead, records, toy_flags, toy_draft
 from jax.sharding import Mesh
 
 from cartridges_jax.ahead.check import with_micro_batches
@@ -23,7 +23,7 @@ from cartridges_jax.models.decoder import abstract_params
 from cartridges_jax.models.published import PUBLISHED, config_without_weights
 from cartridges_jax.models.weights import abstract_loaded
 from cartridges_jax.pipeline.config import from_config_dict
-from cartridges_jax.pipeline.pod import job_of, pod_config
+from cartridges_jax.pipeline.pod import draft_of, pod_config
 
 KEYS = [
     "program", "topology", "devices", "mesh", "bytes_per_device", "fits", "collectives", "collective_bytes", "flops_per_device",
@@ -65,11 +65,11 @@ def test_every_published_model_has_a_pod_of_every_kind():
         spec.loader.exec_module(module)
         assert f"--config=experiments/pods/{path.name}" in module.__doc__
         config = from_config_dict(module.get_config())
-        job = job_of(config)
+        draft = draft_of(config)
         sizes = dict(part.split(":") for part in config.mesh.split(","))
         assert math.prod(map(int, sizes.values())) == num_devices(config.pod.topology), path.name
         rows = int(sizes.get("data", 1)) * int(sizes.get("fsdp", 1))
-        assert with_micro_batches(job, rows).train.micro_batches == config.train.micro_batches, path.name
+        assert with_micro_batches(draft, rows).train.micro_batches == config.train.micro_batches, path.name
         found.add((config.model, config.pod.topology.split(":")[0]))
     names = set(PUBLISHED) - {"smollm2-135m-instruct"}
     assert found == {(name, chip) for name in names for chip in CHIPS}
@@ -98,41 +98,41 @@ def test_the_flops_of_llama_31_8b_are_those_of_a_hand_count():
     config = pod_config(
         "meta-llama/Llama-3.1-8B-Instruct", topology="v5e:4x4", mesh="data:4,tensor:4", micro_batches=8
     )
-    job = job_of(from_config_dict(config))
+    draft = draft_of(from_config_dict(config))
     tokens = 32 * 2048
     weights = 32 * (4096 * 4096 * 2 + 4096 * 1024 * 2 + 3 * 4096 * 14336)
     seen = 32 * 4 * (512 * 2048 + 512 * 513 // 2)
     layers = 3 * 2 * tokens * weights + 4 * 32 * seen * 4 * 4096  # forward, once more, backward (of attention: twice)
     head = 2 * 2 * (32 * 1536) * 4096 * 128256
     assert weights == 6_979_321_856
-    assert sum(total_work("train", job)) == pytest.approx(layers + head, rel=1e-9)
-    assert sum(total_work("train", job)) / 16 == pytest.approx(1.978e14, rel=0.02)
+    assert sum(total_work("train", draft)) == pytest.approx(layers + head, rel=1e-9)
+    assert sum(total_work("train", draft)) / 16 == pytest.approx(1.978e14, rel=0.02)
 
 
 def test_what_a_mesh_does_not_divide_every_device_computes(tmp_path):
-    job = toy_job(tmp_path / "toy")
-    whole = sum(total_work("train", job))
-    assert flops_per_device("train", job, abstract_mesh()) == pytest.approx(whole)
-    assert flops_per_device("train", job, abstract_mesh(data=2, tensor=2)) == pytest.approx(whole / 4)
+    draft = toy_draft(tmp_path / "toy")
+    whole = sum(total_work("train", draft))
+    assert flops_per_device("train", draft, abstract_mesh()) == pytest.approx(whole)
+    assert flops_per_device("train", draft, abstract_mesh(data=2, tensor=2)) == pytest.approx(whole / 4)
     # Two key/value heads among four devices.
-    work = total_work("train", job)
-    assert flops_per_device("train", job, abstract_mesh(tensor=4)) == pytest.approx(work.heads + (work.mlp + work.vocab) / 4)
+    work = total_work("train", draft)
+    assert flops_per_device("train", draft, abstract_mesh(tensor=4)) == pytest.approx(work.heads + (work.mlp + work.vocab) / 4)
 
 
 def test_a_device_reads_its_tensor_part_of_the_weights_and_all_that_fsdp_gathers(tmp_path):
-    job = toy_job(tmp_path / "toy")
-    one, tensor = memory_bytes("prefill", job, abstract_mesh()), memory_bytes("prefill", job, abstract_mesh(tensor=2))
+    draft = toy_draft(tmp_path / "toy")
+    one, tensor = memory_bytes("prefill", draft, abstract_mesh()), memory_bytes("prefill", draft, abstract_mesh(tensor=2))
     assert tensor == pytest.approx(one / 2, rel=0.01)  # but for norms
     prefix_and_cache = 2 * 3 * 2 * 64 * 2 * (256 + 8 * 64)
-    fsdp = memory_bytes("prefill", job, abstract_mesh(fsdp=2))
+    fsdp = memory_bytes("prefill", draft, abstract_mesh(fsdp=2))
     assert one - fsdp == pytest.approx(2 * 3 * 2 * 64 * 2 * 8 * 64 / 2) and fsdp > one - prefix_and_cache
 
 
 def test_decoding_gains_with_what_the_cartridge_saves_in_memory():
     config = pod_config("meta-llama/Llama-3.1-8B-Instruct", topology="v5e:4x4", mesh="data:4,tensor:4", micro_batches=8)
-    job = job_of(from_config_dict(config))
-    assert (fewest_devices(job, V5E), fewest_devices(job, H100)) == (4, 1)
-    long, own, shared = predict(job, H100, 1)
+    draft = draft_of(from_config_dict(config))
+    assert (fewest_devices(draft, V5E), fewest_devices(draft, H100)) == (4, 1)
+    long, own, shared = predict(draft, H100, 1)
     # 16.1 GB of weights leave 68.9 GB; a token takes 128 KiB.
     assert long.num_rows == int((84_929_347_584 - 16_060_522_496) / (131072 * (131072 + 512))) == 3
     assert own.num_rows / long.num_rows == pytest.approx((131072 + 512) / (2048 + 512), rel=0.1)
@@ -156,19 +156,19 @@ def test_a_topology_that_cannot_be_is_refused(name, complaint):
 
 
 def test_a_sweep_tries_every_mesh_that_splits_rows_and_heads_evenly(tmp_path):
-    job = toy_job(tmp_path / "toy")
-    assert list(meshes(4, job)) == [
+    draft = toy_draft(tmp_path / "toy")
+    assert list(meshes(4, draft)) == [
         "data:4,fsdp:1,tensor:1", "data:2,fsdp:2,tensor:1", "data:1,fsdp:4,tensor:1",
         "data:2,fsdp:1,tensor:2", "data:1,fsdp:2,tensor:2",
     ]  # fmt: skip
-    assert not list(meshes(32, job))
+    assert not list(meshes(32, draft))
 
 
 def test_micro_batches_give_way_to_the_parts_of_a_mesh(tmp_path):
-    job = toy_job(tmp_path / "toy", train__rows_per_step=12, train__micro_batches=4)
-    assert [with_micro_batches(job, parts).train.micro_batches for parts in (1, 2, 3, 4, 6, 12)] == [4, 3, 4, 3, 2, 1]
+    draft = toy_draft(tmp_path / "toy", train__rows_per_step=12, train__micro_batches=4)
+    assert [with_micro_batches(draft, parts).train.micro_batches for parts in (1, 2, 3, 4, 6, 12)] == [4, 3, 4, 3, 2, 1]
     with pytest.raises(UserError, match="12 rows a step are not divisible into 8"):
-        with_micro_batches(job, 8)
+        with_micro_batches(draft, 8)
 
 
 def test_layouts_use_all_devices():

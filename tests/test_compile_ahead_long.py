@@ -13,7 +13,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from cartridges_jax.ahead.check import check, mesh_of
 from cartridges_jax.ahead.topology import find
 from cartridges_jax.pipeline.config import from_config_dict
-from cartridges_jax.pipeline.pod import job_of, pod_config
+from cartridges_jax.pipeline.pod import draft_of, pod_config
 
 pytestmark = pytest.mark.long
 GiB = 2**30
@@ -27,10 +27,10 @@ needs_cuda = pytest.mark.skipif(
 
 
 def step(topology: str, mesh: str, micro_batches: int, **changes):
-    job = job_of(from_config_dict(pod_config(MODEL, topology=topology, mesh=mesh, micro_batches=micro_batches)))
-    job = dataclasses.replace(job, **changes)
+    draft = draft_of(from_config_dict(pod_config(MODEL, topology=topology, mesh=mesh, micro_batches=micro_batches)))
+    draft = dataclasses.replace(draft, **changes)
     found = find(topology)
-    return check("train", job, found, mesh_of(mesh, found))
+    return check("train", draft, found, mesh_of(mesh, found))
 
 
 def smallest_weight(tensor: int) -> int:

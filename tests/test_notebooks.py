@@ -9,7 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from ahead_jobs import toy_flags
+from ahead_drafts import toy_flags
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]

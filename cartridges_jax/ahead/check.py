@@ -8,7 +8,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from cartridges_jax.ahead import hlo
-from cartridges_jax.ahead.job import STEPS_PER_DISPATCH, Job
+from cartridges_jax.ahead.draft import STEPS_PER_DISPATCH, Draft
 from cartridges_jax.ahead.programs import compile_program
 from cartridges_jax.ahead.roofline import Roofline, flops_per_device, roofline
 from cartridges_jax.ahead.topology import Topology
@@ -74,13 +74,13 @@ class Check:
         return found
 
 
-def check(program: str, job: Job, topology: Topology, mesh: Mesh) -> Check:
+def check(program: str, draft: Draft, topology: Topology, mesh: Mesh) -> Check:
     """Compiles and weighs.
 
     Raises:
       UserError: rows that the mesh does not divide, or a mesh that divides nothing of the model.
     """
-    compiled = compile_program(program, job, mesh)
+    compiled = compile_program(program, draft, mesh)
     sent = None
     if compiled.text:
         # A dispatch decodes so many tokens; every other loop says itself how often it runs.
@@ -89,11 +89,11 @@ def check(program: str, job: Job, topology: Topology, mesh: Mesh) -> Check:
         program=program,
         topology=topology,
         mesh=mesh_line(mesh),
-        micro_batches=job.train.micro_batches,
+        micro_batches=draft.train.micro_batches,
         bytes_per_device=compiled.bytes_per_device,
         sent=sent,
-        flops_per_device=flops_per_device(program, job, mesh),
-        roofline=roofline(program, job, mesh, topology.chip, sent or ()),
+        flops_per_device=flops_per_device(program, draft, mesh),
+        roofline=roofline(program, draft, mesh, topology.chip, sent or ()),
         compile_seconds=compiled.seconds,
     )
 
@@ -112,15 +112,15 @@ def mesh_of(line: str, topology: Topology) -> Mesh:
     return make_mesh(line or "data:-1", topology.devices)
 
 
-def with_micro_batches(job: Job, parts: int) -> Job:
-    """The job with as many micro-batches as it asks for, or fewer where a mesh's parts leave fewer rows to each.
+def with_micro_batches(draft: Draft, parts: int) -> Draft:
+    """The draft with as many micro-batches as it asks for, or fewer where a mesh's parts leave fewer rows to each.
 
     Raises:
       UserError: the rows of a step do not divide into the parts.
     """
-    settings = job.train
+    settings = draft.train
     if settings.rows_per_step % parts:
         raise UserError(f"{settings.rows_per_step} rows a step are not divisible into {parts} parts")
     per_part = settings.rows_per_step // parts
     most = max(number for number in range(1, settings.micro_batches + 1) if per_part % number == 0)
-    return dataclasses.replace(job, train=dataclasses.replace(settings, micro_batches=most))
+    return dataclasses.replace(draft, train=dataclasses.replace(settings, micro_batches=most))

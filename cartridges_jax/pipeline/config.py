@@ -5,6 +5,7 @@ import dataclasses
 
 import ml_collections
 
+from cartridges_jax.ahead.draft import PodSettings
 from cartridges_jax.corpus.documents import QUICKSTART
 from cartridges_jax.distill.trainer import TrainSettings
 from cartridges_jax.errors import UserError
@@ -71,6 +72,7 @@ class RunConfig:
     study: SynthesisSettings
     train: TrainSettings
     evaluation: EvaluationSettings
+    pod: PodSettings
 
     def check(self) -> None:
         """Raises UserError for a value that no run could use, before anything is loaded."""
@@ -102,6 +104,7 @@ class RunConfig:
         if self.train.targets == "all" and not self.study.score_user_messages:
             raise UserError("train.targets='all' needs the teacher's view of A's tokens: set study.score_user_messages=True")
         self.evaluation.check()
+        self.pod.check()
 
     def with_weights_chosen(self) -> RunConfig:
         """The same with what `weights` "auto" means on this machine."""
@@ -145,6 +148,7 @@ def default_config() -> ml_collections.ConfigDict:
             max_refused_in_a_row=5,
         ),
         evaluation=EvaluationSettings(max_answer_tokens=40, max_questions=48),
+        pod=PodSettings(topology="", decode_rows=32, context_tokens=4096),
     )))
 
 

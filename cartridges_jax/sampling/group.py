@@ -183,7 +183,7 @@ class Group:
         self._rows = None
         padding = reading.tokens.shape[0] - len(at)
         running, outputs = programs.first_tokens(
-            self._model.config, self._model.params, reading.last, _rows_of(reading.mates + reading.mates[:1] * padding),
+            self._model.config, self._model.params, reading.last, rows_of(reading.mates + reading.mates[:1] * padding),
             **self._static(reading.mates),
         )
         at = np.asarray(at + at[:1] * padding, np.int32)
@@ -253,7 +253,7 @@ class Group:
     def _settings(self) -> programs.Rows:
         """The rows' settings on the device, made anew when rows have changed hands."""
         if self._rows is None:
-            self._rows = parallel.replicate(_rows_of(self._occupants), self._model.mesh)
+            self._rows = parallel.replicate(rows_of(self._occupants), self._model.mesh)
         return self._rows
 
 
@@ -262,7 +262,7 @@ def _key_data(seed: int) -> np.ndarray:
     return np.asarray(jax.random.key_data(jax.random.key(seed)))
 
 
-def _rows_of(lives: Sequence[Live | None]) -> programs.Rows:
+def rows_of(lives: Sequence[Live | None]) -> programs.Rows:
     """What requests ask for, as NumPy arrays; a row without one is stopped."""
     requests = [None if live is None or live.over else live.request for live in lives]
     most_stops = max((len(live.stops) for live in lives if live), default=0)

@@ -1,0 +1,107 @@
+"""The programs of a run, compiled from shapes: the very functions that the trainer and the engine start."""
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+
+import jax
+from jax.sharding import Mesh
+
+from cartridges_jax.ahead import inputs
+from cartridges_jax.ahead.draft import STEPS_PER_DISPATCH, TOKENS_PER_READ, Draft
+from cartridges_jax.data.packing import check_rows
+from cartridges_jax.distill.sharding import step_on_mesh
+from cartridges_jax.distill.step import combine_cartridge
+from cartridges_jax.distill.trainer import make_optimizer
+from cartridges_jax.parallel import row_parts
+from cartridges_jax.sampling import programs
+from cartridges_jax.sampling.buckets import READ_CHUNK, prompt_bucket, read_rows, slot_bucket
+from cartridges_jax.sampling.select import GREEDY, Choice
+
+PROGRAMS = ("train", "prefill", "decode")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What a compiler made of a program.
+
+    Attributes:
+      text: the partitioned program in HLO; "" where the compiler gave up because it
+        does not fit.
+      bytes_per_device: at the peak, of everything that is live.
+      seconds: that compiling took, tracing included.
+    """
+
+    text: str
+    bytes_per_device: int
+    seconds: float
+
+
+def compile_program(program: str, draft: Draft, mesh: Mesh) -> Compiled:
+    """Compiles one of `PROGRAMS`.
+
+    Raises:
+      UserError: rows that the mesh does not divide, or a mesh that divides nothing of the model.
+    """
+    begin = time.perf_counter()
+    lowered = _LOWER[program](draft, mesh)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = _needed(str(error))
+        if needed is None:
+            raise
+        return Compiled("", needed, time.perf_counter() - begin)
+    seconds = time.perf_counter() - begin
+    return Compiled(compiled.as_text(), _peak(compiled.memory_analysis()), seconds)
+
+
+def _needed(message: str) -> int | None:
+    """The bytes that a program asks for in a compiler's refusal: "Used 20.51G of 15.75G hbm"."""
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
+    return None if found is None else int(float(found[1]) * _UNITS[found[2]])
+
+
+def _peak(memory: jax.stages.CompiledMemoryStats) -> int:
+    """Donated arguments are counted once: results take their place."""
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return max(memory.peak_memory_in_bytes, held + memory.temp_size_in_bytes)
+
+
+def _lower_train(draft: Draft, mesh: Mesh) -> jax.stages.Lowered:
+    check_rows(draft.train.rows_per_step, draft.train.micro_batches, row_parts(mesh))
+    params, frozen, state = inputs.params(draft, mesh), inputs.frozen(draft, mesh), inputs.state(draft, mesh)
+    step = step_on_mesh(
+        draft.config, make_optimizer(draft.train), combine_cartridge, mesh, params, frozen, state,
+        tail=draft.train.tail, remat=draft.train.remat,
+    )  # fmt: skip
+    return step.lower(params, frozen, inputs.mask(draft, mesh), state, inputs.batch(draft, mesh))
+
+
+def prefill_shape(draft: Draft) -> tuple[int, int, int]:
+    """(rows, tokens of a chunk, slots) of the prompts that are read together."""
+    width = prompt_bucket(draft.prompt_tokens)
+    tokens = min(width, READ_CHUNK)
+    return read_rows(max(1, TOKENS_PER_READ // tokens)), tokens, slot_bucket(width)
+
+
+def _lower_prefill(draft: Draft, mesh: Mesh) -> jax.stages.Lowered:
+    num_rows, num_tokens, num_slots = prefill_shape(draft)
+    chunk = inputs.chunk(mesh, num_rows, num_tokens)
+    return programs.read_chunk.lower(
+        draft.config, inputs.params(draft, mesh), inputs.front(draft, mesh),
+        inputs.reading_cache(draft, mesh, num_rows, num_slots), inputs.last_hidden(draft, mesh, num_rows), chunk, chunk,
+    )  # fmt: skip
+
+
+def _lower_decode(draft: Draft, mesh: Mesh) -> jax.stages.Lowered:
+    return programs.decode.lower(
+        draft.config, inputs.params(draft, mesh), inputs.front(draft, mesh), inputs.decode_state(draft, mesh),
+        inputs.decode_rows(draft, mesh), inputs.enough(mesh),
+        choice=Choice.of([GREEDY]), num_top=draft.top_logprobs, num_steps=STEPS_PER_DISPATCH,
+    )  # fmt: skip
+
+
+_LOWER = {"train": _lower_train, "prefill": _lower_prefill, "decode": _lower_decode}

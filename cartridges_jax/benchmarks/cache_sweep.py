@@ -100,14 +100,19 @@ class Decoding:
         self._prefix = prefix
         if prefix is not None and model.layers_apart:
             self._prefix = prefix.replace(keys=tuple(prefix.keys), values=tuple(prefix.values))
-        empty = empty_cache(model.config, num_rows, own + num_steps, model.dtype, apart=model.layers_apart)
         # Small and not constant: nothing may be folded away.
         fill = jnp.linspace(-0.5, 0.5, model.config.head_dim, dtype=model.dtype)
-        cache = empty.mapped(lambda part, slot_axis: part + (fill if slot_axis == -2 else fill[:, None]))
-        cache = cache.replace(lengths=jnp.full((num_rows,), own, jnp.int32))
-        tokens = jnp.arange(num_rows, dtype=jnp.int32) % model.config.vocab_size
-        # Committed to the device, as what the program returns is: else the second call compiles again.
-        self._cache, self._tokens = jax.device_put((cache, tokens), jax.devices()[0])
+
+        def filled() -> tuple[Cache, Array]:
+            empty = empty_cache(model.config, num_rows, own + num_steps, model.dtype, apart=model.layers_apart)
+            cache = empty.mapped(lambda part, slot_axis: part + (fill if slot_axis == -2 else fill[:, None]))
+            cache = cache.replace(lengths=jnp.full((num_rows,), own, jnp.int32))
+            return cache, jnp.arange(num_rows, dtype=jnp.int32) % model.config.vocab_size
+
+        # In one program, or the budget's gigabytes would be held twice; and committed to the device, as what
+        # `greedy_steps` returns is, or its second call would compile again.
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        self._cache, self._tokens = jax.jit(filled, out_shardings=device)()
 
     def __call__(self) -> None:
         self._cache, self._tokens = greedy_steps(
@@ -195,14 +200,22 @@ def _best_batch(
     best, speed = batches[0], 0.0
     with Bar(3 * len(batches), f"{NAME} {size} slots, batch of {kind}") as tick:
         for batch in batches:
-            name = f"{kind} {batch}"
-            calls = {name: _decoding(settings, model, prefix, kind, size, batch)}
-            found = interleaved(calls, repeats=1, on_progress=tick)[name].per_second(batch * settings.steps)
+            found = _single_speed(settings, model, prefix, kind, size, batch, tick)
             if found < 0.9 * speed:
                 break
             if found > speed:
                 best, speed = batch, found
     return best
+
+
+def _single_speed(
+    settings: CacheSweepSettings, model: Model, prefix: KVPrefix, kind: str, size: int, batch: int,
+    tick: Callable[[str], None],
+) -> float:
+    """Tokens a second of one warm round; a function, so that one batch's cache is gone before the next is made."""
+    name = f"{kind} {batch}"
+    times = interleaved({name: _decoding(settings, model, prefix, kind, size, batch)}, repeats=1, on_progress=tick)
+    return times[name].per_second(batch * settings.steps)
 
 
 def _row(

@@ -55,7 +55,7 @@ def grouped_bars(axes: Axes, groups: Sequence[str], series: dict[str, Sequence[f
     for number, (name, values) in enumerate(series.items()):
         at = [group + (number - (len(series) - 1) / 2) * width for group in range(len(groups))]
         drawn = axes.bar(at, [value or 0.0 for value in values], width * 0.92, label=name, color=_colour(name))
-        labels = ["" if value is None else f"{value:.3g}" if value < 1000 else f"{value:,.0f}" for value in values]
+        labels = ["" if value is None else f"{value:.2g}" if value < 10 else f"{value:,.0f}" for value in values]
         axes.bar_label(drawn, labels, fontsize=7, padding=2, color=_INK)
     axes.set_xticks(range(len(groups)), groups)
     axes.set_ylabel(unit)

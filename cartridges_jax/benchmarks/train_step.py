@@ -164,84 +164,30 @@ def examples_of(model: Model, settings: TrainStepSettings, workdir: Path) -> lis
 
 def run(settings: TrainStepSettings, workdir: Path) -> Result:
     """Measures every P; writes the figure."""
-    common = settings.common
+    common, train = settings.common, settings.train
     models = read_variants(common, settings.dtype, settings.variants)
     model = models[OURS]
     document = read_document(common.document)
     examples = examples_of(model, settings, workdir)
     plan = plan_of(examples, settings)
     batches = members(plan)
-    used = [example for batch in batches for example in batch]
-    lengths, num_targets = [len(e.tokens) for e in used], sum(len(e.rows) for e in used)
-
     missing = absent_peers(common, TRANSFORMERS)
     say_absent(missing)
-    with_peers = common.peers and not missing
-    if with_peers:
-        from cartridges_jax.benchmarks.peers import transformers_peft
-
-        transformers_peft.use_threads(common.threads)
-        float_model = model if settings.dtype == "float32" else read_model(common)
-        directory = hugging_face.export(float_model, workdir / "hugging_face")
-        theirs = {dtype: transformers_peft.load(directory, dtype) for dtype in settings.peer_dtypes}
-
-    tokens = settings.train.rows_per_step * settings.train.row_tokens
-    ceilings = Ceilings(model.config, tokens, plan.num_targets * settings.train.micro_batches)
-    rows, machines = [], []
-    for num_slots in settings.slots:
-        prefix = initialise_from_first_tokens(model, document.text, num_slots)
-        losses: dict[str, list[float]] = {}
-        candidates = {
-            name: keeping(losses, name, Ours(loaded, prefix, plan, settings).round) for name, loaded in models.items()
-        }
-        if with_peers:
-            arrays = [np.asarray(x, np.float32) for x in (prefix.keys, prefix.values)]
-            for dtype, frozen in theirs.items():
-                wrapped = transformers_peft.with_cartridge(frozen, *arrays, settings.num_frozen, trained=True)
-                trainer = transformers_peft.Trainer(
-                    wrapped, learning_rate=settings.train.learning_rate, clip_norm=settings.train.clip_norm
-                )
-                name = f"{TRANSFORMERS} {dtype}"
-                candidates[name] = keeping(losses, name, peer_round(trainer, batches))
-        label = f"{NAME} P={num_slots}"
-        times, machine = take_turns_with_ceilings(label, candidates, ceilings, repeats=common.repeats)
-        machines.append(machine)
-        flops = sum(
-            distillation_flops(model.config, [len(e.tokens) for e in batch], sum(len(e.rows) for e in batch), num_slots)
-            for batch in batches
-        )
-        rivals = [name for name in candidates if name not in models]
-        fractions = {
-            name: flops / times[name].median / flops_per_second(machine, multiplied_in(loaded.params))
-            for name, loaded in models.items()
-        }
-        row = {
-            "slots": num_slots,
-            **compared(times, rivals, num_targets),
-            "fraction_of_limit": fractions[OURS],
-            "variants": compared_variants(
-                times, [name for name in models if name != OURS], rivals, num_targets, fractions
-            ),
-            "gflop_per_round": flops / 1e9,
-            **durations(times),
-            "first_losses": {name: values[0] for name, values in losses.items()},
-            "machine": {name: machine[name] for name in CEILINGS},
-        }
-        if settings.measure_memory:
-            kept_as = dict(zip(models, ("", *settings.variants), strict=True))
-            row["peak_bytes"] = _peaks(settings, workdir, used, prefix, kept_as, rivals)
-        rows.append(row)
-
+    theirs = _load_peers(settings, model, workdir) if common.peers and not missing else {}
+    tokens = train.rows_per_step * train.row_tokens
+    ceilings = Ceilings(model.config, tokens, plan.num_targets * train.micro_batches)
+    prefixes = (initialise_from_first_tokens(model, document.text, num_slots) for num_slots in settings.slots)
+    rows, machines = zip(*(_row(settings, models, theirs, plan, prefix, ceilings, workdir) for prefix in prefixes))
     result = Result(
         benchmark=NAME,
         unit="target tokens/s",
-        rows=rows,
+        rows=list(rows),
         machine=machines[0],
         absent=missing,
         more={
-            "conversations": len(used),
-            "target_tokens": num_targets,
-            "tokens": sum(lengths),
+            "conversations": sum(map(len, batches)),
+            "target_tokens": sum(_num_targets(batch) for batch in batches),
+            "tokens": sum(len(example.tokens) for batch in batches for example in batch),
             "packed_tokens": settings.steps_per_round * tokens,
             "padded_tokens": sum(len(batch) * max(len(e.tokens) for e in batch) for batch in batches),
             "length_histogram": dict(sorted(collections.Counter(len(e.tokens) for e in examples).items())),
@@ -250,6 +196,78 @@ def run(settings: TrainStepSettings, workdir: Path) -> Result:
     )
     figures.train_step(result, workdir / f"{NAME}.png")
     return result
+
+
+def _num_targets(batch: Sequence[Example]) -> int:
+    return sum(len(example.rows) for example in batch)
+
+
+def _load_peers(settings: TrainStepSettings, model: Model, workdir: Path) -> dict[str, Any]:
+    """The peer's frozen models by name, which ends in the dtype."""
+    from cartridges_jax.benchmarks.peers import transformers_peft
+
+    transformers_peft.use_threads(settings.common.threads)
+    float_model = model if settings.dtype == "float32" else read_model(settings.common)
+    directory = hugging_face.export(float_model, workdir / "hugging_face")
+    return {f"{TRANSFORMERS} {dtype}": transformers_peft.load(directory, dtype) for dtype in settings.peer_dtypes}
+
+
+def _peer_rounds(
+    settings: TrainStepSettings, theirs: dict[str, Any], batches: Sequence[Sequence[Example]], prefix: KVPrefix
+) -> dict[str, Callable[[], list[float]]]:
+    if not theirs:
+        return {}
+    from cartridges_jax.benchmarks.peers import transformers_peft
+
+    arrays = [np.asarray(x, np.float32) for x in (prefix.keys, prefix.values)]
+    rounds = {}
+    for name, frozen in theirs.items():
+        wrapped = transformers_peft.with_cartridge(frozen, *arrays, settings.num_frozen, trained=True)
+        trainer = transformers_peft.Trainer(
+            wrapped, learning_rate=settings.train.learning_rate, clip_norm=settings.train.clip_norm
+        )
+        rounds[name] = peer_round(trainer, batches)
+    return rounds
+
+
+def _row(
+    settings: TrainStepSettings, models: dict[str, Model], theirs: dict[str, Any], plan: PackingPlan, prefix: KVPrefix,
+    ceilings: Ceilings, workdir: Path,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Everybody on one cartridge, in turns: the row, and what the machine reached."""
+    config, num_slots, batches = models[OURS].config, prefix.num_slots, members(plan)
+    rounds = {name: Ours(model, prefix, plan, settings).round for name, model in models.items()}
+    rounds |= _peer_rounds(settings, theirs, batches, prefix)
+    losses: dict[str, list[float]] = {}
+    times, machine = take_turns_with_ceilings(
+        f"{NAME} P={num_slots}", {name: keeping(losses, name, call) for name, call in rounds.items()}, ceilings,
+        repeats=settings.common.repeats,
+    )  # fmt: skip
+    flops = sum(
+        distillation_flops(config, [len(e.tokens) for e in batch], _num_targets(batch), num_slots) for batch in batches
+    )
+    fractions = {
+        name: flops / times[name].median / flops_per_second(machine, multiplied_in(model.params))
+        for name, model in models.items()
+    }
+    num_targets = sum(_num_targets(batch) for batch in batches)
+    row = {
+        "slots": num_slots,
+        **compared(times, list(theirs), num_targets),
+        "fraction_of_limit": fractions[OURS],
+        "variants": compared_variants(
+            times, [name for name in models if name != OURS], list(theirs), num_targets, fractions
+        ),
+        "gflop_per_round": flops / 1e9,
+        **durations(times),
+        "first_losses": {name: values[0] for name, values in losses.items()},
+        "machine": {name: machine[name] for name in CEILINGS},
+    }
+    if settings.measure_memory:
+        kept_as = dict(zip(models, ("", *settings.variants), strict=True))
+        used = [example for batch in batches for example in batch]
+        row["peak_bytes"] = _peaks(settings, workdir, used, prefix, kept_as, list(theirs))
+    return row, machine
 
 
 def _peaks(

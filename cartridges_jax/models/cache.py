@@ -44,10 +44,6 @@ class Cache:
         """Whether every layer has arrays of its own."""
         return isinstance(self.values, tuple)
 
-    def apart(self) -> Cache:
-        """The same with every layer in arrays of its own."""
-        return self.replace(keys=tuple(layer.swapaxes(-1, -2) for layer in self.keys), values=tuple(self.values))
-
     def mapped(self, function: Callable[[Array, int], Array]) -> Cache:
         """`function(part, axis of the slots)` of all keys and values; `lengths` stay as they are."""
         slot_axis = -1 if self.is_apart else -2

@@ -123,19 +123,19 @@ def test_a_device_reads_its_tensor_part_of_the_weights_and_all_that_fsdp_gathers
     draft = toy_draft(tmp_path / "toy")
     one, tensor = memory_bytes("prefill", draft, abstract_mesh()), memory_bytes("prefill", draft, abstract_mesh(tensor=2))
     assert tensor == pytest.approx(one / 2, rel=0.01)  # but for norms
-    prefix_and_cache = 2 * 3 * 2 * 64 * 2 * (256 + 8 * 64)
     fsdp = memory_bytes("prefill", draft, abstract_mesh(fsdp=2))
-    assert one - fsdp == pytest.approx(2 * 3 * 2 * 64 * 2 * 8 * 64 / 2) and fsdp > one - prefix_and_cache
+    # It has half of the 32 prompts of 64 slots to itself, and nothing else.
+    assert one - fsdp == pytest.approx(2 * 3 * 2 * 64 * 2 * 32 * 64 / 2)
 
 
 def test_decoding_gains_with_what_the_cartridge_saves_in_memory():
     config = pod_config("meta-llama/Llama-3.1-8B-Instruct", topology="v5e:4x4", mesh="data:4,tensor:4", micro_batches=8)
     draft = draft_of(from_config_dict(config))
-    assert (fewest_devices(draft, V5E), fewest_devices(draft, H100)) == (4, 1)
+    assert (fewest_devices(draft, V5E), fewest_devices(draft, H100)) == (2, 1)
     long, own, shared = predict(draft, H100, 1)
     # 16.1 GB of weights leave 68.9 GB; a token takes 128 KiB.
     assert long.num_rows == int((84_929_347_584 - 16_060_522_496) / (131072 * (131072 + 512))) == 3
-    assert own.num_rows / long.num_rows == pytest.approx((131072 + 512) / (2048 + 512), rel=0.1)
+    assert own.num_rows == int((84_929_347_584 - 16_060_522_496) / (131072 * (2048 + 512))) == 205
     assert long.tokens_per_second < own.tokens_per_second < shared.tokens_per_second
     assert (long.bound_by, own.bound_by) == ("memory", "memory")
 

@@ -77,6 +77,11 @@ def test_groups_are_read_in_every_notation():
     assert groups("{{0,2},{1,3}}") == ((0, 2), (1, 3))
     assert groups("[2,4]<=[8]") == ((0, 1, 2, 3), (4, 5, 6, 7))
     assert groups("[4,2]<=[2,4]T(1,0)") == ((0, 4), (1, 5), (2, 6), (3, 7))
+    assert groups("mesh['a'=2,'b'=4] {'b'}") == ((0, 1, 2, 3), (4, 5, 6, 7))
+    assert groups("mesh['a'=4,'b'=2,'c'=1], device_ids=([2,4]T(1,0)) {'b'}") == ((0, 4), (1, 5), (2, 6), (3, 7))
+    assert groups("mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}") == ((0, 1, 2, 3), (4, 5, 6, 7))
+    with pytest.raises(ValueError, match="notation"):
+        groups("something else")
     assert groups("{}") == (tuple(range(8)),)
 
 

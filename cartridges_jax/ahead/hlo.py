@@ -7,6 +7,7 @@ loop that ends by what it computes (a decode step when all rows have ended), the
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -19,6 +20,9 @@ _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|called_computations|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"?(\d+)')
+_ON_MESH = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
+)
 _BITS = {"pred": 8, "bf16": 16}
 
 
@@ -155,18 +159,43 @@ def _number_of_devices(text: str) -> int:
 
 
 def _groups(rest: str, number: int) -> tuple[tuple[int, ...], ...]:
-    """The devices' numbers, written out or as a transposed range: "[4,4]<=[2,2,4]T(1,0,2)"."""
+    """The devices' numbers; XLA writes them in three ways.
+
+        {{0,4},{1,5},{2,6},{3,7}}                                       as they are
+        [4,2]<=[2,4]T(1,0)                                              rows of a range that is transposed
+        mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}               along axes of a mesh of such a range
+    """
     if pairs := re.search(r"source_target_pairs=\{(.*?\})\}", rest):
         return tuple(tuple(int(i) for i in pair.split(",")) for pair in re.findall(r"\{([\d,]+)\}", pairs[1]))
     if written := re.search(r"replica_groups=\{(\{.*?\})\}", rest):
         return tuple(tuple(int(i) for i in group.split(",")) for group in re.findall(r"\{([\d,]+)\}", written[1]))
     if ranged := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
-        shape = [int(i) for i in ranged[3].split(",")]
-        order = [int(i) for i in ranged[4].split(",")] if ranged[4] else list(range(len(shape)))
-        numbers = _transposed_range(shape, order)
+        numbers = _transposed_range(*_range(ranged[3], ranged[4]))
         size = int(ranged[2])
         return tuple(tuple(numbers[first : first + size]) for first in range(0, len(numbers), size))
-    return (tuple(range(number)),)
+    if mesh := _ON_MESH.search(rest):
+        sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
+        return _along(sizes, re.findall(r"'([^']+)'", mesh[4]), *_range(mesh[2] or str(math.prod(sizes.values())), mesh[3]))
+    if "replica_groups={}" in rest:
+        return (tuple(range(number)),)
+    raise ValueError(f"groups of devices in a notation that is not known here: {rest[:300]}")
+
+
+def _range(shape: str, order: str | None) -> tuple[list[int], list[int]]:
+    sizes = [int(i) for i in shape.split(",")]
+    return sizes, [int(i) for i in order.split(",")] if order else list(range(len(sizes)))
+
+
+def _along(
+    sizes: dict[str, int], axes: list[str], shape: list[int], order: list[int]
+) -> tuple[tuple[int, ...], ...]:
+    """Groups of the devices that differ along these axes only."""
+    numbers = _transposed_range(shape, order)
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for place, index in enumerate(itertools.product(*(range(size) for size in sizes.values()))):
+        others = tuple(at for axis, at in zip(sizes, index) if axis not in axes)
+        groups.setdefault(others, []).append(numbers[place])
+    return tuple(map(tuple, groups.values()))
 
 
 def _transposed_range(shape: list[int], order: list[int]) -> list[int]:

@@ -2,8 +2,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import time
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -20,6 +22,8 @@ from cartridges_jax.sampling.buckets import READ_CHUNK, prompt_bucket, read_rows
 from cartridges_jax.sampling.select import GREEDY, Choice
 
 PROGRAMS = ("train", "prefill", "decode")
+# A jitted function, its arguments, and those by name.
+_Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -46,11 +50,12 @@ def compile_program(program: str, draft: Draft, mesh: Mesh) -> Compiled:
       UserError: rows that the mesh does not divide, or a mesh that divides nothing of the model.
     """
     begin = time.perf_counter()
-    lowered = _LOWER[program](draft, mesh)
+    function, arguments, options = _CALLS[program](draft, mesh)
+    lowered = function.lower(*arguments, **options)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = _needed(str(error))
+        needed = _needed(str(error), arguments)
         if needed is None:
             raise
         return Compiled("", needed, time.perf_counter() - begin)
@@ -58,10 +63,18 @@ def compile_program(program: str, draft: Draft, mesh: Mesh) -> Compiled:
     return Compiled(compiled.as_text(), _peak(compiled.memory_analysis()), seconds)
 
 
-def _needed(message: str) -> int | None:
-    """The bytes that a program asks for in a compiler's refusal: "Used 20.51G of 15.75G hbm"."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
-    return None if found is None else int(float(found[1]) * _UNITS[found[2]])
+def _needed(message: str, arguments: Any) -> int | None:
+    """The bytes of a program, from a compiler's refusal; it may count all of them or what comes beside the arguments."""
+    if found := re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message):
+        return int(float(found[1]) * _UNITS[found[2]])
+    if found := re.search(r"required for HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds", message):
+        return int(float(found[1]) * _UNITS[found[2]]) + sum(map(_shard_bytes, jax.tree.leaves(arguments)))
+    return None
+
+
+def _shard_bytes(leaf: Any) -> int:
+    where = getattr(leaf, "sharding", None)
+    return 0 if where is None else math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
 def _peak(memory: jax.stages.CompiledMemoryStats) -> int:
@@ -70,14 +83,14 @@ def _peak(memory: jax.stages.CompiledMemoryStats) -> int:
     return max(memory.peak_memory_in_bytes, held + memory.temp_size_in_bytes)
 
 
-def _lower_train(draft: Draft, mesh: Mesh) -> jax.stages.Lowered:
+def _train(draft: Draft, mesh: Mesh) -> _Call:
     check_rows(draft.train.rows_per_step, draft.train.micro_batches, row_parts(mesh))
     params, frozen, state = inputs.params(draft, mesh), inputs.frozen(draft, mesh), inputs.state(draft, mesh)
     step = step_on_mesh(
         draft.config, make_optimizer(draft.train), combine_cartridge, mesh, params, frozen, state,
         tail=draft.train.tail, remat=draft.train.remat,
     )  # fmt: skip
-    return step.lower(params, frozen, inputs.mask(draft, mesh), state, inputs.batch(draft, mesh))
+    return step, (params, frozen, inputs.mask(draft, mesh), state, inputs.batch(draft, mesh)), {}
 
 
 def prefill_shape(draft: Draft) -> tuple[int, int, int]:
@@ -87,21 +100,23 @@ def prefill_shape(draft: Draft) -> tuple[int, int, int]:
     return read_rows(max(1, TOKENS_PER_READ // tokens)), tokens, slot_bucket(width)
 
 
-def _lower_prefill(draft: Draft, mesh: Mesh) -> jax.stages.Lowered:
+def _prefill(draft: Draft, mesh: Mesh) -> _Call:
     num_rows, num_tokens, num_slots = prefill_shape(draft)
     chunk = inputs.chunk(mesh, num_rows, num_tokens)
-    return programs.read_chunk.lower(
+    arguments = (
         draft.config, inputs.params(draft, mesh), inputs.front(draft, mesh),
         inputs.reading_cache(draft, mesh, num_rows, num_slots), inputs.last_hidden(draft, mesh, num_rows), chunk, chunk,
     )  # fmt: skip
+    return programs.read_chunk, arguments, {}
 
 
-def _lower_decode(draft: Draft, mesh: Mesh) -> jax.stages.Lowered:
-    return programs.decode.lower(
+def _decode(draft: Draft, mesh: Mesh) -> _Call:
+    arguments = (
         draft.config, inputs.params(draft, mesh), inputs.front(draft, mesh), inputs.decode_state(draft, mesh),
         inputs.decode_rows(draft, mesh), inputs.enough(mesh),
-        choice=Choice.of([GREEDY]), num_top=draft.top_logprobs, num_steps=STEPS_PER_DISPATCH,
     )  # fmt: skip
+    options = {"choice": Choice.of([GREEDY]), "num_top": draft.top_logprobs, "num_steps": STEPS_PER_DISPATCH}
+    return programs.decode, arguments, options
 
 
-_LOWER = {"train": _lower_train, "prefill": _lower_prefill, "decode": _lower_decode}
+_CALLS = {"train": _train, "prefill": _prefill, "decode": _decode}

@@ -8,7 +8,7 @@ import ml_collections
 from cartridges_jax.ahead.draft import Draft
 from cartridges_jax.errors import UserError
 from cartridges_jax.models.published import config_without_weights
-from cartridges_jax.pipeline.config import RunConfig, default_config
+from cartridges_jax.pipeline.config import AUTO, RunConfig, default_config
 
 
 def pod_config(
@@ -58,7 +58,8 @@ def draft_of(config: RunConfig) -> Draft:
             config_without_weights(config.model), windows_see_prefix=config.windows_see_prefix
         ),
         dtype=config.dtype,
-        weights=config.weights,
+        # What "auto" may choose suits CPUs.
+        weights="" if config.weights == AUTO else config.weights,
         num_slots=config.cartridge.num_slots,
         train=config.train,
         prompt_tokens=config.study.writer_max_tokens,

@@ -169,9 +169,10 @@ def test_a_process_that_vanishes_ends_the_others_with_a_plain_line(scene):
 
 
 def test_a_first_process_that_vanishes_ends_the_others():
+    """In JAX's words, mostly: its client ends the process as soon as the coordination service is gone."""
     done = together(SCENES, "--scene=killed", "--who=0", "--peer_seconds=6", timeout=60, grace_seconds=30)
     assert done.returncode == 137
-    assert "lost the first process" in done.stderr, done.stderr
+    assert re.search("error: lost the first process|the leader task was preempted/died", done.stderr), done.stderr
     assert done.seconds < 40
 
 

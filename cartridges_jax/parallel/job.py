@@ -11,6 +11,8 @@ line, where JAX alone would wait for ever or long, when another one
     ended     and said why, with an error of its own;
     is lost   its thread has not been heard of for `peer_seconds`;
     stalls    nobody has got on for `stall_seconds`; who got least far is named.
+
+When the first process is lost the store is gone, and JAX's client ends the others at once.
 """
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from cartridges_jax.ahead.programs import compilation_cache_off
 from cartridges_jax.attention import LayerPrefix, attend, attention_implementation, packed_view
 
 MiB = 2**20
@@ -27,11 +28,8 @@ MiB = 2**20
 def devices():
     """Four chips of a TPU v5e."""
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed: pip install 'jax[tpu]'")
-    # What was compiled for devices that are not there cannot be loaded from the tests' compilation cache.
-    before = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    yield np.array(topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices)
-    jax.config.update("jax_enable_compilation_cache", before)
+    with compilation_cache_off():
+        yield np.array(topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices)
 
 
 def compiled(mesh, *, B, T, N, K, H, P, dtype=jnp.bfloat16, bias=True, window=0, softcap=0.0):

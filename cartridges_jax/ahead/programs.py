@@ -1,13 +1,16 @@
 """The programs of a run, compiled from shapes: the very functions that the trainer and the engine start."""
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from cartridges_jax.ahead import inputs
@@ -53,7 +56,8 @@ def compile_program(program: str, draft: Draft, mesh: Mesh) -> Compiled:
     function, arguments, options = _CALLS[program](draft, mesh)
     lowered = function.lower(*arguments, **options)
     try:
-        compiled = lowered.compile()
+        with compilation_cache_off():
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         needed = _needed(str(error), arguments)
         if needed is None:
@@ -61,6 +65,20 @@ def compile_program(program: str, draft: Draft, mesh: Mesh) -> Compiled:
         return Compiled("", needed, time.perf_counter() - begin)
     seconds = time.perf_counter() - begin
     return Compiled(compiled.as_text(), _peak(compiled.memory_analysis()), seconds)
+
+
+@contextlib.contextmanager
+def compilation_cache_off() -> Iterator[None]:
+    """What is compiled for devices that are not there cannot be loaded again, and its seconds are to be told."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    # JAX asks once in a process whether there is a cache.
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def _needed(message: str, arguments: Any) -> int | None:

@@ -5,8 +5,6 @@ import json
 import sys
 from collections.abc import Sequence
 
-import jax
-
 from cartridges_jax.ahead import sweep as sweeps
 from cartridges_jax.ahead.check import Check, check, mesh_of
 from cartridges_jax.ahead.draft import Draft
@@ -32,8 +30,6 @@ def run(draft: Draft, *, programs: Sequence[str] = PROGRAMS, sweep: bool = False
     for program in programs:
         if program not in PROGRAMS:
             raise UserError(f"there is no program {program!r}: choose from {', '.join(PROGRAMS)}")
-    # What was compiled for devices that are not there cannot be loaded, and its seconds are to be told.
-    jax.config.update("jax_enable_compilation_cache", False)
     topology = find(draft.pod.topology)
     if topology.stand_in:
         _say("the compiler for GPUs is not installed: CPU devices stand in, and say nothing of a GPU's memory")

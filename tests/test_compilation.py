@@ -13,6 +13,7 @@ from cartridges_jax.pipeline import compilation
 ROOT = Path(__file__).parents[1]
 # As the launch programs do it; reading the config imports JAX.
 PROGRAM = """
+import os
 from ml_collections import config_flags
 from cartridges_jax.pipeline.program import run_program
 config_flags.DEFINE_config_file("config")
@@ -23,6 +24,8 @@ def main():
     hits = []
     monitoring.register_event_listener(lambda name, **_: hits.append(name) if name.endswith("cache_hits") else None)
     print(float(jax.jit(lambda x: (x @ x).sum())(jax.numpy.ones((8, 8)))), len(hits) > 0)
+    # For the programs that this one starts.
+    print(os.environ.get("JAX_COMPILATION_CACHE_MAX_SIZE", ""))
 
 run_program(main)
 """
@@ -42,8 +45,8 @@ def start(tmp_path, **environment):
 
 
 def test_a_second_start_reads_what_the_first_compiled_and_damage_only_costs_time(tmp_path):
-    assert start(tmp_path) == ["512.0", "False"]
-    assert start(tmp_path) == ["512.0", "True"]
+    assert start(tmp_path) == ["512.0", "False", str(2**31)]
+    assert start(tmp_path) == ["512.0", "True", str(2**31)]
     entries = list((tmp_path / "xla").rglob("*-cache"))
     assert entries
     for entry in entries:

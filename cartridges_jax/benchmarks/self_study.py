@@ -25,7 +25,7 @@ from cartridges_jax.data.conversations import Conversation, read_shard
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Model, ModelConfig
 from cartridges_jax.models.costs import layer_weights
-from cartridges_jax.models.model import fastest_weights
+from cartridges_jax.models.model import AUTO, chosen_weights
 from cartridges_jax.selfstudy.plan import plan_batches
 from cartridges_jax.selfstudy.seeds import FAMILIES
 from cartridges_jax.selfstudy.synthesis import SynthesisSettings, synthesise
@@ -39,7 +39,7 @@ class SelfStudySettings:
 
     Attributes:
       chunk_tokens: of the document's beginning.
-      weights: how ours are kept; "auto" as a run does (`fastest_weights`).
+      weights: how ours are kept; "auto" as a run does (`chosen_weights`).
       study: how it is studied; `conversations` are wanted of it, from batches of
         `requests_per_batch` messages. Batches beyond the first count too.
       peer_dtypes: the peer's.
@@ -67,7 +67,7 @@ def default_config():
     return config_dict(NAME, SelfStudySettings(
         common=COMMON,
         chunk_tokens=1024,
-        weights="auto",
+        weights=AUTO,
         study=dataclasses.replace(
             STUDY, conversations=32, requests_per_batch=64, chunk_min_tokens=1024, chunk_max_tokens=1024,
             teacher_context="chunk",
@@ -140,7 +140,7 @@ def flops_with_sharing(config: ModelConfig, rows: list[Row]) -> int:
 def run(settings: SelfStudySettings, workdir: Path) -> Result:
     """Measures both sides; writes the figure."""
     common, study = settings.common, settings.study
-    weights = fastest_weights("float32") if settings.weights == "auto" else settings.weights
+    weights = chosen_weights(settings.weights, "float32")
     model = read_model(common, weights=weights)
     document = read_document(common.document)
     tokens = model.tokenizer.encode(document.text)[: settings.chunk_tokens]

@@ -234,13 +234,12 @@ class TrainCheckpoints:
     @contextlib.contextmanager
     def _failing_cleanly(self, num_bytes: int) -> Iterator[None]:
         """A failed save leaves nothing behind; the disk may be full of what it wrote."""
-        try:
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self._manager.reload)
+            on_failure.callback(self._remove_unfinished)
             with refusing_if_it_fills_up(self._directory, num_bytes):
                 yield
-        except Exception:
-            self._remove_unfinished()
-            self._manager.reload()
-            raise
+            on_failure.pop_all()
 
     def _remove_unfinished(self) -> None:
         """What killed or failed saves began; never called while one is under way."""

@@ -79,7 +79,7 @@ def fetched(repository: Repository) -> Path:
     except Exception as error:  # the library's failures, and those below it, share no class
         try:
             path = huggingface_hub.snapshot_download(repository.name, local_files_only=True, **wanted)
-        except Exception:
+        except (OSError, ValueError):  # not there, or no name of a repository
             raise UserError(_explanation(repository, error)) from error
         print(f"{repository}: {one_line(error)}; using the copy in the cache", file=sys.stderr, flush=True)
     directory = Path(path)

@@ -103,9 +103,9 @@ def empty_cache(
 
 
 def row_as_prefix(cache: Cache, row: int, num_tokens: int) -> cartridge.KVPrefix:
-    """The first `num_tokens` slots of one row as a prefix at positions 0..num_tokens-1."""
-    if cache.is_apart:
-        keys = jnp.stack([layer[row, :, :, :num_tokens].swapaxes(-1, -2) for layer in cache.keys])
-        values = jnp.stack([layer[row, :, :num_tokens] for layer in cache.values])
-        return cartridge.from_plain_tokens(keys, values)
+    """The first `num_tokens` slots of one row as a prefix at positions 0..num_tokens-1.
+
+    Args:
+      cache: with the layers stacked, as prompts are read.
+    """
     return cartridge.from_plain_tokens(*(layers[:, row, :, :num_tokens] for layers in (cache.keys, cache.values)))

@@ -27,8 +27,15 @@ from cartridges_jax.text.tokenizer import Tokenizer, tokenizer_from_directory, t
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # How frozen matrices may be kept; "" is in the model's dtype.
 WEIGHTS = ("", "int8", "bfloat16")
+# In configs: what is fastest on this machine.
+AUTO = "auto"
 # The processors' flags for products of bfloat16.
 _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
+
+
+def chosen_weights(weights: str, dtype: str) -> str:
+    """One of `WEIGHTS`: what was asked for, or what "auto" means on this machine."""
+    return fastest_weights(dtype) if weights == AUTO else weights
 
 
 def fastest_weights(dtype: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

@@ -38,14 +38,18 @@ def keep_compilations() -> None:
         return
     if not os.access(directory, os.W_OK):
         return
-    # The environment is for programs that this one starts: JAX has read it here, with the config file.
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory)
-    jax.config.update("jax_compilation_cache_dir", str(directory))
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS)
+    wanted = {
+        "jax_compilation_cache_dir": str(directory),
+        "jax_persistent_cache_min_compile_time_secs": _MIN_COMPILE_SECONDS,
+    }
     # Without this package JAX can bound no cache and refuses to try.
-    if "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ and importlib.util.find_spec("filelock"):
-        jax.config.update("jax_compilation_cache_max_size", _MAX_BYTES)
+    if importlib.util.find_spec("filelock"):
+        wanted["jax_compilation_cache_max_size"] = _MAX_BYTES
+    for name, value in wanted.items():
+        if name.upper() not in os.environ:
+            # The environment is for programs that this one starts: here JAX has read it, with the config file.
+            os.environ[name.upper()] = str(value)
+            jax.config.update(name, value)
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

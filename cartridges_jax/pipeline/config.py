@@ -10,13 +10,10 @@ from cartridges_jax.corpus.documents import QUICKSTART
 from cartridges_jax.distill.trainer import TrainSettings
 from cartridges_jax.errors import UserError
 from cartridges_jax.evaluation.evaluate import EvaluationSettings
-from cartridges_jax.models.model import DTYPES, WEIGHTS, fastest_weights
+from cartridges_jax.models.model import AUTO, DTYPES, WEIGHTS, chosen_weights
 from cartridges_jax.parallel import parse_mesh
 from cartridges_jax.selfstudy.synthesis import FOR_SMALL_MODELS, SynthesisSettings
 from cartridges_jax.typed_config import build, config_values
-
-# Of `weights`: what is fastest on this machine.
-AUTO = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +105,7 @@ class RunConfig:
 
     def with_weights_chosen(self) -> RunConfig:
         """The same with what `weights` "auto" means on this machine."""
-        return dataclasses.replace(self, weights=fastest_weights(self.dtype)) if self.weights == AUTO else self
+        return dataclasses.replace(self, weights=chosen_weights(self.weights, self.dtype))
 
 
 def default_config() -> ml_collections.ConfigDict:

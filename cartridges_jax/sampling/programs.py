@@ -217,8 +217,8 @@ def admit(state: State, read: Cache, tokens: Array, running: Array, at: Array) -
 
     A row may occur twice in `at` if what goes there is the same. The state is donated.
 
-    Where the layers lie apart, each is a call of one small program: together they are as
-    fast as one large program, which takes a second to compile, for every B, S, R and W.
+    Where the layers lie apart, each is a call of one small program: one large program took a
+    second to compile, for every B, S, R and W, and was no faster.
     """
     held = state.cache
     if held.is_apart:

@@ -20,6 +20,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -128,7 +129,7 @@ class ManyProcesses(Job):
             self._closing.set()
             self._watch.join()
             return
-        followed = isinstance(error, jax.errors.JaxRuntimeError)
+        followed = _is_of_runtime(error)
         if followed:
             # What breaks is mostly a program that another process has left: the watch soon knows which and why.
             _until(lambda: self._ended is not None, self._peer_seconds + _GRACE_SECONDS)
@@ -297,6 +298,12 @@ class ManyProcesses(Job):
     def _named(self, process: int) -> str:
         host = self._told("host/").get(str(process))
         return f"process {process}" + (f" on {host}" if host else "")
+
+
+def _is_of_runtime(error: BaseException) -> bool:
+    """Whether XLA's runtime raised it: as a ValueError, in places, whose text begins with the name of the status."""
+    named = isinstance(error, ValueError) and re.match(r"[A-Z_]+: ", str(error)) is not None
+    return named or isinstance(error, jax.errors.JaxRuntimeError)
 
 
 def _until(true: Callable[[], bool], seconds: float) -> None:

@@ -67,12 +67,11 @@ def run_locally(command: Sequence[str], *, num_processes: int, num_devices: int 
 
 def _wait(processes: Sequence[subprocess.Popen], grace_seconds: float) -> int:
     failed, give_up_at = 0, float("inf")
-    while any(process.poll() is None for process in processes) and time.monotonic() < give_up_at:
-        codes = [process.returncode for process in processes if process.returncode]
-        if codes and not failed:
-            failed, give_up_at = codes[0], time.monotonic() + grace_seconds
+    while None in (codes := [process.poll() for process in processes]) and time.monotonic() < give_up_at:
+        if not failed and (failed := next(filter(None, codes), 0)):
+            give_up_at = time.monotonic() + grace_seconds
         time.sleep(0.05)
-    failed = failed or next((process.returncode for process in processes if process.returncode), 0)
+    failed = failed or next(filter(None, codes), 0)
     return failed if failed >= 0 else 128 - failed
 
 

@@ -67,6 +67,8 @@ SLURM = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "4", "SLURM_JOB_ID"
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, ""),
         ({"TPU_WORKER_HOSTNAMES": "a-0", "MEGASCALE_NUM_SLICES": "2"}, "gketpu"),
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, "k8s"),
+        # A pod of an indexed job that has a whole slice to itself.
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0", "TPU_WORKER_HOSTNAMES": "a-0"}, ""),
         # A notebook or a CI runner in a cluster.
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, ""),
         (
@@ -160,6 +162,13 @@ def test_an_error_in_one_ends_the_others_with_its_reason(scene, code, why, who):
     assert why in done.stderr.replace(other, "")
 
 
+def test_processes_that_were_started_unlike_each_other_end_at_the_first_stage_that_differs():
+    done = together(SCENES, "--scene=unlike", timeout=60)
+    assert done.returncode == 2, done.stderr
+    assert said(done, 1) == ["with 0.1"]
+    assert complaint(done, 1).startswith("error: train: train.learning_rate differ between this host and the first")
+
+
 @pytest.mark.parametrize("scene", ["killed", "killed_in_program"])
 def test_a_process_that_vanishes_ends_the_others_with_a_plain_line(scene):
     done = together(SCENES, f"--scene={scene}", "--peer_seconds=6", timeout=60, grace_seconds=30)
@@ -180,7 +189,7 @@ def test_a_process_that_stalls_is_named_and_ends_the_job():
     done = together(SCENES, "--scene=stall", "--stall_seconds=6", timeout=60, grace_seconds=30)
     assert done.returncode == 75
     for process in range(2):
-        assert re.fullmatch(r"error: no process has got on for 6 s; process 1 on \S+ got least far", complaint(done, process))
+        assert re.fullmatch(r"error: no process has got on for 6 s; process 1 on \S+ got least far .*--stall_seconds\)", complaint(done, process))
 
 
 # The launcher

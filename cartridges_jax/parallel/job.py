@@ -93,7 +93,6 @@ class Job:
 
 ALONE = Job()
 
-
 class ManyProcesses(Job):
     """See the module and `Job`.
 
@@ -129,7 +128,7 @@ class ManyProcesses(Job):
             self._closing.set()
             self._watch.join()
             return
-        followed = _is_of_runtime(error)
+        followed = _comes_of_others(error)
         if followed:
             # What breaks is mostly a program that another process has left: the watch soon knows which and why.
             _until(lambda: self._ended is not None, self._peer_seconds + _GRACE_SECONDS)
@@ -140,8 +139,9 @@ class ManyProcesses(Job):
                 self._tell("ended", {"process": self.process, "code": code, "why": one_line(error)})
             self._tell(f"seen/{self.process}", True)
             if self.is_first:
-                # The store ends with this process: the others must have read what is in it.
-                _until(lambda: len(self._told("seen/")) == self.num_processes, _GRACE_SECONDS)
+                # The store ends with this process: the others must have read what is in it. One that waits within a
+                # program says so when its own grace is over.
+                _until(lambda: len(self._told("seen/")) == self.num_processes, 2 * _GRACE_SECONDS)
         if followed and self._ended is not None:
             raise self._ended from error
 
@@ -155,7 +155,8 @@ class ManyProcesses(Job):
         return self._wait_for(key)
 
     def arrays_from_first(self, arrays: Any) -> Any:
-        return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(arrays))
+        # One at a time: while it is sent, an array is whole on every device, twice.
+        return jax.tree.map(lambda array: np.asarray(multihost_utils.broadcast_one_to_all(array)), arrays)
 
     def wait_for_all(self) -> None:
         self.got_on()
@@ -174,8 +175,11 @@ class ManyProcesses(Job):
         self._own_signal = signum
 
     def stop_wanted(self, signum: int | None) -> int | None:
-        self.got_on()
-        return self._stop_signal if signum is None else signum
+        wanted = self._stop_signal if signum is None else signum
+        if wanted is None:
+            # Where all stop, nobody is to hear first that another one has already ended.
+            self.got_on()
+        return wanted
 
     def stops_here(self, signum: int | None) -> bool:
         self.got_on()
@@ -188,6 +192,8 @@ class ManyProcesses(Job):
     def _next_key(self, purpose: str) -> str:
         # The same in every process, because all ask for the same things in the same order.
         self._messages += 1
+        # Between two meetings one process may have more to do than another: only within them does its count tell who is behind.
+        self._progress = self._messages << 32
         return f"{purpose}/{self._messages}"
 
     def _tell(self, key: str, value: Any, *, again: bool = False) -> None:
@@ -263,7 +269,8 @@ class ManyProcesses(Job):
             if (beat - got_on_at) * _BEAT_SECONDS > self._stall_seconds:
                 behind = min(heard, key=lambda process: heard[process][1])
                 return JobEnded(
-                    f"no process has got on for {self._stall_seconds:.0f} s; {self._named(behind)} got least far"
+                    f"no process has got on for {self._stall_seconds:.0f} s; {self._named(behind)} got least far (if they were "
+                    "loading or compiling, give a longer --stall_seconds)"
                 )
         return None
 
@@ -277,10 +284,14 @@ class ManyProcesses(Job):
             self._tell(f"steps/{self.process}", self._steps)
             taken = []
             for process in range(self.num_processes):
-                found, steps = self._look(f"steps/{process}", self._peer_seconds)
-                if not found:
-                    raise JobEnded(f"lost {self._named(process)}: it did not say where to stop")
-                taken.append(steps)
+                begin = time.monotonic()
+                while not (found := self._look(f"steps/{process}", 1.0))[0]:
+                    if self._closing.is_set() or self._look("ended", 0.01)[0]:
+                        # One that has ended says nothing here: the next beat reports it.
+                        return
+                    if time.monotonic() - begin > self._peer_seconds:
+                        raise JobEnded(f"lost {self._named(process)}: it did not say where to stop")
+                taken.append(found[1])
             self._last_step = max(taken) + 1
 
     def _end(self, ended: JobEnded | None) -> None:
@@ -293,6 +304,7 @@ class ManyProcesses(Job):
         with contextlib.suppress(JobEnded):
             self._tell(f"seen/{self.process}", True)
         print(f"error: {ended}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
         os._exit(ended.exit_code)
 
     def _named(self, process: int) -> str:
@@ -304,6 +316,11 @@ def _is_of_runtime(error: BaseException) -> bool:
     """Whether XLA's runtime raised it: as a ValueError, in places, whose text begins with the name of the status."""
     named = isinstance(error, ValueError) and re.match(r"[A-Z_]+: ", str(error)) is not None
     return named or isinstance(error, jax.errors.JaxRuntimeError)
+
+
+def _comes_of_others(error: BaseException) -> bool:
+    """Whether it may be that a program broke because another process has left it."""
+    return _is_of_runtime(error) and not re.search("RESOURCE_EXHAUSTED|INVALID_ARGUMENT|UNIMPLEMENTED", str(error))
 
 
 def _until(true: Callable[[], bool], seconds: float) -> None:

@@ -34,7 +34,7 @@ def place(tree: Any, shardings: Any) -> Any:
 
 
 def _place(value: Any, where: NamedSharding) -> Array:
-    if isinstance(value, jax.Array) and value.is_fully_addressable <= where.is_fully_addressable:
+    if isinstance(value, jax.Array) and (where.is_fully_addressable or not value.is_fully_addressable):
         return jax.device_put(value, where)
     # Of this process alone, or NumPy's: every process has the same, and JAX need not compare them.
     value = np.asarray(value)

@@ -10,6 +10,7 @@ which one to ask, so that an interactive shell or a notebook on such a machine s
 """
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Mapping
 
@@ -26,21 +27,23 @@ def scheduler(environ: Mapping[str, str]) -> str:
     # Under srun; in the shell of an salloc there is no step.
     if "SLURM_STEP_NODELIST" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1:
         return "slurm"
-    # Google sets these on pods of GKE with TPUs.
+    # Google sets these on pods of GKE with TPUs, which are indexed jobs too.
     hosts = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES") or ""
     if "," in hosts or int(environ.get("MEGASCALE_NUM_SLICES") or 1) > 1:
         return "gketpu"
+    if hosts:
+        return ""
     # An indexed job, alone or of a JobSet; other pods (a notebook, a CI runner) have no index.
     if "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ:
         return "k8s"
-    return "gcetpu" if _is_tpu_vm() else ""
+    return "gcetpu" if _is_tpu_vm(environ) else ""
 
 
-def _is_tpu_vm() -> bool:
+def _is_tpu_vm(environ: Mapping[str, str]) -> bool:
     """Whether JAX found the chips of a Cloud TPU VM; which worker of how many it is, its metadata say."""
     from jax._src import cloud_tpu_init
 
-    return cloud_tpu_init.running_in_cloud_tpu_vm and "TPU_SKIP_MDS_QUERY" not in os.environ
+    return cloud_tpu_init.running_in_cloud_tpu_vm and "TPU_SKIP_MDS_QUERY" not in environ
 
 
 def _local_devices(environ: Mapping[str, str]) -> list[int] | None:
@@ -95,6 +98,11 @@ def start_job(
                 "give coordinator (HOST:PORT), num_processes and process_id"
             )
         return Job()
+    if found == "k8s" and importlib.util.find_spec("kubernetes") is None:
+        raise UserError(
+            "this pod is one of an indexed Kubernetes job, whose others JAX finds through the package kubernetes: pip install "
+            "'jax[k8s]', or give coordinator, num_processes and process_id, or distributed='off' if it works alone"
+        )
     settings = {"cluster_detection_method": found}
     if found == "slurm":
         settings["local_device_ids"] = _local_devices(os.environ)
@@ -128,7 +136,7 @@ def _connected(settings: Mapping, whom: str, peer_seconds: float, stall_seconds:
     try:
         # The job's own watch comes first; JAX's is left for what it may not see.
         jax.distributed.initialize(**settings, heartbeat_timeout_seconds=int(2 * peer_seconds) + 60)
-    except (ValueError, RuntimeError, KeyError, OSError) as error:
+    except Exception as error:  # noqa: BLE001 - each scheduler's client has errors of its own
         raise UserError(
             f"no connection with the other processes through {whom} ({one_line(error)[:200]}): check that all were "
             "started alike, or run alone with distributed='off'"

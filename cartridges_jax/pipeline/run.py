@@ -51,8 +51,13 @@ _EVALUATE_CODE = (
 _CODE = {"study": _STUDY_CODE, "train": _TRAIN_CODE, "evaluate": _EVALUATE_CODE}
 
 
+def _print_at_once(text: str) -> None:
+    # A log that a scheduler reads is a pipe, and this process may be ended from outside.
+    print(text, flush=True)
+
+
 def run(
-    config: RunConfig, path: Path, *, job: Job = ALONE, say: Callable[[str], None] = print
+    config: RunConfig, path: Path, *, job: Job = ALONE, say: Callable[[str], None] = _print_at_once
 ) -> dict[str, Any] | None:
     """Takes a document to a cartridge and its report, or takes up where a run was stopped.
 

@@ -64,6 +64,17 @@ def code_hash(*parts: str) -> str:
     return digest.hexdigest()
 
 
+def _check_alike(stage: str, inputs: Mapping[str, Any], job: Job) -> None:
+    """Raises UserError where a host was started with other settings, files or code than the first one."""
+    theirs, ours = job.from_first(lambda: dict(inputs)), json.loads(json.dumps(inputs))
+    differ = [name for name in sorted({*theirs, *ours}) if theirs.get(name) != ours.get(name)]
+    if differ:
+        raise UserError(
+            f"{stage}: {', '.join(differ)} differ between this host and the first: start the same command with the same code "
+            "and files on all"
+        )
+
+
 class Stage:
     """One stage's directory for one set of inputs.
 
@@ -82,6 +93,7 @@ class Stage:
         self._result = self.directory / "result.json"
         self._seconds = self.directory / "seconds.json"
         self._job = job
+        _check_alike(name, self.inputs, job)
         if job.is_first:
             self.directory.mkdir(parents=True, exist_ok=True)
         self.done = job.from_first(self._result.exists)

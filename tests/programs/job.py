@@ -1,6 +1,6 @@
 """Processes of one job that meet, stop, fail, vanish or stall; run by tests/test_job.py through launch/local_multiprocess.py.
 
-    python tests/programs/job.py --scene=values|stop|error|crash|killed|killed_in_program|stall FLAGS_OF_A_JOB
+    python tests/programs/job.py --scene=values|stop|error|crash|unlike|killed|killed_in_program|stall FLAGS_OF_A_JOB
 """
 from __future__ import annotations
 
@@ -69,6 +69,18 @@ def interrupted(job):
         raise Interrupted(signal.SIGTERM)
 
     walk(job, end)
+
+
+def unlike(job):
+    import tempfile
+    from pathlib import Path
+
+    from cartridges_jax.pipeline.workdir import Stage
+
+    with tempfile.TemporaryDirectory() as directory:
+        for rate in (0.1, 0.1 * (1 + job.process)):
+            Stage(Path(directory), "train", {"train.learning_rate": rate, "seed": 0}, job)
+            print("with", rate, flush=True)
 
 
 def killed(job):

@@ -13,7 +13,9 @@ from cartridges_jax.parallel.local import run_locally
 
 _PROCESSES = flags.DEFINE_integer("processes", 2, "How many.", lower_bound=1)
 _DEVICES = flags.DEFINE_integer("devices", 4, "CPU devices of each process; 0 leaves them what they have.", lower_bound=0)
-_GRACE = flags.DEFINE_float("grace_seconds", 20.0, "For the others to end by themselves when one has failed.")
+_GRACE = flags.DEFINE_float(
+    "grace_seconds", 120.0, "For the others to end by themselves when one has failed: more than their --peer_seconds."
+)
 
 
 def main(argv: list[str]) -> None:

@@ -103,6 +103,7 @@ def curve(workdir) -> list[float]:
     return [entry["loss"] for entry in history["train"] + history["heldout"]]
 
 
+@pytest.mark.long
 def test_sigterm_to_one_stops_all_and_other_meshes_and_hosts_go_on_to_the_same_end(
     values, studied, uninterrupted, cache
 ):
@@ -144,6 +145,7 @@ def test_a_run_of_two_processes_speaks_once_and_is_kept_by_one(values, inputs, t
         assert f"{stage}: nothing changed, kept" in again.stdout
 
 
+@pytest.mark.long
 def test_a_process_that_is_killed_ends_the_run_with_one_line_and_the_same_command_goes_on(values, studied, cache):
     arguments = by_several(values, studied, "data:8", processes=2, devices=4, more=["--peer_seconds=6"])
     process = subprocess.Popen(

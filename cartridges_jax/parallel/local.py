@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 
-def run_locally(command: Sequence[str], *, num_processes: int, num_devices: int = 0, grace_seconds: float = 20.0) -> int:
+def run_locally(command: Sequence[str], *, num_processes: int, num_devices: int = 0, grace_seconds: float = 120.0) -> int:
     """Runs a Python program as a job of several processes, and returns when all have ended.
 
     Every line that a process writes comes out with its number in front, such as "[1] ". SIGINT

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cartridges_jax.ahead.hardware import H100
+from cartridges_jax.errors import UserError
+
 ROOT = Path(__file__).parents[1]
 CONFIG = "experiments/pods/llama31_8b_v5e16.py"
 POD = (
@@ -159,9 +162,15 @@ def test_what_is_copied_is_what_is_on_disk_but_for_what_git_ignores(tmp_path):
         assert sorted(copied.getnames()) == [".gitignore", "kept.py", "launch/tpu_pod.sh", "my config.py"]
 
 
-def test_a_dry_run_of_a_slurm_job_prints_its_step():
+def test_a_dry_run_of_a_slurm_job_prints_its_step(monkeypatch):
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
     done = script("slurm.sbatch", "--config=a.py", "--workdir=/shared/b", DRY_RUN="1", SLURM_SUBMIT_DIR=str(ROOT))
-    assert shlex.split(done.stdout) == [
+    memory, step = done.stdout.splitlines()
+    # As much of a card as programs are compiled for.
+    assert memory.startswith("export XLA_CLIENT_MEM_FRACTION=")
+    assert H100.memory_bytes == pytest.approx(float(memory.split("=")[1]) * 84_929_347_584)
+    assert shlex.split(step) == [
         "srun", "--kill-on-bad-exit=1", ".venv/bin/python", "launch/train.py", "--config=a.py", "--workdir=/shared/b",
     ]  # fmt: skip
     assert script("slurm.sbatch", "--config=a.py", DRY_RUN="1").returncode == 2
@@ -197,3 +206,13 @@ def test_the_job_set_takes_the_slice_whole():
     flags = dict(flag.split("=") for flag in container["command"][2:])
     assert (ROOT / flags["--config"]).is_file()
     assert job["spec"]["failurePolicy"]["maxRestarts"] > 0
+
+
+def test_a_job_set_whose_input_is_bad_is_not_restarted():
+    job = yaml.safe_load((ROOT / "launch" / "gke_jobset.yaml").read_text())
+    work = job["spec"]["replicatedJobs"][0]["template"]["spec"]
+    (rule,) = work["podFailurePolicy"]["rules"]
+    assert rule["action"] == "FailJob" and rule["onExitCodes"]["values"] == [UserError.exit_code]
+    assert rule["onExitCodes"]["containerName"] == work["template"]["spec"]["containers"][0]["name"]
+    (rule,) = job["spec"]["failurePolicy"]["rules"]
+    assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])

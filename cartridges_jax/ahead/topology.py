@@ -63,9 +63,8 @@ def _parse(name: str) -> tuple[Chip, tuple[int, ...]]:
     if chip is None or not re.fullmatch(r"\d+(x\d+)*", sizes):
         raise UserError(f"topology {name!r}: write v5e:4x4, v6e:4x4, v5p:2x2x4 or h100:8")
     shape = tuple(int(size) for size in sizes.split("x"))
-    dimensions = {"v5e": 2, "v6e": 2, "v5p": 3, "h100": 1}[kind]
-    if len(shape) != dimensions or min(shape) < 1:
-        raise UserError(f"topology {name!r}: a {kind} has {dimensions} dimension{'s' * (dimensions > 1)} of 1 or more")
+    if len(shape) != chip.dimensions or min(shape) < 1:
+        raise UserError(f"topology {name!r}: a {kind} has {chip.dimensions} dimension{'s' * (chip.dimensions > 1)} of 1 or more")
     if math.prod(shape) > chip.max_devices:
         raise UserError(f"topology {name!r}: the links of {kind} connect {chip.max_devices} at most")
     if kind == "h100" and shape[0] > 8 and shape[0] % 8:
@@ -107,11 +106,10 @@ def of_size(chip: Chip, number: int) -> Topology:
         raise UserError(f"the links of {chip.name} connect {chip.max_devices} devices")
     if chip.platform == "tpu":
         # A host has four chips.
-        dimensions = {"v5e": 2, "v6e": 2, "v5p": 3}[chip.name]
-        sizes = [2, 2, 1][:dimensions]
+        sizes = [2, 2, 1][: chip.dimensions]
         while math.prod(sizes) < number:
             # The longest axis last.
-            sizes[max(axis for axis in range(dimensions) if sizes[axis] == min(sizes))] *= 2
+            sizes[max(axis for axis in range(chip.dimensions) if sizes[axis] == min(sizes))] *= 2
         name = f"{chip.name}:{'x'.join(map(str, sorted(sizes) if math.prod(sizes) > 4 else sizes))}"
     else:
         name = f"{chip.name}:{number}"

@@ -66,7 +66,8 @@ def test_a_loop_that_says_nothing_runs_as_often_as_the_caller_says():
     body = "%body (p: (pred[], f32[4])) -> (pred[], f32[4]) {\n  %g = f32[4]{0} all-reduce(%p), replica_groups={}, to_apply=%add\n}\n"
     goes_on = "%goes_on (p: (pred[], f32[4])) -> pred[] {\n  ROOT %i = pred[] get-tuple-element(%p), index=0\n}\n"
     text = program("  %w = (pred[], f32[4]) while(%x), condition=%goes_on, body=%body", ADD, body, goes_on)
-    assert only(text).times == 1
+    with pytest.raises(ValueError, match=r"g \(all-reduce\) is sent in a loop"):
+        collectives(text)
     assert only(text, trips_of_open_loops=8).times == 8
 
 

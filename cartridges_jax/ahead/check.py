@@ -84,7 +84,7 @@ def check(program: str, draft: Draft, topology: Topology, mesh: Mesh) -> Check:
     sent = None
     if compiled.text:
         # A dispatch decodes so many tokens; every other loop says itself how often it runs.
-        sent = hlo.collectives(compiled.text, trips_of_open_loops=STEPS_PER_DISPATCH)
+        sent = hlo.collectives(compiled.text, trips_of_open_loops=STEPS_PER_DISPATCH if program == "decode" else None)
     return Check(
         program=program,
         topology=topology,

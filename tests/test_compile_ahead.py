@@ -24,6 +24,7 @@ from cartridges_jax.models.published import PUBLISHED, config_without_weights
 from cartridges_jax.models.weights import abstract_loaded
 from cartridges_jax.pipeline.config import from_config_dict
 from cartridges_jax.pipeline.pod import draft_of, pod_config
+from cartridges_jax.quantized import num_bytes
 
 KEYS = [
     "program", "topology", "devices", "mesh", "bytes_per_device", "fits", "collectives", "collective_bytes", "flops_per_device",
@@ -140,6 +141,15 @@ def test_decoding_gains_with_what_the_cartridge_saves_in_memory():
     assert (long.bound_by, own.bound_by) == ("memory", "memory")
 
 
+def test_a_long_text_is_no_longer_than_what_the_model_sees():
+    config = pod_config("Qwen/Qwen3-4B", topology="v5e:2x4", mesh="data:2,tensor:4", micro_batches=8)
+    draft = draft_of(from_config_dict(config))
+    assert (draft.pod.context_tokens, draft.context_tokens) == (131072, 40960)
+    kv = 2 * 36 * 8 * 128 * 2
+    weights = num_bytes(abstract_loaded(draft.config, "bfloat16", stored=""))
+    assert predict(draft, V5E, 8)[0].num_rows == int((8 * V5E.memory_bytes - weights) / (kv * (40960 + 512)))
+
+
 # Topologies and meshes
 
 
@@ -183,8 +193,10 @@ def test_layouts_use_all_devices():
 @needs_libtpu
 def test_a_toy_is_compiled_for_a_tpu_slice(tmp_path):
     flags = toy_flags(tmp_path / "toy", "v5e:2x2", "data:2,tensor:2")
-    found = records(compile_ahead("experiments/pods/llama31_8b_v5e16.py", *flags))
+    done = compile_ahead("experiments/pods/llama31_8b_v5e16.py", *flags)
+    found = records(done)
     assert list(found) == ["train", "prefill", "decode"]
+    assert "in front" in done.stdout and "1 x h100" in done.stdout
     for record in found.values():
         assert list(record) == KEYS
         assert (record["topology"], record["devices"], record["mesh"]) == ("v5e:2x2", 4, "data:2,tensor:2")

@@ -20,7 +20,7 @@ class PodSettings:
     Attributes:
       topology: such as "v5e:4x4" or "h100:8"; "" for none in particular.
       decode_rows: conversations that are to decode together.
-      context_tokens: the long text that the cartridge stands for.
+      context_tokens: the long text that the cartridge stands for; of it a model sees what its context holds.
     """
 
     topology: str
@@ -78,6 +78,11 @@ class Draft:
         """Rounded up, as a packing plan does."""
         share = self.answer_tokens / (self.prompt_tokens + self.answer_tokens)
         return math.ceil(self.train.row_tokens * share / 64) * 64
+
+    @property
+    def context_tokens(self) -> int:
+        """Of the long text, as far as the model can see."""
+        return min(self.pod.context_tokens, self.config.context_length)
 
     @property
     def own_slots(self) -> int:

@@ -42,6 +42,9 @@ def run(draft: Draft, *, programs: Sequence[str] = PROGRAMS, sweep: bool = False
         mesh = mesh_of(draft.mesh, topology)
         checks = [check(program, draft, topology, mesh) for program in programs]
         print(checks_table(checks))
+    if sweep or "decode" in programs:
+        print(f"\nDecoding behind {draft.num_slots:,} slots or {draft.context_tokens:,} tokens, {draft.own_slots} their own:\n")
+        print(throughput_table(draft))
     print()
     for one in checks:
         print(json.dumps(one.record()), flush=True)
@@ -53,8 +56,6 @@ def _swept(draft: Draft, topology: Topology, programs: Sequence[str]) -> list[Ch
         draft, topology, programs, say=lambda one: _say(f"{one.program} on {one.mesh}: {one.compile_seconds:.0f} s")
     )
     print(checks_table([one for checks in found.values() for one in checks]))
-    print(f"\nDecoding behind {draft.num_slots:,} slots or {draft.pod.context_tokens:,} tokens, {draft.own_slots} their own:\n")
-    print(throughput_table(draft))
     return [checks[0] for checks in found.values()]
 
 

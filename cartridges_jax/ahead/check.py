@@ -93,7 +93,7 @@ def check(program: str, draft: Draft, topology: Topology, mesh: Mesh) -> Check:
         bytes_per_device=compiled.bytes_per_device,
         sent=sent,
         flops_per_device=flops_per_device(program, draft, mesh),
-        roofline=roofline(program, draft, mesh, topology.chip, sent or ()),
+        roofline=roofline(program, draft, mesh, topology, sent or ()),
         compile_seconds=compiled.seconds,
     )
 

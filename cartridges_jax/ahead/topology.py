@@ -37,6 +37,7 @@ class Topology:
     Attributes:
       name: as it was asked for.
       chip: of all of them.
+      shape: the sizes in its name.
       devices: to compile for.
       stand_in: whether they are this machine's CPU devices, as the compiler for the
         real ones is not installed.
@@ -44,6 +45,7 @@ class Topology:
 
     name: str
     chip: Chip
+    shape: tuple[int, ...]
     devices: Sequence[jax.Device]
     stand_in: bool = False
 
@@ -84,16 +86,16 @@ def find(name: str) -> Topology:
     """
     chip, shape = _parse(name)
     if chip.platform == "tpu":
-        return Topology(name, chip, _tpu_devices(name, shape))
+        return Topology(name, chip, shape, _tpu_devices(name, shape))
     if importlib.util.find_spec("jax_cuda12_plugin") or importlib.util.find_spec("jax_cuda13_plugin"):
-        return Topology(name, chip, _cuda_devices(shape[0]))
+        return Topology(name, chip, shape, _cuda_devices(shape[0]))
     devices = jax.devices("cpu")
     if len(devices) < shape[0]:
         raise UserError(
             f"topology {name!r}: the compiler for GPUs is not installed (pip install -e '.[cuda]'), and to stand in "
             f"there are only {len(devices)} CPU devices: set JAX_NUM_CPU_DEVICES={shape[0]}"
         )
-    return Topology(name, chip, devices[: shape[0]], stand_in=True)
+    return Topology(name, chip, shape, devices[: shape[0]], stand_in=True)
 
 
 def of_size(chip: Chip, number: int) -> Topology:

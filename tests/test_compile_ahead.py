@@ -10,13 +10,13 @@ import pytest
 from ahead_drafts import ROOT, compile_ahead, records, toy_flags, toy_draft
 from jax.sharding import Mesh
 
-from cartridges_jax.ahead.check import with_micro_batches
+from cartridges_jax.ahead.check import Check, with_micro_batches
 from cartridges_jax.ahead.hardware import CHIPS, H100, V5E
-from cartridges_jax.ahead.roofline import flops_per_device, memory_bytes, total_work
+from cartridges_jax.ahead.roofline import Roofline, flops_per_device, memory_bytes, total_work
 from cartridges_jax.ahead.scaling import LAYOUTS
-from cartridges_jax.ahead.sweep import meshes
+from cartridges_jax.ahead.sweep import meshes, rank
 from cartridges_jax.ahead.throughput import fewest_devices, predict
-from cartridges_jax.ahead.topology import num_devices
+from cartridges_jax.ahead.topology import Topology, num_devices
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import load_model
 from cartridges_jax.models.decoder import abstract_params
@@ -172,6 +172,21 @@ def test_a_sweep_tries_every_mesh_that_splits_rows_and_heads_evenly(tmp_path):
         "data:2,fsdp:1,tensor:2", "data:1,fsdp:2,tensor:2",
     ]  # fmt: skip
     assert not list(meshes(32, draft))
+
+
+def test_a_sweep_prefers_of_equal_times_what_sends_less_and_then_what_takes_less():
+    topology = Topology("v5e:2x2", V5E, (2, 2), [None] * 4)
+
+    def result(mesh, compute, network, gib, sent=()):
+        return Check("train", topology, mesh, 1, int(gib * 2**30), sent, 0.0, Roofline(compute, 0.0, network), 0.0)
+
+    results = [
+        result("too large", 1.0, 0.0, 90.0, None), result("slow", 2.0, 0.0, 1.0), result("sends", 1.0, 0.9, 1.0),
+        result("large", 1.0, 0.1, 9.0), result("best", 1.0, 0.1, 8.0), result("hardly too large", 1.0, 0.0, 16.0),
+    ]  # fmt: skip
+    assert [one.mesh for one in sorted(results, key=rank)] == [
+        "best", "large", "sends", "slow", "hardly too large", "too large",
+    ]  # fmt: skip
 
 
 def test_micro_batches_give_way_to_the_parts_of_a_mesh(tmp_path):

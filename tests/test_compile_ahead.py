@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import math
 
 import jax
@@ -10,8 +11,10 @@ import pytest
 from ahead_drafts import ROOT, compile_ahead, records, toy_flags, toy_draft
 from jax.sharding import Mesh
 
+from cartridges_jax.ahead import inputs
 from cartridges_jax.ahead.check import Check, with_micro_batches
 from cartridges_jax.ahead.hardware import CHIPS, H100, V5E
+from cartridges_jax.ahead.programs import compile_program, icl_shape
 from cartridges_jax.ahead.roofline import Roofline, flops_per_device, memory_bytes, total_work
 from cartridges_jax.ahead.scaling import LAYOUTS
 from cartridges_jax.ahead.sweep import meshes, rank
@@ -25,6 +28,7 @@ from cartridges_jax.models.weights import abstract_loaded
 from cartridges_jax.pipeline.config import from_config_dict
 from cartridges_jax.pipeline.pod import draft_of, pod_config
 from cartridges_jax.quantized import num_bytes
+from cartridges_jax.sampling import generate_tokens
 
 KEYS = [
     "program", "topology", "devices", "mesh", "bytes_per_device", "fits", "collectives", "collective_bytes", "flops_per_device",
@@ -150,6 +154,31 @@ def test_a_long_text_is_no_longer_than_what_the_model_sees():
     assert predict(draft, V5E, 8)[0].num_rows == int((8 * V5E.memory_bytes - weights) / (kv * (40960 + 512)))
 
 
+def test_decoding_is_compiled_as_self_study_decodes(tmp_path):
+    """128 rows behind a chunk of at most 4,096 tokens and its template, in the bucket of a prefix."""
+    config = pod_config("meta-llama/Llama-3.1-8B-Instruct", topology="v5e:4x4", mesh="data:4,tensor:4", micro_batches=8)
+    draft, mesh = draft_of(from_config_dict(config)), abstract_mesh(tensor=4)
+    assert draft.pod.decode_rows == inspect.signature(generate_tokens).parameters["batch_size"].default
+    assert inputs.front(draft, mesh).prefix.keys.shape == (32, 8, 4096 + 256, 128)
+    assert inputs.decode_state(draft, mesh).cache.keys.shape == (32, 128, 8, 512, 128)
+    # Training stays with the cartridge.
+    assert inputs.frozen(draft, mesh).keys.shape == (32, 8, 2048, 128)
+    whole = toy_draft(tmp_path / "toy", study__teacher_context="document", pod__context_tokens=3000)
+    assert whole.front_slots == 3064
+    assert toy_draft(tmp_path / "toy", cartridge__num_slots=3584).front_slots == 3584
+
+
+def test_the_whole_text_is_read_with_room_for_a_conversation(tmp_path):
+    config = pod_config("meta-llama/Llama-3.1-8B-Instruct", topology="v5e:4x4", mesh="data:4,tensor:4", micro_batches=8)
+    assert icl_shape(draft_of(from_config_dict(config))) == (512, 131072 - 512)
+    draft = toy_draft(tmp_path / "toy")
+    assert icl_shape(draft) == (512, 2048)
+    # The last chunk: three layers of 4 heads of 64, and 2 of them for keys and values.
+    seen = 512 * 1536 + 512 * 513 // 2
+    layers = 512 * 2 * (256 * 256 * 2 + 256 * 128 * 2 + 3 * 256 * 512) + seen * 4 * 256
+    assert sum(total_work("icl", draft)) == 3 * layers
+
+
 # Topologies and meshes
 
 
@@ -178,7 +207,7 @@ def test_a_sweep_prefers_of_equal_times_what_sends_less_and_then_what_takes_less
     topology = Topology("v5e:2x2", V5E, (2, 2), [None] * 4)
 
     def result(mesh, compute, network, gib, sent=()):
-        return Check("train", topology, mesh, 1, int(gib * 2**30), sent, 0.0, Roofline(compute, 0.0, network), 0.0)
+        return Check("train", topology, mesh, 4, 1, int(gib * 2**30), sent, 0.0, Roofline(compute, 0.0, network), 0.0)
 
     results = [
         result("too large", 1.0, 0.0, 90.0, None), result("slow", 2.0, 0.0, 1.0), result("sends", 1.0, 0.9, 1.0),
@@ -224,6 +253,11 @@ def test_a_toy_is_compiled_for_a_tpu_slice(tmp_path):
     assert found["train"]["collectives"]["all-reduce"] >= 2 * 3 * 4
     # Eight tokens of three layers.
     assert found["decode"]["collectives"]["all-reduce"] >= 8 * 3 * 2
+
+
+def test_the_read_of_the_whole_text_is_compiled_too(tmp_path):
+    draft, mesh = toy_draft(tmp_path / "toy"), abstract_mesh()
+    assert compile_program("icl", draft, mesh).bytes_per_device > 2048 * 2 * 3 * 2 * 64 * 2  # its cache
 
 
 @needs_libtpu

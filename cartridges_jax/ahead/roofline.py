@@ -16,9 +16,9 @@ from cartridges_jax.ahead import inputs
 from cartridges_jax.ahead.draft import STEPS_PER_DISPATCH, Draft
 from cartridges_jax.ahead.hlo import Collective
 from cartridges_jax.ahead.network import links_of, network_seconds
-from cartridges_jax.ahead.programs import prefill_shape
+from cartridges_jax.ahead.programs import icl_shape, prefill_shape
 from cartridges_jax.ahead.topology import Topology
-from cartridges_jax.models.costs import Work, distillation_work, forward_work, kv_bytes_per_token, weights_read
+from cartridges_jax.models.costs import Work, distillation_work, forward_work, keys_seen, kv_bytes_per_token, weights_read
 from cartridges_jax.models.model import DTYPES
 from cartridges_jax.parallel.rules import RULES, dividing
 
@@ -62,9 +62,13 @@ def total_work(program: str, draft: Draft) -> Work:
         )
     if program == "prefill":
         num_rows, tokens, _ = prefill_shape(draft)
-        return forward_work(config, num_rows * tokens, 0, num_rows * (draft.num_slots * tokens + tokens * (tokens + 1) // 2))
+        return forward_work(config, num_rows * tokens, 0, num_rows * keys_seen([tokens], draft.front_slots))
+    if program == "icl":
+        # The last chunk, which sees the most.
+        tokens, num_slots = icl_shape(draft)
+        return forward_work(config, tokens, 0, keys_seen([tokens], num_slots - tokens))
     num_rows = draft.pod.decode_rows
-    step = forward_work(config, num_rows, num_rows, num_rows * (draft.num_slots + draft.own_slots))
+    step = forward_work(config, num_rows, num_rows, num_rows * (draft.front_slots + draft.own_slots))
     return Work(*(STEPS_PER_DISPATCH * part for part in step))
 
 
@@ -88,6 +92,7 @@ def _row_parts(program: str, draft: Draft, mesh: Mesh) -> int:
         "train": draft.train.rows_per_step // draft.train.micro_batches,
         "prefill": prefill_shape(draft)[0],
         "decode": draft.pod.decode_rows,
+        "icl": 1,
     }[program]
     return _parts(mesh, "rows", num_rows)
 
@@ -102,7 +107,6 @@ def memory_bytes(program: str, draft: Draft, mesh: Mesh) -> float:
     """
     weights = _weight_bytes(draft, mesh)
     per_slot = kv_bytes_per_token(draft.config, DTYPES[draft.dtype]) / _parts(mesh, "kv_heads", draft.config.num_kv_heads)
-    prefix = per_slot * draft.num_slots
     by_rows = _row_parts(program, draft, mesh)
     if program == "train":
         # Every micro-batch passes forward, perhaps once more, and backward. The optimizer reads and
@@ -112,7 +116,10 @@ def memory_bytes(program: str, draft: Draft, mesh: Mesh) -> float:
         split = _parts(mesh, "kv_heads", draft.config.num_kv_heads) * math.prod(
             mesh.shape[axis] for axis in dividing(mesh, RULES["slots"].at_rest, draft.num_slots)
         )
-        return passes * (weights + prefix) + state / split
+        return passes * (weights + per_slot * draft.num_slots) + state / split
+    if program == "icl":
+        return weights + per_slot * icl_shape(draft)[1]
+    prefix = per_slot * draft.front_slots
     if program == "prefill":
         num_rows, _, num_slots = prefill_shape(draft)
         return weights + prefix + per_slot * num_slots * num_rows / by_rows

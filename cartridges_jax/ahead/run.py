@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from cartridges_jax.ahead import sweep as sweeps
 from cartridges_jax.ahead.check import Check, check, mesh_of
 from cartridges_jax.ahead.draft import Draft
-from cartridges_jax.ahead.programs import PROGRAMS
+from cartridges_jax.ahead.programs import DEFAULT_PROGRAMS, PROGRAMS
 from cartridges_jax.ahead.scaling import scale, scaling_table
 from cartridges_jax.ahead.tables import checks_table
 from cartridges_jax.ahead.throughput import throughput_table
@@ -16,7 +16,7 @@ from cartridges_jax.ahead.topology import Topology, find
 from cartridges_jax.errors import UserError
 
 
-def run(draft: Draft, *, programs: Sequence[str] = PROGRAMS, sweep: bool = False, scaling: bool = False) -> list[Check]:
+def run(draft: Draft, *, programs: Sequence[str] = DEFAULT_PROGRAMS, sweep: bool = False, scaling: bool = False) -> list[Check]:
     """Compiles a draft's programs and prints what comes of it, one JSON line for each at the end.
 
     Args:

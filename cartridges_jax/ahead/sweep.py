@@ -27,11 +27,13 @@ def rank(one: Check) -> tuple[bool, float, float, int]:
     """What a result is sorted by.
 
     Bound by arithmetic, meshes need the same time: of those the one that sends least is best, then the one that takes
-    least memory. Of what does not fit, the nearest to fitting comes first.
+    least memory. Parts of a mesh that run a program side by side do so many times its work. Of what does not fit, the
+    nearest to fitting comes first.
     """
     if not one.fits:
         return True, one.bytes_per_device, 0.0, 0
-    return False, one.roofline.seconds, one.roofline.network, one.bytes_per_device
+    seconds = one.roofline.seconds * one.num_devices
+    return False, seconds, one.roofline.network * one.num_devices, one.bytes_per_device
 
 
 def sweep(

@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -191,6 +192,20 @@ def test_a_slurm_job_at_the_end_of_its_time_saves_and_queues_up_again(tmp_path):
     )  # fmt: skip
     assert done.returncode == 143, done.stderr
     assert (tmp_path / "log").read_text().split() == ["requeue", "42"]
+
+
+def test_a_dry_run_of_local_processes_prints_their_commands():
+    arguments = ("--processes=2", "--devices=3", "--dry_run", "--", "launch/train.py", "--workdir=runs/a b")
+    done = subprocess.run(
+        [sys.executable, "launch/local_multiprocess.py", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (shlex.split(line) for line in done.stdout.splitlines())
+    assert first[:3] == ["env", "JAX_PLATFORMS=cpu", "JAX_NUM_CPU_DEVICES=3"]
+    assert first[3:7] == [sys.executable, "launch/train.py", "--workdir=runs/a b", "--distributed=on"]
+    assert first[7].startswith("--coordinator=localhost:")
+    assert first[8:] == ["--num_processes=2", "--process_id=0"]
+    assert second == [*first[:-1], "--process_id=1"]
 
 
 def test_the_job_set_takes_the_slice_whole():

@@ -3,7 +3,11 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
 import math
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -19,7 +23,7 @@ from cartridges_jax.ahead.roofline import Roofline, flops_per_device, memory_byt
 from cartridges_jax.ahead.scaling import LAYOUTS
 from cartridges_jax.ahead.sweep import meshes, rank
 from cartridges_jax.ahead.throughput import fewest_devices, predict
-from cartridges_jax.ahead.topology import Topology, num_devices
+from cartridges_jax.ahead.topology import Topology, num_devices, of_size
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import load_model
 from cartridges_jax.models.decoder import abstract_params
@@ -229,6 +233,71 @@ def test_layouts_use_all_devices():
     for layout in LAYOUTS.values():
         for number in (1, 2, 8, 512):
             assert math.prod(int(part.split(":")[1]) for part in layout(number).split(",")) == number
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("chip", "number", "name"),
+    [
+        ("v5e", 1, "v5e:2x2"), ("v5e", 8, "v5e:2x4"), ("v5e", 32, "v5e:4x8"), ("v6e", 16, "v6e:4x4"), ("v5p", 4, "v5p:2x2x1"),
+        ("v5p", 16, "v5p:2x2x4"), ("v5p", 64, "v5p:4x4x4"),
+    ],
+)  # fmt: skip
+def test_so_many_chips_are_those_of_the_smallest_slice_that_has_them(chip, number, name):
+    found = of_size(CHIPS[chip], number)
+    assert (found.name, len(found.devices)) == (name, number)
+
+
+def test_more_chips_than_links_connect_are_refused():
+    with pytest.raises(UserError, match="the links of v5e connect 256"):
+        of_size(V5E, 512)
+
+
+@pytest.fixture(scope="module")
+def scaled(tmp_path_factory):
+    """A toy of two rows and two key/value heads on 1, 2 and 4 CPU devices in the place of H100s: its points and their table."""
+    if importlib.util.find_spec("jax_cuda12_plugin"):
+        pytest.skip("the compiler for GPUs is installed")
+    code = """
+import dataclasses, json, sys
+from pathlib import Path
+from ahead_drafts import toy_draft
+from cartridges_jax.ahead.hardware import H100
+from cartridges_jax.ahead.scaling import scale, scaling_table
+draft = toy_draft(Path(sys.argv[1]), train__rows_per_step=2, train__micro_batches=1, train__remat=False)
+points = scale(draft, H100, sizes=(1, 2, 4), layouts=("data", "tensor"))
+found = [(p.layout, p.num_devices, p.check and p.check.roofline.seconds, p.stops, p.efficiency) for p in points]
+print(json.dumps({"points": found, "table": scaling_table(points)}))
+"""
+    environment = {
+        **os.environ, "JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path_factory.mktemp("toy"))], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_layout_is_followed_until_rows_or_heads_run_out(scaled):
+    points = {(layout, number): rest for layout, number, *rest in scaled["points"]}
+    assert list(points) == [(layout, number) for layout in ("data", "tensor") for number in (1, 2, 4)]
+    assert points["data", 4] == [None, "2 rows a step do not divide by 4", None]
+    assert points["tensor", 4] == [None, "2 key/value heads do not divide by 4", None]
+    for layout in ("data", "tensor"):
+        (one, none, whole), (two, _, efficiency) = points[layout, 1], points[layout, 2]
+        assert (none, whole) == ("", 1.0)
+        assert efficiency == pytest.approx(one / (2 * two))
+    # So small a model is sent longer than it is computed.
+    assert points["tensor", 2][2] < 0.5 and points["tensor", 2][1] == "sending takes longer than computing"
+
+
+def test_the_table_of_layouts_has_a_row_for_each_point_and_its_reason(scaled):
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in scaled["table"].splitlines()]
+    assert rows[0][0] == "layout" and rows[0][-1] == "stops because"
+    for row, (layout, number, seconds, stops, efficiency) in zip(rows[2:], scaled["points"], strict=True):
+        assert (row[0], row[1], row[-1]) == (layout, str(number), stops)
+        assert (row[5], row[7]) == (("", "") if seconds is None else (f"{seconds:.3g} s", f"{efficiency:.0%}"))
 
 
 # The programs

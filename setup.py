@@ -14,6 +14,7 @@ setup(
     name="cartridges_jax",
     version="0.1.0",
     description="Cartridges in JAX: small trained KV caches that stand in for a long text.",
+    url="https://github.com/cartridges-jax/cartridges_jax",
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["cartridges_jax", "cartridges_jax.*"]),

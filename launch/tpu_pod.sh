@@ -62,10 +62,12 @@ fi
 
 cd "$(dirname "$0")/.."
 [[ -f $config ]] || fail "--config=$config: there is no such file"
+$dry_run || command -v gcloud >/dev/null || fail "gcloud is not installed: https://cloud.google.com/sdk"
 
 where=("--zone=$zone")
 [[ -z $project ]] || where+=("--project=$project")
 tpu=(gcloud compute tpus tpu-vm)
+archive=/tmp/cartridges_jax_$name.tar.gz
 
 # Runs a command, or prints it so that it could be pasted.
 do_it() {
@@ -81,6 +83,17 @@ state() {
   $dry_run || "${tpu[@]}" describe "$name" "${where[@]}" '--format=value(state)' 2>/dev/null || true
 }
 
+# The same, once a slice that is coming or going has come or gone.
+settled_state() {
+  local found
+  for _ in {1..30}; do
+    found=$(state)
+    case $found in '' | READY | PREEMPTED | TERMINATED | STOPPED) break ;; esac
+    sleep 20
+  done
+  echo "$found"
+}
+
 delete() {
   do_it "${tpu[@]}" delete "$name" "${where[@]}" --quiet
 }
@@ -91,11 +104,13 @@ on_all_hosts() {
 
 # A slice that is ready: the one there is, or a new one in the place of what was taken away.
 prepare() {
-  case $(state) in
+  local found
+  found=$(settled_state)
+  case $found in
     READY) echo "taking the slice $name" >&2 ;;
     '') create ;;
     PREEMPTED | TERMINATED | STOPPED) delete && create ;;
-    *) fail "the slice $name is $(state): wait, or delete it" ;;
+    *) fail "the slice $name is still $found: wait, or delete it" ;;
   esac
 }
 
@@ -105,31 +120,50 @@ create() {
   do_it "${tpu[@]}" create "$name" "${where[@]}" "${options[@]}"
 }
 
-# What git knows of this checkout, changes that are not committed included.
+# What of this checkout git does not ignore, as it is on disk: with files that are new, without those that were deleted.
+pack() {
+  # shellcheck disable=SC2016  # the inner shell's variables
+  do_it bash -c 'set -o pipefail
+    git ls-files -z --cached --others --exclude-standard |
+      while IFS= read -rd "" file; do [[ ! -e $file && ! -L $file ]] || printf "%s\0" "$file"; done |
+      tar --null --files-from=- -czf "$1"' bash "$archive"
+}
+
 copy() {
-  local archive=/tmp/cartridges_jax.tar.gz setup
+  local setup
+  # A line each: `set -e` lets a failure in the middle of `a && b` pass.
   setup=$(
     cat <<HERE
 set -e
 sudo mkdir -p /mnt/runs
-mountpoint -q /mnt/runs || { sudo apt-get -qq install -y nfs-common && sudo mount -t nfs $(printf %q "$nfs") /mnt/runs; }
-mkdir -p cartridges_jax && tar -xzf $archive -C cartridges_jax && cd cartridges_jax
-python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --allow-existing --python 3.11
-python3 -m uv pip install --quiet -e '.[tpu]'
+if ! mountpoint -q /mnt/runs; then
+  sudo apt-get -qq -o DPkg::Lock::Timeout=300 install -y nfs-common
+  sudo mount -t nfs $(printf %q "$nfs") /mnt/runs
+fi
+[ -w /mnt/runs ] || { echo "error: \$(hostname): \$USER may not write to /mnt/runs ($nfs)" >&2; exit 2; }
+mkdir -p cartridges_jax
+tar -xzf $archive -C cartridges_jax
+cd cartridges_jax
+python3 -m pip install --quiet --user uv
+python3 -m uv venv --quiet --allow-existing --python 3.11
+python3 -m uv pip install --quiet -e ".[tpu]"
 HERE
   )
-  do_it bash -c "git ls-files -z | tar --null --files-from=- -czf $archive" &&
-    do_it "${tpu[@]}" scp "$archive" "$name:$archive" "${where[@]}" --worker=all &&
-    on_all_hosts "$setup"
+  do_it "${tpu[@]}" scp "$archive" "$name:$archive" "${where[@]}" --worker=all && on_all_hosts "$setup"
 }
 
 train() {
+  # Of an empty array bash 3.2, a Mac's, says that it is not set.
   local variables=() command
   [[ -z $environment ]] || IFS=, read -ra variables <<<"$environment"
-  command=$(printf '%q ' env "${variables[@]}" .venv/bin/python launch/train.py --config="$config" --workdir="/mnt/runs/$run" "$@")
+  command=$(printf '%q ' env ${variables[@]+"${variables[@]}"} .venv/bin/python launch/train.py --config="$config" --workdir="/mnt/runs/$run" "$@")
   # Every host keeps its own output, and shows it here.
   on_all_hosts "set -o pipefail; cd cartridges_jax && $command 2>&1 | tee -a /mnt/runs/$(printf %q "$run").\$(hostname).log"
 }
+
+$dry_run || gcloud compute tpus accelerator-types describe "$type" "${where[@]}" >/dev/null ||
+  fail "gcloud does not find --type=$type in --zone=$zone (logged in? gcloud auth login)"
+pack
 
 for ((attempt = 1; attempt <= attempts; attempt++)); do
   echo "attempt $attempt of $attempts" >&2
@@ -139,10 +173,13 @@ for ((attempt = 1; attempt <= attempts; attempt++)); do
     $keep || delete
     exit 0
   fi
+  # gcloud hears of a preemption later than ssh does.
+  ! $spot || sleep 60
   # A run that fails on a slice that is there would fail again.
-  case $(state) in
+  case $(settled_state) in
     READY) fail "the run ended with $status; the slice $name is kept, its logs are in /mnt/runs" ;;
-    *) echo "there is no slice, or no more" >&2; sleep 60 ;;
   esac
+  $spot || fail "it ended with $status, and there is no slice $name"
+  echo "there is no slice, or no more" >&2
 done
 fail "gave up after $attempts attempts"

@@ -1,16 +1,17 @@
-"""Llama-3.1-8B compiled for pods, at the paper's sizes: p = 2,048, 32 packs of 2,048 tokens a step."""
+"""What `experiments/pods` has, compiled at the paper's sizes: p = 2,048, 32 packs of 2,048 tokens a step."""
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import math
 import os
+from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from cartridges_jax.ahead.check import check, mesh_of
+from cartridges_jax.ahead.draft import Draft
 from cartridges_jax.ahead.topology import find
 from cartridges_jax.pipeline.config import from_config_dict
 from cartridges_jax.pipeline.pod import draft_of, pod_config
@@ -26,11 +27,26 @@ needs_cuda = pytest.mark.skipif(
 )
 
 
-def step(topology: str, mesh: str, micro_batches: int, **changes):
-    draft = draft_of(from_config_dict(pod_config(MODEL, topology=topology, mesh=mesh, micro_batches=micro_batches)))
-    draft = dataclasses.replace(draft, **changes)
-    found = find(topology)
-    return check("train", draft, found, mesh_of(mesh, found))
+PODS = sorted((Path(__file__).parents[1] / "experiments" / "pods").glob("*.py"))
+
+
+def pod(name: str) -> Draft:
+    """What a config of `experiments/pods` compiles."""
+    (path,) = (path for path in PODS if path.stem == name)
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return draft_of(from_config_dict(module.get_config()))
+
+
+def step_of(draft: Draft):
+    found = find(draft.pod.topology)
+    return check("train", draft, found, mesh_of(draft.mesh, found))
+
+
+def step(topology: str, mesh: str, micro_batches: int):
+    config = pod_config(MODEL, topology=topology, mesh=mesh, micro_batches=micro_batches)
+    return step_of(draft_of(from_config_dict(config)))
 
 
 def smallest_weight(tensor: int) -> int:
@@ -40,7 +56,7 @@ def smallest_weight(tensor: int) -> int:
 
 @pytest.fixture(scope="module")
 def v5e():
-    return step("v5e:4x4", "data:4,tensor:4", 8)
+    return step_of(pod("llama31_8b_v5e16"))
 
 
 @needs_libtpu
@@ -65,11 +81,13 @@ def test_accumulation_inside_the_step_is_what_saves_the_memory(v5e):
 @pytest.mark.parametrize(("topology", "mesh", "micro_batches"), [
     ("v5e:4x4", "fsdp:16", 2), ("v5p:2x2x4", "data:4,tensor:4", 8), ("v6e:4x4", "data:4,tensor:4", 8),
 ])  # fmt: skip
-def test_on_other_slices_of_16_a_step_fits(topology, mesh, micro_batches):
+def test_on_other_meshes_of_16_a_step_fits(topology, mesh, micro_batches):
     assert step(topology, mesh, micro_batches).fits
 
 
-@needs_cuda
-def test_on_16_h100_a_step_fits():
-    found = step("h100:16", "data:16", 2)
-    assert found.fits and not found.topology.stand_in
+@pytest.mark.parametrize(
+    "name", [pytest.param(path.stem, marks=needs_cuda if "_h100" in path.stem else needs_libtpu) for path in PODS]
+)
+def test_the_step_of_every_pod_fits(name):
+    found = step_of(pod(name))
+    assert found.fits and not found.topology.stand_in, f"{found.bytes_per_device / GiB:.2f} GiB"

@@ -1,6 +1,8 @@
 """What a compiled program sends, as it is read from HLO: hand-written programs, and one of this machine's compiler."""
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import subprocess
 import sys
@@ -8,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from cartridges_jax.ahead.hardware import H100, V5E
+from cartridges_jax.ahead.hardware import H100, V5E, V5P
 from cartridges_jax.ahead.hlo import collectives
-from cartridges_jax.ahead.roofline import network_seconds
+from cartridges_jax.ahead.network import Links, network_seconds
 
 ADD = """\
 %add (a: f32[], b: f32[]) -> f32[] {
@@ -66,7 +68,8 @@ def test_a_loop_that_says_nothing_runs_as_often_as_the_caller_says():
     body = "%body (p: (pred[], f32[4])) -> (pred[], f32[4]) {\n  %g = f32[4]{0} all-reduce(%p), replica_groups={}, to_apply=%add\n}\n"
     goes_on = "%goes_on (p: (pred[], f32[4])) -> pred[] {\n  ROOT %i = pred[] get-tuple-element(%p), index=0\n}\n"
     text = program("  %w = (pred[], f32[4]) while(%x), condition=%goes_on, body=%body", ADD, body, goes_on)
-    assert only(text).times == 1
+    with pytest.raises(ValueError, match=r"g \(all-reduce\) is sent in a loop"):
+        collectives(text)
     assert only(text, trips_of_open_loops=8).times == 8
 
 
@@ -91,16 +94,44 @@ def test_what_a_tpu_makes_of_a_reduce_scatter_is_one():
     assert (found.kind, found.sent) == ("reduce-scatter", 64 * 3 / 4)
 
 
-def test_between_nodes_a_group_has_the_network_cards_of_its_members():
-    def seconds(groups, chip):
-        text = program(f"  ROOT %o = f32[250000000]{{0}} all-reduce(%x), replica_groups={groups}, to_apply=%add", ADD, devices=16)
-        return network_seconds(collectives(text), chip)
+def seconds(groups, chip, *shape):
+    """Of a sum of 1 GB on every device, the devices in the order of their places."""
+    text = program(
+        f"  ROOT %o = f32[250000000]{{0}} all-reduce(%x), replica_groups={groups}, to_apply=%add", ADD, devices=math.prod(shape)
+    )
+    places = list(itertools.product(*map(range, shape)))
+    return network_seconds(collectives(text), Links(chip, shape, places))
 
+
+def test_between_nodes_a_group_has_the_network_cards_of_its_members():
     gigabyte = 1e9
-    assert seconds("[2,8]<=[16]", H100) == pytest.approx(2 * gigabyte * 7 / 8 / 450e9)
-    assert seconds("[8,2]<=[2,8]T(1,0)", H100) == pytest.approx(2 * gigabyte / 2 / 50e9)
-    assert seconds("[1,16]<=[16]", H100) == pytest.approx(2 * gigabyte * 15 / 16 / 400e9)
-    assert seconds("[1,16]<=[16]", V5E) == pytest.approx(2 * gigabyte * 15 / 16 / 100e9)
+    assert seconds("[2,8]<=[16]", H100, 16) == pytest.approx(2 * gigabyte * 7 / 8 / 450e9)
+    assert seconds("[8,2]<=[2,8]T(1,0)", H100, 16) == pytest.approx(2 * gigabyte / 2 / 50e9)
+    assert seconds("[1,16]<=[16]", H100, 16) == pytest.approx(2 * gigabyte * 15 / 16 / 400e9)
+
+
+@pytest.mark.parametrize(
+    ("groups", "chip", "shape", "links"),
+    [
+        ("[4,4]<=[16]", V5E, (4, 4), 1),  # rows: lines
+        ("[4,4]<=[4,4]T(1,0)", V5E, (4, 4), 1),  # columns
+        ("[1,16]<=[16]", V5E, (4, 4), 2),  # its corners have two
+        ("[4,4]<=[2,2,2,2]T(0,2,1,3)", V5E, (4, 4), 2),  # blocks of 2x2
+        ("{{0,5},{1,4}}", V5E, (4, 4), 1),  # no box
+        ("{{0,1,4,5},{2,3}}", V5E, (4, 4), 1),  # the slower of two groups
+        ("[8,16]<=[128]", V5E, (8, 16), 2),  # rows: rings
+        ("[16,8]<=[8,16]T(1,0)", V5E, (8, 16), 1),
+        ("[32,8]<=[256]", V5E, (16, 16), 1),  # half of a ring
+        ("[1,256]<=[256]", V5E, (16, 16), 4),
+        ("[4,4]<=[16]", V5P, (2, 2, 4), 1),  # no whole cube
+        ("[16,4]<=[64]", V5P, (4, 4, 4), 2),
+        ("[1,64]<=[64]", V5P, (4, 4, 4), 6),
+    ],
+)
+def test_a_group_has_the_links_of_its_worst_connected_chip(groups, chip, shape, links):
+    (found,) = collectives(program(f"  ROOT %o = f32[250000000]{{0}} all-reduce(%x), replica_groups={groups}, to_apply=%add", ADD, devices=math.prod(shape)))
+    one_link = {"v5e": 50e9, "v5p": 100e9}[chip.name]
+    assert seconds(groups, chip, *shape) == pytest.approx(found.sent / (links * one_link))
 
 
 def test_a_scan_that_was_compiled_here_is_counted_by_its_length():

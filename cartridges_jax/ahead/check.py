@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from cartridges_jax.ahead import hlo
 from cartridges_jax.ahead.draft import STEPS_PER_DISPATCH, Draft
-from cartridges_jax.ahead.programs import compile_program
+from cartridges_jax.ahead.programs import compile_program, mesh_of_program
 from cartridges_jax.ahead.roofline import Roofline, flops_per_device, roofline
 from cartridges_jax.ahead.topology import Topology
 from cartridges_jax.errors import UserError
@@ -21,6 +21,8 @@ class Check:
     """What is known of a program before it runs.
 
     Attributes:
+      mesh: of the run.
+      num_devices: that the program runs on, all of the mesh's or those of a part of it.
       micro_batches: of a train step.
       bytes_per_device: at the peak.
       sent: its collectives; None where it does not fit, so that there is no program.
@@ -32,6 +34,7 @@ class Check:
     program: str
     topology: Topology
     mesh: str
+    num_devices: int
     micro_batches: int
     bytes_per_device: int
     sent: list[hlo.Collective] | None
@@ -58,7 +61,7 @@ class Check:
         found = {
             "program": self.program,
             "topology": self.topology.name,
-            "devices": len(self.topology.devices),
+            "devices": self.num_devices,
             "mesh": self.mesh,
             "bytes_per_device": self.bytes_per_device,
             "fits": self.fits,
@@ -80,20 +83,22 @@ def check(program: str, draft: Draft, topology: Topology, mesh: Mesh) -> Check:
     Raises:
       UserError: rows that the mesh does not divide, or a mesh that divides nothing of the model.
     """
-    compiled = compile_program(program, draft, mesh)
+    part = mesh_of_program(program, mesh)
+    compiled = compile_program(program, draft, part)
     sent = None
     if compiled.text:
         # A dispatch decodes so many tokens; every other loop says itself how often it runs.
-        sent = hlo.collectives(compiled.text, trips_of_open_loops=STEPS_PER_DISPATCH)
+        sent = hlo.collectives(compiled.text, trips_of_open_loops=STEPS_PER_DISPATCH if program == "decode" else None)
     return Check(
         program=program,
         topology=topology,
         mesh=mesh_line(mesh),
+        num_devices=part.devices.size,
         micro_batches=draft.train.micro_batches,
         bytes_per_device=compiled.bytes_per_device,
         sent=sent,
-        flops_per_device=flops_per_device(program, draft, mesh),
-        roofline=roofline(program, draft, mesh, topology.chip, sent or ()),
+        flops_per_device=flops_per_device(program, draft, part),
+        roofline=roofline(program, draft, part, topology, sent or ()),
         compile_seconds=compiled.seconds,
     )
 

@@ -19,8 +19,8 @@ class PodSettings:
 
     Attributes:
       topology: such as "v5e:4x4" or "h100:8"; "" for none in particular.
-      decode_rows: conversations that are to decode together.
-      context_tokens: the long text that the cartridge stands for.
+      decode_rows: conversations that are to decode together; self-study's 128 (`sampling.generate_tokens`) by default.
+      context_tokens: the long text that the cartridge stands for; of it a model sees what its context holds.
     """
 
     topology: str
@@ -44,6 +44,7 @@ class Draft:
       dtype: "float32" or "bfloat16", what is computed in.
       weights: how matrices are kept if not in `dtype` (see `quantized`).
       num_slots: P.
+      front_slots: that self-study decodes behind, a chunk or the whole text, or P if that is more.
       train: rows, lengths and micro-batches of a step.
       prompt_tokens, answer_tokens: of a conversation; the answer's tokens are the targets.
       top_logprobs: k, teacher entries of a target.
@@ -56,6 +57,7 @@ class Draft:
     dtype: str
     weights: str
     num_slots: int
+    front_slots: int
     train: TrainSettings
     prompt_tokens: int
     answer_tokens: int
@@ -78,6 +80,16 @@ class Draft:
         """Rounded up, as a packing plan does."""
         share = self.answer_tokens / (self.prompt_tokens + self.answer_tokens)
         return math.ceil(self.train.row_tokens * share / 64) * 64
+
+    @property
+    def context_tokens(self) -> int:
+        """Of the long text, as far as the model can see."""
+        return min(self.pod.context_tokens, self.config.context_length)
+
+    @property
+    def icl_tokens(self) -> int:
+        """Of the long text that evaluation reads whole: what leaves room for a conversation."""
+        return min(self.context_tokens, self.config.context_length - self.own_slots)
 
     @property
     def own_slots(self) -> int:

@@ -20,7 +20,9 @@ class Chip:
       memory_bytes: what a program may use of its memory.
       memory_bandwidth: bytes a second.
       link_bandwidth: bytes a second that it sends in a ring of neighbours.
-      max_devices: in the largest group that these links connect.
+      ring: chips along an axis that wraps around, or a multiple; a shorter axis is a line.
+      dimensions: of the grid that these links make of the devices.
+      max_devices: in the largest group that they connect.
       node_devices: how many share a host's network cards; 0 where links leave the host too.
       network_bandwidth: bytes a second and device between such hosts.
       source: where the figures come from.
@@ -32,6 +34,8 @@ class Chip:
     memory_bytes: float
     memory_bandwidth: float
     link_bandwidth: float
+    ring: int
+    dimensions: int
     max_devices: int
     node_devices: int
     network_bandwidth: float
@@ -47,6 +51,8 @@ V5E = Chip(
     memory_bytes=15.75 * GiB,  # of 16, as the compiler counts
     memory_bandwidth=819 * GB,
     link_bandwidth=400 * GB / 2 / 4 * 2,
+    ring=16,
+    dimensions=2,
     max_devices=256,
     node_devices=0,
     network_bandwidth=0,
@@ -59,6 +65,8 @@ V5P = Chip(
     memory_bytes=95 * GiB,
     memory_bandwidth=2765 * GB,
     link_bandwidth=1200 * GB / 2 / 6 * 2,
+    ring=4,
+    dimensions=3,
     max_devices=6144,
     node_devices=0,
     network_bandwidth=0,
@@ -71,6 +79,8 @@ V6E = Chip(
     memory_bytes=31.25 * GiB,  # of 32, as the compiler counts
     memory_bandwidth=1600 * GB,
     link_bandwidth=800 * GB / 2 / 4 * 2,
+    ring=16,
+    dimensions=2,
     max_devices=256,
     node_devices=0,
     network_bandwidth=0,
@@ -81,9 +91,11 @@ H100 = Chip(
     name="h100",
     platform="cuda",
     flops=989.4 * TB,
-    memory_bytes=84_929_347_584,  # of 80 GiB, as the driver reports
+    memory_bytes=0.92 * 84_929_347_584,  # what launch/slurm.sbatch lets JAX take of what the driver reports of 80 GiB
     memory_bandwidth=3350 * GB,
     link_bandwidth=900 * GB / 2,
+    ring=1,
+    dimensions=1,
     max_devices=2**14,
     node_devices=8,
     network_bandwidth=400 * GB / 8,

@@ -54,26 +54,35 @@ class _Instruction:
     rest: str
 
 
-def collectives(text: str, *, trips_of_open_loops: int = 1) -> list[Collective]:
+def collectives(text: str, *, trips_of_open_loops: int | None = None) -> list[Collective]:
     """All collectives that a program runs.
 
     Args:
       text: of a compiled program (`jax.stages.Compiled.as_text`).
-      trips_of_open_loops: how often a loop runs that says nothing of it.
+      trips_of_open_loops: how often a loop runs that says nothing of it; None if none should send anything.
+
+    Raises:
+      ValueError: a loop that sends, of which nobody says how often it runs.
     """
     computations, entry = _read(text)
     number = _number_of_devices(text)
     found: list[Collective] = []
 
-    def visit(name: str, times: int, depth: int, scattered: bool) -> None:
+    def visit(name: str, times: int | None, depth: int, scattered: bool) -> None:
         for instruction in computations.get(name, ()):
             kind = instruction.opcode.removesuffix("-start")
             if kind in KINDS:
+                if times is None:
+                    raise ValueError(
+                        f"{instruction.name} ({kind}) is sent in a loop of which the program does not say how often it "
+                        "runs, and nothing was said of it here (trips_of_open_loops)"
+                    )
                 found.append(_collective(instruction, kind, number, times, depth, scattered))
             if instruction.opcode == "while":
                 trips = _trips(instruction, computations)
+                trips = trips_of_open_loops if trips is None else trips
                 for called in _called(instruction):
-                    visit(called, times * (trips_of_open_loops if trips is None else trips), depth + 1, False)
+                    visit(called, None if None in (times, trips) else times * trips, depth + 1, False)
             elif kind not in KINDS and not kind.endswith(("-done", "-update")):
                 for called in _called(instruction):
                     # What a TPU's compiler makes of a reduce-scatter: an all-reduce and a slice in one.

@@ -40,10 +40,10 @@ def _everywhere(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(lambda leaf: Shape(leaf.shape, leaf.dtype, sharding=where), tree)
 
 
-def _prefix(draft: Draft) -> KVPrefix:
-    config, slots = draft.config, Shape((draft.num_slots,), jnp.int32)
-    part = Shape((config.num_layers, config.num_kv_heads, draft.num_slots, config.head_dim), DTYPES[draft.dtype])
-    return KVPrefix(part, part, slots, slots, next_position=draft.num_slots)
+def _prefix(draft: Draft, num_slots: int) -> KVPrefix:
+    config, slots = draft.config, Shape((num_slots,), jnp.int32)
+    part = Shape((config.num_layers, config.num_kv_heads, num_slots, config.head_dim), DTYPES[draft.dtype])
+    return KVPrefix(part, part, slots, slots, next_position=num_slots)
 
 
 def _placed_prefix(prefix: KVPrefix, mesh: Mesh, *, in_use: bool) -> KVPrefix:
@@ -55,12 +55,12 @@ def _placed_prefix(prefix: KVPrefix, mesh: Mesh, *, in_use: bool) -> KVPrefix:
 
 def frozen(draft: Draft, mesh: Mesh) -> KVPrefix:
     """The cartridge as training starts from it."""
-    return _placed_prefix(_prefix(draft), mesh, in_use=False)
+    return _placed_prefix(_prefix(draft, draft.num_slots), mesh, in_use=False)
 
 
 def state(draft: Draft, mesh: Mesh) -> TrainState:
     optimizer = make_optimizer(draft.train)
-    trainable = jax.eval_shape(cartridge_trainable, _prefix(draft))
+    trainable = jax.eval_shape(cartridge_trainable, _prefix(draft, draft.num_slots))
     shapes = jax.eval_shape(functools.partial(new_state, optimizer=optimizer), trainable)
     shardings = state_shardings(mesh, optimizer, trainable)
     return jax.tree.map(lambda leaf, where: Shape(leaf.shape, leaf.dtype, sharding=where), shapes, shardings)
@@ -84,8 +84,8 @@ def batch(draft: Draft, mesh: Mesh) -> TrainBatch:
 
 
 def front(draft: Draft, mesh: Mesh) -> Front:
-    """The cartridge as the engine keeps it."""
-    shapes = jax.eval_shape(functools.partial(as_front, dtype=DTYPES[draft.dtype]), _prefix(draft))
+    """A prefix as the engine keeps it."""
+    shapes = jax.eval_shape(functools.partial(as_front, dtype=DTYPES[draft.dtype]), _prefix(draft, draft.front_slots))
     return Front(_placed_prefix(shapes.prefix, mesh, in_use=True), _everywhere(mesh, shapes.start))
 
 

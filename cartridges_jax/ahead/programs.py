@@ -19,12 +19,15 @@ from cartridges_jax.data.packing import check_rows
 from cartridges_jax.distill.sharding import step_on_mesh
 from cartridges_jax.distill.step import combine_cartridge
 from cartridges_jax.distill.trainer import make_optimizer
-from cartridges_jax.parallel import row_parts
+from cartridges_jax.parallel import independent_parts, row_parts
 from cartridges_jax.sampling import programs
-from cartridges_jax.sampling.buckets import READ_CHUNK, prompt_bucket, read_rows, slot_bucket
+from cartridges_jax.sampling.buckets import READ_CHUNK, prompt_bucket, read_rows, round_up, slot_bucket
+from cartridges_jax.sampling.prefill import CHUNK, read_tokens
 from cartridges_jax.sampling.select import GREEDY, Choice
 
-PROGRAMS = ("train", "prefill", "decode")
+# The last is compiled only where it is asked for: evaluation's read of the whole text, which a run may do without.
+PROGRAMS = ("train", "prefill", "decode", "icl")
+DEFAULT_PROGRAMS = PROGRAMS[:-1]
 # A jitted function, its arguments, and those by name.
 _Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -111,6 +114,11 @@ def _train(draft: Draft, mesh: Mesh) -> _Call:
     return step, (params, frozen, inputs.mask(draft, mesh), state, inputs.batch(draft, mesh)), {}
 
 
+def mesh_of_program(program: str, mesh: Mesh) -> Mesh:
+    """Where a program of a run on a mesh runs: self-study's hosts decode side by side, each on its part."""
+    return independent_parts(mesh)[0] if program in ("prefill", "decode") else mesh
+
+
 def prefill_shape(draft: Draft) -> tuple[int, int, int]:
     """(rows, tokens of a chunk, slots) of the prompts that are read together."""
     width = prompt_bucket(draft.prompt_tokens)
@@ -137,4 +145,17 @@ def _decode(draft: Draft, mesh: Mesh) -> _Call:
     return programs.decode, arguments, options
 
 
-_CALLS = {"train": _train, "prefill": _prefill, "decode": _decode}
+def icl_shape(draft: Draft) -> tuple[int, int]:
+    """(tokens of a chunk, slots) of the whole text as it is read in one row."""
+    size = min(CHUNK, round_up(draft.icl_tokens, 64))
+    return size, round_up(draft.icl_tokens, size)
+
+
+def _icl(draft: Draft, mesh: Mesh) -> _Call:
+    num_tokens, num_slots = icl_shape(draft)
+    chunk = inputs.chunk(mesh, 1, num_tokens)
+    cache = inputs.reading_cache(draft, mesh, 1, num_slots)
+    return read_tokens, (draft.config, inputs.params(draft, mesh), None, cache, chunk, chunk), {}
+
+
+_CALLS = {"train": _train, "prefill": _prefill, "decode": _decode, "icl": _icl}

@@ -14,10 +14,11 @@ from jax.sharding import Mesh
 
 from cartridges_jax.ahead import inputs
 from cartridges_jax.ahead.draft import STEPS_PER_DISPATCH, Draft
-from cartridges_jax.ahead.hardware import Chip
 from cartridges_jax.ahead.hlo import Collective
-from cartridges_jax.ahead.programs import prefill_shape
-from cartridges_jax.models.costs import Work, distillation_work, forward_work, kv_bytes_per_token
+from cartridges_jax.ahead.network import links_of, network_seconds
+from cartridges_jax.ahead.programs import icl_shape, prefill_shape
+from cartridges_jax.ahead.topology import Topology
+from cartridges_jax.models.costs import Work, distillation_work, forward_work, keys_seen, kv_bytes_per_token, weights_read
 from cartridges_jax.models.model import DTYPES
 from cartridges_jax.parallel.rules import RULES, dividing
 
@@ -39,11 +40,12 @@ class Roofline:
         return max(("compute", "memory", "network"), key=lambda name: getattr(self, name))
 
 
-def roofline(program: str, draft: Draft, mesh: Mesh, chip: Chip, sent: Iterable[Collective]) -> Roofline:
+def roofline(program: str, draft: Draft, mesh: Mesh, topology: Topology, sent: Iterable[Collective]) -> Roofline:
+    chip = topology.chip
     return Roofline(
         compute=flops_per_device(program, draft, mesh) / chip.flops,
         memory=memory_bytes(program, draft, mesh) / chip.memory_bandwidth,
-        network=network_seconds(sent, chip),
+        network=network_seconds(sent, links_of(topology, mesh)),
     )
 
 
@@ -60,9 +62,13 @@ def total_work(program: str, draft: Draft) -> Work:
         )
     if program == "prefill":
         num_rows, tokens, _ = prefill_shape(draft)
-        return forward_work(config, num_rows * tokens, 0, num_rows * (draft.num_slots * tokens + tokens * (tokens + 1) // 2))
+        return forward_work(config, num_rows * tokens, 0, num_rows * keys_seen([tokens], draft.front_slots))
+    if program == "icl":
+        # The last chunk, which sees the most.
+        tokens, num_slots = icl_shape(draft)
+        return forward_work(config, tokens, 0, keys_seen([tokens], num_slots - tokens))
     num_rows = draft.pod.decode_rows
-    step = forward_work(config, num_rows, num_rows, num_rows * (draft.num_slots + draft.own_slots))
+    step = forward_work(config, num_rows, num_rows, num_rows * (draft.front_slots + draft.own_slots))
     return Work(*(STEPS_PER_DISPATCH * part for part in step))
 
 
@@ -86,6 +92,7 @@ def _row_parts(program: str, draft: Draft, mesh: Mesh) -> int:
         "train": draft.train.rows_per_step // draft.train.micro_batches,
         "prefill": prefill_shape(draft)[0],
         "decode": draft.pod.decode_rows,
+        "icl": 1,
     }[program]
     return _parts(mesh, "rows", num_rows)
 
@@ -100,7 +107,6 @@ def memory_bytes(program: str, draft: Draft, mesh: Mesh) -> float:
     """
     weights = _weight_bytes(draft, mesh)
     per_slot = kv_bytes_per_token(draft.config, DTYPES[draft.dtype]) / _parts(mesh, "kv_heads", draft.config.num_kv_heads)
-    prefix = per_slot * draft.num_slots
     by_rows = _row_parts(program, draft, mesh)
     if program == "train":
         # Every micro-batch passes forward, perhaps once more, and backward. The optimizer reads and
@@ -110,7 +116,10 @@ def memory_bytes(program: str, draft: Draft, mesh: Mesh) -> float:
         split = _parts(mesh, "kv_heads", draft.config.num_kv_heads) * math.prod(
             mesh.shape[axis] for axis in dividing(mesh, RULES["slots"].at_rest, draft.num_slots)
         )
-        return passes * (weights + prefix) + state / split
+        return passes * (weights + per_slot * draft.num_slots) + state / split
+    if program == "icl":
+        return weights + per_slot * icl_shape(draft)[1]
+    prefix = per_slot * draft.front_slots
     if program == "prefill":
         num_rows, _, num_slots = prefill_shape(draft)
         return weights + prefix + per_slot * num_slots * num_rows / by_rows
@@ -118,13 +127,8 @@ def memory_bytes(program: str, draft: Draft, mesh: Mesh) -> float:
 
 
 def _weight_bytes(draft: Draft, mesh: Mesh) -> float:
-    """What a device reads of the weights in one pass: its tensor part, whether or not fsdp gathers it first.
-
-    Of an embedding table that is not the head too, a few rows are looked up.
-    """
-    read = {
-        name: tree for name, tree in inputs.params(draft, mesh).items() if name != "embedding" or draft.config.tie_embeddings
-    }
+    """What a device reads of the weights in one pass: its tensor part, whether or not fsdp gathers it first."""
+    read = weights_read(draft.config, inputs.params(draft, mesh))
     return sum(_bytes_in_use(leaf, mesh) for leaf in jax.tree.leaves(read))
 
 
@@ -132,22 +136,3 @@ def _bytes_in_use(leaf: Any, mesh: Mesh) -> float:
     held = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     axes = {name for part in leaf.sharding.spec if part for name in ((part,) if isinstance(part, str) else part)}
     return held * mesh.shape["fsdp"] if "fsdp" in axes else held
-
-
-# Network
-
-
-def network_seconds(sent: Iterable[Collective], chip: Chip) -> float:
-    """One collective after the other, each in rings of its groups."""
-    return sum(one.times * one.sent / _bandwidth(one.groups[0], chip) for one in sent if len(one.groups[0]) > 1)
-
-
-def _bandwidth(group: tuple[int, ...], chip: Chip) -> float:
-    """Bytes a second that a device of the group can send.
-
-    Between nodes, the rings of a group use the network cards of all its members in a node.
-    """
-    if not chip.node_devices or len({device // chip.node_devices for device in group}) == 1:
-        return chip.link_bandwidth
-    in_node = sum(device // chip.node_devices == group[0] // chip.node_devices for device in group)
-    return min(in_node * chip.network_bandwidth, chip.link_bandwidth)

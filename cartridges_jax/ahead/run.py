@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from cartridges_jax.ahead import sweep as sweeps
 from cartridges_jax.ahead.check import Check, check, mesh_of
 from cartridges_jax.ahead.draft import Draft
-from cartridges_jax.ahead.programs import PROGRAMS
+from cartridges_jax.ahead.programs import DEFAULT_PROGRAMS, PROGRAMS
 from cartridges_jax.ahead.scaling import scale, scaling_table
 from cartridges_jax.ahead.tables import checks_table
 from cartridges_jax.ahead.throughput import throughput_table
@@ -16,7 +16,7 @@ from cartridges_jax.ahead.topology import Topology, find
 from cartridges_jax.errors import UserError
 
 
-def run(draft: Draft, *, programs: Sequence[str] = PROGRAMS, sweep: bool = False, scaling: bool = False) -> list[Check]:
+def run(draft: Draft, *, programs: Sequence[str] = DEFAULT_PROGRAMS, sweep: bool = False, scaling: bool = False) -> list[Check]:
     """Compiles a draft's programs and prints what comes of it, one JSON line for each at the end.
 
     Args:
@@ -42,6 +42,9 @@ def run(draft: Draft, *, programs: Sequence[str] = PROGRAMS, sweep: bool = False
         mesh = mesh_of(draft.mesh, topology)
         checks = [check(program, draft, topology, mesh) for program in programs]
         print(checks_table(checks))
+    if sweep or "decode" in programs:
+        print(f"\nDecoding behind {draft.num_slots:,} slots or {draft.context_tokens:,} tokens, {draft.own_slots} their own:\n")
+        print(throughput_table(draft))
     print()
     for one in checks:
         print(json.dumps(one.record()), flush=True)
@@ -53,8 +56,6 @@ def _swept(draft: Draft, topology: Topology, programs: Sequence[str]) -> list[Ch
         draft, topology, programs, say=lambda one: _say(f"{one.program} on {one.mesh}: {one.compile_seconds:.0f} s")
     )
     print(checks_table([one for checks in found.values() for one in checks]))
-    print(f"\nDecoding behind {draft.num_slots:,} slots or {draft.pod.context_tokens:,} tokens, {draft.own_slots} their own:\n")
-    print(throughput_table(draft))
     return [checks[0] for checks in found.values()]
 
 

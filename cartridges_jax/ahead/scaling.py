@@ -37,7 +37,8 @@ class Point:
 
     Attributes:
       check: what the compiled step takes; None where there is none.
-      stops: why the layout goes no further than here; "" if it does.
+      stops: why there is nothing to gain here, or no program; "" if there is. More devices may still help one that does
+        not fit.
       efficiency: projected speed, as a part of that many times the speed of the smallest
         number of devices on which the layout fits.
     """

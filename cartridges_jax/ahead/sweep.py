@@ -23,6 +23,19 @@ def meshes(num_devices: int, draft: Draft) -> Iterator[str]:
                 yield f"data:{rows // fsdp},fsdp:{fsdp},tensor:{tensor}"
 
 
+def rank(one: Check) -> tuple[bool, float, float, int]:
+    """What a result is sorted by.
+
+    Bound by arithmetic, meshes need the same time: of those the one that sends least is best, then the one that takes
+    least memory. Parts of a mesh that run a program side by side do so many times its work. Of what does not fit, the
+    nearest to fitting comes first.
+    """
+    if not one.fits:
+        return True, one.bytes_per_device, 0.0, 0
+    seconds = one.roofline.seconds * one.num_devices
+    return False, seconds, one.roofline.network * one.num_devices, one.bytes_per_device
+
+
 def sweep(
     draft: Draft, topology: Topology, programs: Sequence[str], say: Callable[[Check], None] = lambda check: None
 ) -> dict[str, list[Check]]:
@@ -48,5 +61,5 @@ def sweep(
             found[program].append(check(program, fitted, topology, mesh))
             say(found[program][-1])
     for checks in found.values():
-        checks.sort(key=lambda one: (not one.fits, one.roofline.seconds if one.fits else one.bytes_per_device))
+        checks.sort(key=rank)
     return found

@@ -5,7 +5,10 @@ from collections.abc import Sequence
 
 from cartridges_jax.ahead.check import Check
 
-_HEAD = ("program", "mesh", "micro-batches", "GiB a device", "fits", "sent a device", "compute", "memory", "network", "bound by")
+_HEAD = (
+    "program", "mesh", "devices", "micro-batches", "GiB a device", "fits", "sent a device", "compute", "memory", "network",
+    "bound by",
+)  # fmt: skip
 
 
 def checks_table(checks: Sequence[Check]) -> str:
@@ -14,6 +17,7 @@ def checks_table(checks: Sequence[Check]) -> str:
         (
             one.program,
             one.mesh,
+            str(one.num_devices),
             str(one.micro_batches) if one.program == "train" else "",
             f"{one.bytes_per_device / 2**30:.2f}",
             "yes" if one.fits else "no",

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
-
 from cartridges_jax.ahead.draft import Draft
 from cartridges_jax.ahead.hardware import H100, V5E, Chip
 from cartridges_jax.ahead.tables import table
-from cartridges_jax.models.costs import decode_flops, kv_bytes_per_token
+from cartridges_jax.models.costs import decode_bytes, decode_flops, kv_bytes_per_token
 from cartridges_jax.models.model import DTYPES
 from cartridges_jax.models.weights import abstract_loaded
 from cartridges_jax.quantized import num_bytes
@@ -50,21 +48,20 @@ def predict(draft: Draft, chip: Chip, num_devices: int) -> list[Throughput]:
     config, dtype = draft.config, DTYPES[draft.dtype]
     params = abstract_loaded(config, dtype, stored=draft.weights)
     weights = num_bytes(params)
-    read = weights - (0 if config.tie_embeddings else num_bytes(jax.tree.leaves(params["embedding"])))
     per_slot = kv_bytes_per_token(config, dtype)
     free = num_devices * chip.memory_bytes - weights
 
     def at_most(front: str, each: int, shared: int) -> Throughput:
         rows = max(int((free - per_slot * shared) // (per_slot * each)), 0)
         compute = decode_flops(config, rows, each + shared) / (num_devices * chip.flops)
-        memory = (read + per_slot * (shared + rows * each)) / (num_devices * chip.memory_bandwidth)
+        memory = decode_bytes(config, params, dtype, rows, shared, each) / (num_devices * chip.memory_bandwidth)
         return Throughput(
             front, chip.name, num_devices, rows, rows / max(compute, memory), "compute" if compute > memory else "memory"
         )
 
     own = draft.own_slots
     return [
-        at_most(LONG, draft.pod.context_tokens + own, 0),
+        at_most(LONG, draft.context_tokens + own, 0),
         at_most(OWN, draft.num_slots + own, 0),
         at_most(SHARED, own, draft.num_slots),
     ]
@@ -73,7 +70,7 @@ def predict(draft: Draft, chip: Chip, num_devices: int) -> list[Throughput]:
 def fewest_devices(draft: Draft, chip: Chip) -> int:
     """A power of two that holds the weights and one conversation with the long text."""
     params = abstract_loaded(draft.config, DTYPES[draft.dtype], stored=draft.weights)
-    text = kv_bytes_per_token(draft.config, DTYPES[draft.dtype]) * (draft.pod.context_tokens + draft.own_slots)
+    text = kv_bytes_per_token(draft.config, DTYPES[draft.dtype]) * (draft.context_tokens + draft.own_slots)
     number = 1
     while number * chip.memory_bytes < num_bytes(params) + text:
         number *= 2

@@ -37,6 +37,7 @@ class Topology:
     Attributes:
       name: as it was asked for.
       chip: of all of them.
+      shape: the sizes in its name.
       devices: to compile for.
       stand_in: whether they are this machine's CPU devices, as the compiler for the
         real ones is not installed.
@@ -44,6 +45,7 @@ class Topology:
 
     name: str
     chip: Chip
+    shape: tuple[int, ...]
     devices: Sequence[jax.Device]
     stand_in: bool = False
 
@@ -63,9 +65,8 @@ def _parse(name: str) -> tuple[Chip, tuple[int, ...]]:
     if chip is None or not re.fullmatch(r"\d+(x\d+)*", sizes):
         raise UserError(f"topology {name!r}: write v5e:4x4, v6e:4x4, v5p:2x2x4 or h100:8")
     shape = tuple(int(size) for size in sizes.split("x"))
-    dimensions = {"v5e": 2, "v6e": 2, "v5p": 3, "h100": 1}[kind]
-    if len(shape) != dimensions or min(shape) < 1:
-        raise UserError(f"topology {name!r}: a {kind} has {dimensions} dimension{'s' * (dimensions > 1)} of 1 or more")
+    if len(shape) != chip.dimensions or min(shape) < 1:
+        raise UserError(f"topology {name!r}: a {kind} has {chip.dimensions} dimension{'s' * (chip.dimensions > 1)} of 1 or more")
     if math.prod(shape) > chip.max_devices:
         raise UserError(f"topology {name!r}: the links of {kind} connect {chip.max_devices} at most")
     if kind == "h100" and shape[0] > 8 and shape[0] % 8:
@@ -85,16 +86,16 @@ def find(name: str) -> Topology:
     """
     chip, shape = _parse(name)
     if chip.platform == "tpu":
-        return Topology(name, chip, _tpu_devices(name, shape))
+        return Topology(name, chip, shape, _tpu_devices(name, shape))
     if importlib.util.find_spec("jax_cuda12_plugin") or importlib.util.find_spec("jax_cuda13_plugin"):
-        return Topology(name, chip, _cuda_devices(shape[0]))
+        return Topology(name, chip, shape, _cuda_devices(shape[0]))
     devices = jax.devices("cpu")
     if len(devices) < shape[0]:
         raise UserError(
             f"topology {name!r}: the compiler for GPUs is not installed (pip install -e '.[cuda]'), and to stand in "
             f"there are only {len(devices)} CPU devices: set JAX_NUM_CPU_DEVICES={shape[0]}"
         )
-    return Topology(name, chip, devices[: shape[0]], stand_in=True)
+    return Topology(name, chip, shape, devices[: shape[0]], stand_in=True)
 
 
 def of_size(chip: Chip, number: int) -> Topology:
@@ -107,11 +108,10 @@ def of_size(chip: Chip, number: int) -> Topology:
         raise UserError(f"the links of {chip.name} connect {chip.max_devices} devices")
     if chip.platform == "tpu":
         # A host has four chips.
-        dimensions = {"v5e": 2, "v6e": 2, "v5p": 3}[chip.name]
-        sizes = [2, 2, 1][:dimensions]
+        sizes = [2, 2, 1][: chip.dimensions]
         while math.prod(sizes) < number:
             # The longest axis last.
-            sizes[max(axis for axis in range(dimensions) if sizes[axis] == min(sizes))] *= 2
+            sizes[max(axis for axis in range(chip.dimensions) if sizes[axis] == min(sizes))] *= 2
         name = f"{chip.name}:{'x'.join(map(str, sorted(sizes) if math.prod(sizes) > 4 else sizes))}"
     else:
         name = f"{chip.name}:{number}"

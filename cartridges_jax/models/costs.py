@@ -115,14 +115,16 @@ def kv_bytes_per_token(config: ModelConfig, dtype: Any) -> int:
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
 
 
+def weights_read(config: ModelConfig, params: Any) -> Any:
+    """The part of the parameters that a pass reads.
+
+    Of an embedding table that is not the head too, a few rows are looked up.
+    """
+    return {name: tree for name, tree in params.items() if name != "embedding" or config.tie_embeddings}
+
+
 def decode_bytes(
     config: ModelConfig, params: Any, kv_dtype: Any, num_rows: int, shared_slots: int, own_slots: float
 ) -> float:
-    """Bytes that one decode step must read: weights and the shared prefix once, each row's own slots.
-
-    A head that is not tied leaves the embedding table unread but for B rows of it.
-    """
-    weights = num_bytes(params)
-    if not config.tie_embeddings:
-        weights -= num_bytes(params["embedding"])
-    return weights + kv_bytes_per_token(config, kv_dtype) * (shared_slots + num_rows * own_slots)
+    """Bytes that one decode step must read: weights and the shared prefix once, each row's own slots."""
+    return num_bytes(weights_read(config, params)) + kv_bytes_per_token(config, kv_dtype) * (shared_slots + num_rows * own_slots)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -27,19 +28,13 @@ def run_locally(command: Sequence[str], *, num_processes: int, num_devices: int 
       The exit code of the first process that failed, 128 + its number if a signal ended it;
       0 if none did.
     """
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    env = dict(os.environ)
-    if num_devices:
-        env |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(num_devices)}
-    flags = ["--distributed=on", f"--coordinator=localhost:{port}", f"--num_processes={num_processes}"]
+    variables, commands = _what_to_run(command, num_processes, num_devices)
     processes = [
         subprocess.Popen(
-            [sys.executable, *command, *flags, f"--process_id={number}"], env=env, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", process_group=0,
+            one, env=os.environ | variables, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, errors="replace", process_group=0,
         )
-        for number in range(num_processes)
+        for one in commands
     ]  # fmt: skip
     readers = [
         threading.Thread(target=_copy_lines, args=(f"[{number}] ", stream, out))
@@ -63,6 +58,25 @@ def run_locally(command: Sequence[str], *, num_processes: int, num_devices: int 
             process.kill()
         for reader in readers:
             reader.join()
+
+
+def dry_run(command: Sequence[str], *, num_processes: int, num_devices: int = 0) -> str:
+    """What `run_locally` would start, a line for each process, as a shell takes it; the port is another every time."""
+    variables, commands = _what_to_run(command, num_processes, num_devices)
+    settings = [f"{name}={value}" for name, value in variables.items()]
+    return "\n".join(shlex.join(["env", *settings, *one] if settings else one) for one in commands)
+
+
+def _what_to_run(
+    command: Sequence[str], num_processes: int, num_devices: int
+) -> tuple[dict[str, str], list[list[str]]]:
+    """Variables for all processes, and the command of each; they meet at a port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    variables = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(num_devices)} if num_devices else {}
+    flags = ["--distributed=on", f"--coordinator=localhost:{port}", f"--num_processes={num_processes}"]
+    return variables, [[sys.executable, *command, *flags, f"--process_id={number}"] for number in range(num_processes)]
 
 
 def _wait(processes: Sequence[subprocess.Popen], grace_seconds: float) -> int:

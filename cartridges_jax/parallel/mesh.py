@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from cartridges_jax.errors import UserError
@@ -61,10 +62,13 @@ def make_mesh(line: str, devices: Sequence[jax.Device] | None = None) -> Mesh | 
             f"mesh={line!r} asks for {math.prod(sizes.values())} devices and there are {len(devices)}: "
             f"change a size, or leave one to be inferred (data:-1)"
         )
-    # Auto: the compiler partitions, led by the rules; jax.make_mesh would make Explicit axes by default.
-    return jax.make_mesh(
-        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices
-    )
+    try:
+        laid_out = mesh_utils.create_device_mesh(tuple(sizes.values()), devices)
+    except NotImplementedError:
+        # It makes each axis of whole axes of the slice where it can; two of one on a 4x4 it leaves to those who ask.
+        laid_out = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    # Auto: the compiler partitions, led by the rules.
+    return Mesh(laid_out, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def independent_parts(mesh: Mesh) -> list[Mesh]:

@@ -145,7 +145,7 @@ def default_config() -> ml_collections.ConfigDict:
             max_refused_in_a_row=5,
         ),
         evaluation=EvaluationSettings(max_answer_tokens=40, max_questions=48),
-        pod=PodSettings(topology="", decode_rows=32, context_tokens=4096),
+        pod=PodSettings(topology="", decode_rows=128, context_tokens=4096),
     )))
 
 

@@ -10,6 +10,9 @@ from cartridges_jax.errors import UserError
 from cartridges_jax.models.published import config_without_weights
 from cartridges_jax.pipeline.config import AUTO, RunConfig, default_config
 
+# Of a chat template, around a system message; some write dates and rules of their own there.
+_TEMPLATE_TOKENS = 64
+
 
 def pod_config(
     model: str, *, topology: str, mesh: str, micro_batches: int, weights: str = "", num_slots: int = 2048
@@ -27,7 +30,7 @@ def pod_config(
     config.model, config.dtype, config.weights, config.mesh = model, "bfloat16", weights, mesh
     config.cartridge.num_slots = num_slots
     config.heldout = 256
-    config.pod.topology, config.pod.decode_rows, config.pod.context_tokens = topology, 64, 131072
+    config.pod.topology, config.pod.decode_rows, config.pod.context_tokens = topology, 128, 131072
     study = config.study
     study.conversations, study.requests_per_batch = 131072, 512
     study.teacher_context, study.writer = "chunk", "chat"
@@ -52,15 +55,15 @@ def draft_of(config: RunConfig) -> Draft:
     """
     if not config.pod.topology:
         raise UserError("pod.topology is empty: say what to compile for, such as --config.pod.topology=v5e:4x4")
+    shapes = dataclasses.replace(config_without_weights(config.model), windows_see_prefix=config.windows_see_prefix)
     return Draft(
         model=config.model,
-        config=dataclasses.replace(
-            config_without_weights(config.model), windows_see_prefix=config.windows_see_prefix
-        ),
+        config=shapes,
         dtype=config.dtype,
         # What "auto" may choose suits CPUs.
         weights="" if config.weights == AUTO else config.weights,
         num_slots=config.cartridge.num_slots,
+        front_slots=max(config.cartridge.num_slots, _teacher_slots(config, shapes.context_length)),
         train=config.train,
         prompt_tokens=config.study.writer_max_tokens,
         answer_tokens=config.study.answer_max_tokens,
@@ -68,3 +71,11 @@ def draft_of(config: RunConfig) -> Draft:
         mesh=config.mesh,
         pod=config.pod,
     )
+
+
+def _teacher_slots(config: RunConfig, context_length: int) -> int:
+    """At most, of what stands in front of self-study's conversations: a chunk or the whole text, as a system message."""
+    text = config.pod.context_tokens
+    if config.study.teacher_context == "chunk":
+        text = min(text, config.study.chunk_max_tokens)
+    return min(text + _TEMPLATE_TOKENS, context_length)

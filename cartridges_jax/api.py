@@ -11,8 +11,9 @@ from cartridges_jax.cartridge import KVPrefix
 from cartridges_jax.checkpoint import Cartridge, check_compatible, load_cartridge
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Model, load_model
+from cartridges_jax.parallel import make_mesh
 
-__all__ = ["compose", "generate", "load_cartridge", "load_model", "logits", "prefill"]
+__all__ = ["compose", "generate", "load_cartridge", "load_model", "logits", "make_mesh", "prefill"]
 
 Prefix = KVPrefix | Cartridge
 

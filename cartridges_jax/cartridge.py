@@ -61,6 +61,16 @@ class KVPrefix:
         return self.replace(keys=self.keys.astype(dtype), values=self.values.astype(dtype))
 
 
+# Logical names of the arrays' axes (see `parallel.rules`).
+PREFIX_AXES = {
+    "keys": ("layers", "kv_heads", "slots", None),
+    "values": ("layers", "kv_heads", "slots", None),
+    "positions": (None,),
+    "group": (None,),
+    "bias": ("layers", "kv_heads", "slots"),
+}
+
+
 def from_plain_tokens(keys: Array, values: Array) -> KVPrefix:
     """A prefix whose slots are plain tokens at positions 0..P-1.
 

@@ -1,14 +1,37 @@
 """What users read when something is wrong: `UserError`, and other libraries' exceptions in one line."""
+import signal
 
 
 class UserError(Exception):
     """Bad input: a wrong path, value, file or combination that the user can put right.
 
-    The launch programs print its single-line message to stderr and exit with code 2, without a
+    The launch programs print its single-line message to stderr and exit with its code, 2, without a
     traceback. The message names the offending value and says what to do instead.
     """
 
+    exit_code = 2
 
-def one_line(error: Exception) -> str:
+
+class JobEnded(UserError):
+    """Another process of the job ended with an error, was lost, or stalls: this one cannot go on alone.
+
+    By default the exit code is that of a passing failure (EX_TEMPFAIL): started again, the
+    job goes on from what is saved.
+    """
+
+    def __init__(self, message: str, exit_code: int = 75):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Interrupted(BaseException):
+    """The run was asked to stop. A BaseException, so that no handler of errors swallows it."""
+
+    def __init__(self, signum: int):
+        self.exit_code = 128 + signum
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+
+
+def one_line(error: BaseException) -> str:
     """Another library's exception for a message of ours: its text in one line, or its class where it has none."""
     return " ".join(str(error).split()) or type(error).__name__

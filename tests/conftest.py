@@ -11,6 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
+# Where the TPU's compiler is installed, JAX would look for a TPU too.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
@@ -21,6 +23,8 @@ GROUPS = {
     "real_model": ("test_real_model.py", "test_quickstart.py"),
     "tiny_runs": ("test_pipeline.py", "test_bad_input.py", "test_selfstudy.py"),
     "resume": ("test_resume.py",),
+    "meshes": ("test_parallel_devices.py",),
+    "many_processes": ("test_many_processes.py",),
 }
 
 

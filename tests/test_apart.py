@@ -1,12 +1,15 @@
 """Layers in arrays of their own are the stack's memory; what they compute is in test_families.py."""
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from tiny import random_tokens, run
+from tiny import random_prefix, random_tokens, run
 
+from cartridges_jax import sampling
 from cartridges_jax.models import load_model
 from cartridges_jax.models.apart import layers_apart
+from cartridges_jax.parallel import make_mesh
 
 
 def test_layers_apart_are_views_of_the_stack(tiny_model):
@@ -34,3 +37,13 @@ def test_narrow_layers_are_views_too_and_decode_to_the_same_logits(tiny_gguf, rn
 def test_a_model_on_one_cpu_device_decodes_with_its_layers_apart(tiny_model):
     assert tiny_model.layers_apart and "layers" not in tiny_model.decode_params
     assert "layers" in tiny_model.params
+
+
+def test_on_a_mesh_layers_stay_stacked_even_if_it_has_one_device(tiny_gguf, tiny_model, rng):
+    model = load_model(str(tiny_gguf), mesh=make_mesh("fsdp:-1", jax.devices()[:1]))
+    assert not model.layers_apart
+    prefix = random_prefix(rng, model.config, 5)
+    found, expected = (
+        sampling.generate_tokens(which, [[5, 6, 7], [8]], prefix, max_tokens=6, stop_ids=()) for which in (model, tiny_model)
+    )
+    assert [answer.token_ids for answer in found] == [answer.token_ids for answer in expected]

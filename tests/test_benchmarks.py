@@ -21,7 +21,7 @@ from tiny import random_prefix, random_tokens, tiny_config
 from tiny_runs import DOCUMENT, ROOT, environment, talker_gguf  # noqa: F401
 
 from cartridges_jax import sampling
-from cartridges_jax.benchmarks import inputs, limits, memory, peers, train_step
+from cartridges_jax.benchmarks import inputs, memory, peers, train_step
 from cartridges_jax.benchmarks.run import BENCHMARKS, run
 from cartridges_jax.benchmarks.timing import Times, interleaved
 from cartridges_jax.data.conversations import Conversation, Message, TopLogprobs, write_shard
@@ -29,7 +29,7 @@ from cartridges_jax.data.packing import Example, plan_packing
 from cartridges_jax.distill.step import cartridge_trainable, combine_cartridge, init_state, learning_mask
 from cartridges_jax.distill.step import train_step as take_step
 from cartridges_jax.errors import UserError
-from cartridges_jax.models import load_model
+from cartridges_jax.models import costs, load_model
 from cartridges_jax.quantized import num_bytes
 
 
@@ -264,17 +264,17 @@ def test_the_flops_of_a_step_equal_a_hand_count():
     forward = 3 * (5 * 2 * weights + seen * 2 * (2 * 64))
     backward = 3 * (5 * 2 * weights + seen * 4 * (2 * 64))
     head = 4 * 2 * 64 * config.vocab_size
-    assert limits.distillation_flops(config, [2, 3], 4, 5) == forward + backward + 2 * head
+    assert costs.distillation_flops(config, [2, 3], 4, 5) == forward + backward + 2 * head
 
 
 def test_a_decode_step_reads_the_weights_the_shared_slots_once_and_every_row_s_own(tiny_model):
     config = tiny_model.config
     per_token = 2 * 3 * 2 * 16 * 4
-    assert limits.kv_bytes_per_token(config, jnp.float32) == per_token
-    found = limits.decode_bytes(config, tiny_model.params, jnp.float32, 4, 100, 7)
+    assert costs.kv_bytes_per_token(config, jnp.float32) == per_token
+    found = costs.decode_bytes(config, tiny_model.params, jnp.float32, 4, 100, 7)
     assert found == num_bytes(tiny_model.params) + per_token * (100 + 4 * 7)
-    products = 3 * 2 * limits.layer_weights(config) + 2 * 64 * config.vocab_size
-    assert limits.decode_flops(config, 4, 107) == 4 * (products + 3 * 4 * 64 * 107)
+    products = 3 * 2 * costs.layer_weights(config) + 2 * 64 * config.vocab_size
+    assert costs.decode_flops(config, 4, 107) == 4 * (products + 3 * 4 * 64 * 107)
 
 
 def test_candidates_take_turns_and_ratios_are_taken_within_rounds():

@@ -268,19 +268,15 @@ def test_a_cartridges_gradient_flows_through_eight_bit_weights(tmp_path, rng):
 SHARDED = """
 import sys; sys.path[:0] = [sys.argv[1]]
 import jax; jax.config.update("jax_num_cpu_devices", 8); jax.config.update("jax_platforms", "cpu")
-import numpy as np, jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import numpy as np
 from cartridges_jax.models import load_model
-mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("fsdp", "tensor"))
-def sharding_of(path, shape):
-    spec = {"q_proj": P(None, "fsdp", "tensor"), "down_proj": P(None, "tensor", "fsdp"), "embedding": P("tensor", "fsdp")}
-    return NamedSharding(mesh, spec.get(path[-1], P()))
-for weights in ("", "int8"):
+from cartridges_jax.parallel import make_mesh
+for weights in ("", "int8", "bfloat16"):
     plain = load_model(sys.argv[2], weights=weights)
-    spread = load_model(sys.argv[2], weights=weights, sharding_of=sharding_of)
+    spread = load_model(sys.argv[2], weights=weights, mesh=make_mesh("fsdp:4,tensor:2"))
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), spread.params, plain.params)
     q_proj = spread.params["layers"]["0"]["q_proj"]
-    q_proj = q_proj.values if weights else q_proj
+    q_proj = {"": lambda q: q, "int8": lambda q: q.values, "bfloat16": lambda q: q.bits}[weights](q_proj)
     assert {s.data.shape for s in q_proj.addressable_shards} == {(3, 16, 32)}, q_proj.sharding
 print("sharded as asked")
 """

@@ -164,7 +164,7 @@ def finish(arguments: list[str], *, cache: Path | None = None, timeout: float = 
 
 
 def contents(directory: Path, *names: str) -> dict[str, str]:
-    """Every file below a directory (or below these parts of it) by its hash."""
+    """Every file below a directory (or below these parts of it) by its hash, but for the lock, which every run marks."""
     roots = [directory / name for name in names] if names else [directory]
-    files = sorted(file for root in roots for file in ([root] if root.is_file() else root.rglob("*")) if file.is_file())
+    files = sorted(file for root in roots for file in ([root] if root.is_file() else root.rglob("*")) if file.is_file() and file.name != ".lock")
     return {str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}

@@ -15,58 +15,29 @@ batched products with interleaved batch axes into slow loops.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-# Finite, so that a masked score minus the maximum never becomes inf - inf.
-_MASKED = -1e30
+from cartridges_jax.attention.operands import LayerPrefix
+from cartridges_jax.attention.scores import MASKED, capped
 
 
-class LayerPrefix(NamedTuple):
-    """One layer of a KV prefix: keys, values [K, P, H]; bias [K, P] or None."""
-
-    keys: Array
-    values: Array
-    bias: Array | None = None
-
-
-def attend(
+def attend_masked(
     queries: Array,
     keys: Array,
     values: Array,
     mask: Array,
-    prefix: LayerPrefix | None = None,
-    *,
-    prefix_mask: Array | None = None,
-    scale: float | None = None,
-    softcap: float = 0.0,
+    prefix: LayerPrefix | None,
+    prefix_mask: Array | None,
+    softcap: float,
 ) -> Array:
-    """Softmax attention of T queries over P prefix slots and S own slots.
-
-    Scores are normalised in float32.
-
-    Args:
-      queries: [B, T, N, H].
-      keys: [B, K, S, H]; query head n reads key head n // (N / K).
-      values: [B, K, S, H].
-      mask: [B, T, S] bool, True where an own slot is seen; each query sees one.
-      prefix: the layer's prefix, shared by the rows.
-      prefix_mask: [B, T, P] bool, True where a prefix slot is seen; None is everywhere.
-      scale: of the scores; H**-0.5 by default.
-      softcap: c bounds the scores as c * tanh(score / c), before bias and masks (Gemma
-        2, arXiv 2408.00118); 0 is off.
-
-    Returns:
-      [B, T, N, H] in the dtype of `queries`.
-    """
+    """`attention.attend` of scaled queries, with masks [B, T, S] and [B, T, P]."""
     B, T, N, H = queries.shape
     K = keys.shape[1]
     G = N // K
-    q = (queries * (H**-0.5 if scale is None else scale)).astype(queries.dtype)
-    q = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
+    q = queries.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
     out = _softmax(softcap, q, keys, values, mask, prefix, prefix_mask)
     return out.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
@@ -143,9 +114,9 @@ def _own_scores(softcap: float, q: Array, keys: Array, mask: Array) -> tuple[Arr
     """Masked scores [B, K, G*T, S] float32, and the slope of their cap."""
     B, K, M, _ = q.shape
     scores = jnp.einsum("bkmh,bksh->bkms", q, keys, preferred_element_type=jnp.float32)
-    scores, slope = _capped(scores, softcap)
+    scores, slope = capped(scores, softcap)
     by_group = scores.reshape(B, K, M // mask.shape[1], *mask.shape[1:])
-    return jnp.where(mask[:, None, None], by_group, _MASKED).reshape(scores.shape), slope
+    return jnp.where(mask[:, None, None], by_group, MASKED).reshape(scores.shape), slope
 
 
 def _front_scores(softcap: float, q: Array, prefix: LayerPrefix, prefix_mask: Array | None) -> tuple[Array, Array | float]:
@@ -154,21 +125,14 @@ def _front_scores(softcap: float, q: Array, prefix: LayerPrefix, prefix_mask: Ar
     The prefix is read once for all rows.
     """
     scores = jnp.einsum("kmh,kph->kmp", _by_head(q), prefix.keys, preferred_element_type=jnp.float32)
-    scores, slope = _capped(scores, softcap)
+    scores, slope = capped(scores, softcap)
     if prefix.bias is not None:
         scores = scores + prefix.bias[:, None]
     if prefix_mask is not None:
         B, T, P = prefix_mask.shape
         seen = jnp.broadcast_to(prefix_mask[:, None], (B, q.shape[2] // T, T, P)).reshape(-1, P)
-        scores = jnp.where(seen, scores, _MASKED)
+        scores = jnp.where(seen, scores, MASKED)
     return scores, slope
-
-
-def _capped(scores: Array, softcap: float) -> tuple[Array, Array | float]:
-    if not softcap:
-        return scores, 1.0
-    bounded = jnp.tanh(scores / softcap)
-    return softcap * bounded, 1.0 - bounded**2
 
 
 def _by_head(x: Array) -> Array:

@@ -19,14 +19,14 @@ from jax import Array
 from cartridges_jax import cartridge
 from cartridges_jax.benchmarks import figures
 from cartridges_jax.benchmarks.inputs import COMMON, Common, config_dict, read_model
-from cartridges_jax.benchmarks.limits import decode_bytes, decode_flops, kv_bytes_per_token, step_seconds_at_least
-from cartridges_jax.benchmarks.machine import BANDWIDTH, MATMUL, Ceilings
+from cartridges_jax.benchmarks.machine import BANDWIDTH, MATMUL, Ceilings, step_seconds_at_least
 from cartridges_jax.benchmarks.results import Bar, Result
 from cartridges_jax.benchmarks.rounds import take_turns_with_ceilings
 from cartridges_jax.benchmarks.timing import Times, interleaved
 from cartridges_jax.cartridge import KVPrefix
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Cache, Decoder, Model, ModelConfig, empty_cache, lm_logits
+from cartridges_jax.models.costs import decode_bytes, decode_flops, kv_bytes_per_token
 from cartridges_jax.sampling.select import most_likely
 
 NAME = "cache_sweep"

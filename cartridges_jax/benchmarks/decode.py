@@ -23,14 +23,7 @@ from cartridges_jax.benchmarks.inputs import (
     read_model,
     read_variants,
 )
-from cartridges_jax.benchmarks.limits import (
-    decode_bytes,
-    decode_flops,
-    kv_bytes_per_token,
-    multiplied_in,
-    step_seconds_at_least,
-)
-from cartridges_jax.benchmarks.machine import CEILINGS, Ceilings
+from cartridges_jax.benchmarks.machine import CEILINGS, Ceilings, multiplied_in, step_seconds_at_least
 from cartridges_jax.benchmarks.peers import LLAMA_CPP, TRANSFORMERS, VLLM, Absent, hugging_face
 from cartridges_jax.benchmarks.peers.vllm_cpu import HOW_TO_INSTALL
 from cartridges_jax.benchmarks.results import Result, say_absent
@@ -48,6 +41,7 @@ from cartridges_jax.distill.initialise import initialise_from_first_tokens
 from cartridges_jax.errors import UserError
 from cartridges_jax.formats.sources import locate
 from cartridges_jax.models import Model
+from cartridges_jax.models.costs import decode_bytes, decode_flops, kv_bytes_per_token
 from cartridges_jax.quantized import num_bytes
 
 NAME = "decode"

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cartridges_jax.benchmarks.limits import layer_matmul_shapes, layer_weights
 from cartridges_jax.benchmarks.timing import Times
 from cartridges_jax.models import ModelConfig
+from cartridges_jax.models.costs import layer_matmul_shapes, layer_weights
+from cartridges_jax.quantized import Narrow
 
 MATMUL, MATMUL_BFLOAT16, BANDWIDTH = "ceiling: matmul", "ceiling: bfloat16 matmul", "ceiling: memory"
 # Their keys in `Ceilings.measured`.
@@ -113,3 +114,21 @@ def _processor() -> str:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def multiplied_in(params: Any) -> str:
+    """The dtype of the operands in products with a model's weights: "bfloat16" or "float32"."""
+    narrow = any(isinstance(leaf, Narrow) for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Narrow)))
+    return "bfloat16" if narrow else "float32"
+
+
+def flops_per_second(machine: dict[str, Any], multiplied_in: str) -> float:
+    """What products reached on the machine, by the dtype of their operands."""
+    return machine["matmul_gflops" if multiplied_in == "float32" else "matmul_bfloat16_gflops"] * 1e9
+
+
+def step_seconds_at_least(
+    flops: float, num_bytes_read: float, machine: dict[str, Any], *, multiplied_in: str = "float32"
+) -> float:
+    """The roofline: neither the products nor the reads can be faster."""
+    return max(flops / flops_per_second(machine, multiplied_in), num_bytes_read / (machine["bandwidth_gb_s"] * 1e9))

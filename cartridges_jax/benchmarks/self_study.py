@@ -16,8 +16,7 @@ from typing import NamedTuple
 
 from cartridges_jax.benchmarks import figures
 from cartridges_jax.benchmarks.inputs import COMMON, OURS, STUDY, Common, config_dict, read_model
-from cartridges_jax.benchmarks.limits import flops_per_second, layer_weights, multiplied_in
-from cartridges_jax.benchmarks.machine import Ceilings
+from cartridges_jax.benchmarks.machine import Ceilings, flops_per_second, multiplied_in
 from cartridges_jax.benchmarks.peers import TRANSFORMERS, hugging_face
 from cartridges_jax.benchmarks.results import Bar, Result, say_absent
 from cartridges_jax.benchmarks.rounds import absent_peers, compared, durations, take_turns_with_ceilings
@@ -25,6 +24,7 @@ from cartridges_jax.corpus.documents import Document, read_document
 from cartridges_jax.data.conversations import Conversation, read_shard
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Model, ModelConfig
+from cartridges_jax.models.costs import layer_weights
 from cartridges_jax.models.model import AUTO, chosen_weights
 from cartridges_jax.selfstudy.plan import plan_batches
 from cartridges_jax.selfstudy.seeds import FAMILIES

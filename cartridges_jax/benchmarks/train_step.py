@@ -27,8 +27,7 @@ from cartridges_jax.benchmarks.inputs import (
     read_model,
     read_variants,
 )
-from cartridges_jax.benchmarks.limits import distillation_flops, flops_per_second, multiplied_in
-from cartridges_jax.benchmarks.machine import CEILINGS, Ceilings
+from cartridges_jax.benchmarks.machine import CEILINGS, Ceilings, flops_per_second, multiplied_in
 from cartridges_jax.benchmarks.peers import TRANSFORMERS, hugging_face
 from cartridges_jax.benchmarks.results import Result, say_absent
 from cartridges_jax.benchmarks.rounds import (
@@ -47,6 +46,7 @@ from cartridges_jax.distill.step import cartridge_trainable, combine_cartridge, 
 from cartridges_jax.distill.trainer import TrainSettings, make_optimizer
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Model
+from cartridges_jax.models.costs import distillation_flops
 
 NAME = "train_step"
 

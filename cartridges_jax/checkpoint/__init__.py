@@ -5,7 +5,7 @@ garbage without an error. So the record holds a SHA-256 of every array, and one 
 and nothing is handed out that does not agree with them. Files have checksums too, checked
 before orbax opens them: on damage that it does notice, it prints hundreds of lines.
 
-One process: on several hosts, gather the state and call from the first.
+One process reads and writes: of several, the first for all (see `distill.checkpoints`), or each for itself.
 
     <cartridge>/cartridge.json        format version, model, corpus, config, checksums
     <cartridge>/arrays/               keys, values, positions, group, (bias)

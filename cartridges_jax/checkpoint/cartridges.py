@@ -20,6 +20,7 @@ from cartridges_jax.checkpoint._disk import (
     refuse_if_too_full,
     refusing_if_it_fills_up,
 )
+from cartridges_jax.checkpoint._processes import alone
 from cartridges_jax.checkpoint._records import (
     Damaged,
     describe,
@@ -135,7 +136,7 @@ def _refuse_not_finite(directory: pathlib.Path, arrays: Mapping[str, np.ndarray]
 def _write_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
     import orbax.checkpoint as ocp
 
-    with ocp.StandardCheckpointer() as checkpointer:
+    with ocp.StandardCheckpointer(multiprocessing_options=alone()) as checkpointer:
         checkpointer.save(path, stored(arrays))
         checkpointer.wait_until_finished()
 
@@ -231,7 +232,7 @@ def _read_arrays(path: pathlib.Path, described: Mapping[str, dict]) -> dict[str,
 
     arrays = empty_like(described)
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with ocp.StandardCheckpointer(multiprocessing_options=alone()) as checkpointer:
             arrays |= checkpointer.restore(path, stored(arrays))
     except Exception as error:  # orbax promises no types for what damage may do
         raise Damaged(f"arrays unreadable: {in_short(error)}") from error

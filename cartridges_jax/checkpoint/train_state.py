@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cartridges_jax.checkpoint._disk import absolute, refuse_if_too_full, refusing_if_it_fills_up
+from cartridges_jax.checkpoint._processes import alone
 from cartridges_jax.checkpoint._records import (
     Damaged,
     describe,
@@ -56,10 +57,14 @@ class TrainCheckpoints:
         self._asynchronous = asynchronous
         self._damaged: set[int] = set()
         self._pending: tuple[int, int] | None = None  # step and bytes of a save to be completed
+        self._directory.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, enable_async_checkpointing=asynchronous
+                max_to_keep=keep,
+                enable_async_checkpointing=asynchronous,
+                create=False,  # orbax makes no directory for one process of several
+                multiprocessing_options=alone(),
             ),
         )
 

@@ -6,6 +6,7 @@ from the step number alone.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -99,7 +100,8 @@ class TrainBatch(NamedTuple):
     Attributes:
       tokens, positions, segment_ids: [A, B, T] int32; positions count from 0 within a
         segment (the model adds the prefix's); segment 0 is padding.
-      rows: [A, M] int32, index into the B*T flattened tokens of a micro-batch.
+      rows: [A, M] int32, index into the B*T flattened tokens of a micro-batch. On a mesh
+        that splits the B rows into parts, the targets of each part lie together.
       ids: [A, M, k] int32; logprobs: [A, M, k] float32, -inf padded.
       weight: [A, M] float32, 1 for a target, 0 for padding.
     """
@@ -113,6 +115,18 @@ class TrainBatch(NamedTuple):
     weight: np.ndarray
 
 
+# Logical names of the arrays' axes (see `parallel.rules`).
+BATCH_AXES = TrainBatch(
+    tokens=(None, "rows", None),
+    positions=(None, "rows", None),
+    segment_ids=(None, "rows", None),
+    rows=(None, "rows"),
+    ids=(None, "rows", None),
+    logprobs=(None, "rows", None),
+    weight=(None, "rows"),
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class PackingPlan:
     """Which example goes where, for every step of a run.
@@ -122,7 +136,8 @@ class PackingPlan:
       steps: per step, per row (A*B of them), the indices of the examples in it.
       micro_batches: A.
       row_tokens: T.
-      num_targets: M, target rows of the fullest micro-batch, rounded up.
+      row_parts: into how many equal parts, in order, a mesh splits a micro-batch's rows.
+      num_targets: M / row_parts, target rows of the fullest part, rounded up.
       efficiency: real tokens over all tokens.
       epochs: how often an example is seen, on average.
     """
@@ -131,38 +146,54 @@ class PackingPlan:
     steps: list[list[list[int]]]
     micro_batches: int
     row_tokens: int
+    row_parts: int
     num_targets: int
     efficiency: float
     epochs: float
 
+    @functools.cached_property
+    def shapes(self) -> TrainBatch:
+        """Of a step's batch."""
+        per_micro, k = len(self.steps[0]) // self.micro_batches, max(example.ids.shape[1] for example in self.examples)
+        tokens = self.micro_batches, per_micro, self.row_tokens
+        targets = self.micro_batches, self.row_parts * self.num_targets
+        return TrainBatch(tokens, tokens, tokens, targets, (*targets, k), (*targets, k), targets)
+
     def batch(self, step: int) -> TrainBatch:
         """The batch of one step."""
+        parts = [self.part(step, number) for number in range(self.row_parts)]
+        return TrainBatch(*(np.concatenate(arrays, axis=1) for arrays in zip(*parts))) if len(parts) > 1 else parts[0]
+
+    def part(self, step: int, number: int) -> TrainBatch:
+        """What one part of the mesh has of a step's batch: the rows numbered so within every micro-batch."""
         rows = self.steps[step]
         micro, per_micro = self.micro_batches, len(rows) // self.micro_batches
-        shape = (micro, per_micro, self.row_tokens)
-        k = max(example.ids.shape[1] for example in self.examples)
-        tokens, positions, segment_ids = (np.zeros(shape, np.int32) for _ in range(3))
-        target_rows = np.zeros((micro, self.num_targets), np.int32)
+        per_part = per_micro // self.row_parts
+        first = number * per_part
+        k = self.shapes.ids[-1]
+        tokens, positions, segment_ids = (np.zeros((micro, per_part, self.row_tokens), np.int32) for _ in range(3))
+        # Padding points at the first token of its part.
+        target_rows = np.full((micro, self.num_targets), first * self.row_tokens, np.int32)
         ids = np.zeros((micro, self.num_targets, k), np.int32)
         logprobs = np.full((micro, self.num_targets, k), -np.inf, np.float32)
         weight = np.zeros((micro, self.num_targets), np.float32)
-        filled = [0] * micro
-        for row, members in enumerate(rows):
-            a, b = divmod(row, per_micro)
-            at = 0
-            for segment, index in enumerate(members, start=1):
-                example = self.examples[index]
-                size = len(example.tokens)
-                tokens[a, b, at : at + size] = example.tokens
-                positions[a, b, at : at + size] = np.arange(size)
-                segment_ids[a, b, at : at + size] = segment
-                where = slice(filled[a], filled[a] + len(example.rows))
-                target_rows[a, where] = b * self.row_tokens + at + example.rows
-                ids[a, where] = _widened(example.ids, k, 0)
-                logprobs[a, where] = _widened(example.logprobs, k, -np.inf)
-                weight[a, where] = 1.0
-                filled[a] += len(example.rows)
-                at += size
+        for a in range(micro):
+            filled = 0
+            for b in range(per_part):
+                at = 0
+                for segment, index in enumerate(rows[a * per_micro + first + b], start=1):
+                    example = self.examples[index]
+                    size = len(example.tokens)
+                    tokens[a, b, at : at + size] = example.tokens
+                    positions[a, b, at : at + size] = np.arange(size)
+                    segment_ids[a, b, at : at + size] = segment
+                    where = slice(filled, filled + len(example.rows))
+                    target_rows[a, where] = (first + b) * self.row_tokens + at + example.rows
+                    ids[a, where] = _widened(example.ids, k, 0)
+                    logprobs[a, where] = _widened(example.logprobs, k, -np.inf)
+                    weight[a, where] = 1.0
+                    filled += len(example.rows)
+                    at += size
         return TrainBatch(tokens, positions, segment_ids, target_rows, ids, logprobs, weight)
 
 
@@ -228,6 +259,17 @@ def packed_rows(sizes: Sequence[int], row_tokens: int, order: Iterable[int] | No
             queue.pop(at)
 
 
+def check_rows(rows_per_step: int, micro_batches: int, row_parts: int) -> None:
+    """Raises UserError where a step's rows do not divide into micro-batches, or theirs into a mesh's parts."""
+    if rows_per_step % micro_batches:
+        raise UserError(f"{rows_per_step} rows a step are not divisible into {micro_batches} micro-batches")
+    if rows_per_step // micro_batches % row_parts:
+        raise UserError(
+            f"the {rows_per_step // micro_batches} rows of a micro-batch cannot be split into the {row_parts} parts that "
+            "the mesh's data and fsdp axes make: change train.rows_per_step, train.micro_batches or the mesh"
+        )
+
+
 def plan_packing(
     examples: Sequence[Example],
     *,
@@ -235,6 +277,7 @@ def plan_packing(
     rows_per_step: int,
     row_tokens: int,
     micro_batches: int,
+    row_parts: int = 1,
     seed: int = 0,
 ) -> PackingPlan:
     """Assigns examples to the rows of every step, epoch after epoch, each shuffled.
@@ -244,11 +287,12 @@ def plan_packing(
       rows_per_step: A * B.
       row_tokens: T.
       micro_batches: A.
+      row_parts: see `PackingPlan`; the rows do not depend on it.
       seed: of the shuffles.
 
     Raises:
-      UserError: no examples, one longer than a row, or rows that the micro-batches do
-        not divide.
+      UserError: no examples, one longer than a row, or rows that the micro-batches, or
+        a micro-batch's rows that the parts, do not divide.
     """
     if not examples:
         raise UserError("there are no conversations to train on: raise study.conversations")
@@ -257,8 +301,7 @@ def plan_packing(
         raise UserError(
             f"a conversation of {longest} tokens does not fit a row of {row_tokens}: raise train.row_tokens"
         )
-    if rows_per_step % micro_batches:
-        raise UserError(f"{rows_per_step} rows a step are not divisible into {micro_batches} micro-batches")
+    check_rows(rows_per_step, micro_batches, row_parts)
     order = None if num_steps is None else _endless_order(len(examples), seed)
     packed = packed_rows([len(example.tokens) for example in examples], row_tokens, order)
     steps, used, placed = [], 0, 0
@@ -268,9 +311,9 @@ def plan_packing(
         members = [index for row in rows for index in row]
         placed += len(members)
         used += sum(len(examples[index].tokens) for index in members)
-        per_micro = rows_per_step // micro_batches
-        for first in range(0, rows_per_step, per_micro):
-            members = [index for row in rows[first : first + per_micro] for index in row]
+        per_part = rows_per_step // micro_batches // row_parts
+        for first in range(0, rows_per_step, per_part):
+            members = [index for row in rows[first : first + per_part] for index in row]
             fullest = max(fullest, sum(len(examples[index].rows) for index in members))
         steps.append(rows)
     return PackingPlan(
@@ -278,6 +321,7 @@ def plan_packing(
         steps=steps,
         micro_batches=micro_batches,
         row_tokens=row_tokens,
+        row_parts=row_parts,
         num_targets=-(-fullest // 64) * 64,
         efficiency=used / (len(steps) * rows_per_step * row_tokens),
         epochs=placed / len(examples),

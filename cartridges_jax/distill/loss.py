@@ -12,16 +12,21 @@ running maximum and sum suffice, and the gradient of that log-sum-exp is a weigh
 of the head's rows that is carried along and rescaled as the maximum moves (as in online
 softmax, arXiv 1805.02867, and FlashAttention, arXiv 2205.14135). Forward and gradient
 together cost the two products that they cost with all logits at hand.
+
+On a mesh that splits the vocabulary, its parts pass side by side, each on its own devices,
+and the sums are joined once at the end: no part of the head is sent over the tensor axis.
 """
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from cartridges_jax.parallel import constrain, num_parts
 from cartridges_jax.quantized import Matrix, linear_rows, mix_rows, rows
 
 TAILS = ("class", "drop")
@@ -59,7 +64,7 @@ def divergence_per_token(
       logprobs: [M, k] float32, their log-probabilities; -inf marks an unused entry.
       tail: "class" or "drop".
       softcap: c bounds the logits as c * tanh(logit / c); 0 is off.
-      block: tokens of the vocabulary at a time; None chooses.
+      block: tokens of the vocabulary at a time, of each part; None chooses.
 
     Returns:
       [M] float32.
@@ -69,8 +74,11 @@ def divergence_per_token(
     """
     if tail not in TAILS:
         raise ValueError(f"tail {tail!r} is not one of {TAILS}")
-    block = block_size(head.shape[0], hidden.shape[0]) if block is None else min(block, head.shape[0])
-    return _divergence((tail, softcap, block), hidden, head, ids, logprobs)
+    num_rows, vocab_size = hidden.shape[0], head.shape[0]
+    parts = num_parts("vocab", vocab_size)
+    if block is None:
+        block = block_size(vocab_size // parts, num_rows // num_parts("rows", num_rows))
+    return _divergence((tail, softcap, min(block, vocab_size // parts), parts), hidden, head, ids, logprobs)
 
 
 def block_size(vocab_size: int, num_rows: int) -> int:
@@ -82,29 +90,24 @@ def block_size(vocab_size: int, num_rows: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _divergence(static: tuple[str, float, int], hidden: Array, head: Any, ids: Array, logprobs: Array) -> Array:
-    tail, softcap, block = static
-    chosen, rest, _ = _stream(hidden, head, ids, logprobs, softcap, block, gradient=False)
+def _divergence(static: tuple[str, float, int, int], hidden: Array, head: Any, ids: Array, logprobs: Array) -> Array:
+    tail, softcap, block, parts = static
+    chosen, rest, _ = _stream(hidden, head, ids, logprobs, softcap, block, parts, gradient=False)
     return _coarsened(chosen, rest, logprobs, tail)
 
 
 def _forward(static, hidden, head, ids, logprobs):
-    tail, softcap, block = static
+    tail, softcap, block, parts = static
     if any(leaf.perturbed for leaf in jax.tree.leaves(head, is_leaf=_is_primal)):
         raise ValueError("the distillation loss has no gradient with respect to the LM head, which is frozen")
     hidden, ids, logprobs = hidden.value, ids.value, logprobs.value
     head = jax.tree.map(lambda leaf: leaf.value, head, is_leaf=_is_primal)
-    chosen, rest, mean_row = _stream(hidden, head, ids, logprobs, softcap, block, gradient=True)
+    chosen, rest, mean_row = _stream(hidden, head, ids, logprobs, softcap, block, parts, gradient=True)
     divergence, pull = jax.vjp(lambda *logits: _coarsened(*logits, logprobs, tail), chosen, rest)
     to_chosen, to_rest = pull(jnp.ones_like(divergence))
     to_chosen = to_chosen * _slope(chosen, softcap)
 
-    def add(total, entry):
-        # One stored token of every row at a time: [M, k, D] may be large.
-        entry_ids, weight = entry
-        return total + weight[:, None] * rows(head, entry_ids).astype(jnp.float32), None
-
-    to_hidden, _ = jax.lax.scan(add, to_rest[:, None] * mean_row, (ids.T, to_chosen.T))
+    to_hidden = _add_chosen(to_rest[:, None] * mean_row, head, ids, to_chosen, parts)
     # The zero-sized array carries the dtype that the gradient must have.
     return divergence, (to_hidden, jnp.zeros((0,), hidden.dtype))
 
@@ -121,8 +124,38 @@ def _is_primal(leaf: Any) -> bool:
 _divergence.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
+def _each_part(function: Callable[[Any, Array | int], Any], head: Any, parts: int) -> Any:
+    """function(part of the head, its first token) of every part of the vocabulary, stacked."""
+    size = head.shape[0] // parts
+    split = jax.tree.map(lambda leaf: leaf.reshape(parts, size, *leaf.shape[1:]), head)
+    return jax.vmap(function, spmd_axis_name="tensor")(split, jnp.arange(parts) * size)
+
+
+def _add_chosen(total: Array, head: Any, ids: Array, weights: Array, parts: int) -> Array:
+    """total [M, D] plus the sum of the head's rows at ids [M, k], weighted by [M, k]; float32."""
+
+    def of_part(part: Any, first: Array | int, total: Array) -> Array:
+        def add(total, entry):
+            # One stored token of every row at a time: [M, k, D] may be large.
+            entry_ids, weight = entry
+            at = entry_ids - first
+            here = (at >= 0) & (at < part.shape[0])
+            row = rows(part, jnp.clip(at, 0, part.shape[0] - 1)).astype(jnp.float32)
+            return total + jnp.where(here, weight, 0)[:, None] * row, None
+
+        return jax.lax.scan(add, total, (ids.T, weights.T))[0]
+
+    ids, weights = constrain(ids, "lookups", None), constrain(weights, "lookups", None)
+    total = constrain(total, "lookups", "lookup_width")
+    if parts == 1:
+        total = of_part(head, 0, total)
+    else:
+        total += _each_part(lambda part, first: of_part(part, first, jnp.zeros_like(total)), head, parts).sum(axis=0)
+    return constrain(total, "rows", None)
+
+
 def _stream(
-    hidden: Array, head: Any, ids: Array, logprobs: Array, softcap: float, block: int, *, gradient: bool
+    hidden: Array, head: Any, ids: Array, logprobs: Array, softcap: float, block: int, parts: int, *, gradient: bool
 ) -> tuple[Array, Array, Array | None]:
     """What the loss needs of the logits.
 
@@ -131,15 +164,37 @@ def _stream(
       float32, the log-sum-exp of all others; and with `gradient` mean_row [M, D] float32,
       the gradient of `rest` with respect to `hidden`.
     """
+    read = functools.partial(_stream_part, hidden, ids, logprobs, softcap, block, gradient)
+    if parts == 1:
+        maximum, total, chosen, mixed = read(head, 0)
+    else:
+        maximum, total, chosen, mixed = _each_part(read, head, parts)
+        # The parts' sums, each relative to its own maximum, as one.
+        shrink = jnp.exp(maximum - maximum.max(axis=0))
+        maximum, total, chosen = maximum.max(axis=0), (total * shrink).sum(axis=0), chosen.sum(axis=0)
+        mixed = (mixed * shrink[..., None]).sum(axis=0) if gradient else None
+    return chosen, maximum + jnp.log(total), mixed / total[:, None] if gradient else None
+
+
+def _stream_part(
+    hidden: Array, ids: Array, logprobs: Array, softcap: float, block: int, gradient: bool, head: Any, first: Array | int
+) -> tuple[Array, Array, Array, Array | None]:
+    """Passes over one part of the vocabulary, whose first token is `first`.
+
+    Returns:
+      maximum [M] of the logits that are not stored; total [M] and mixed [M, D], the sums of
+      their exponentials relative to it, plain and weighting the head's rows; chosen [M, k],
+      0 for tokens of other parts.
+    """
     num_rows, vocab_size = hidden.shape[0], head.shape[0]
     stored = jnp.isfinite(logprobs)
     row = jnp.arange(num_rows)[:, None]
 
     def take(carry, start, size):
         maximum, total, chosen, mixed = carry
-        part = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size), head)
+        part = jax.tree.map(lambda leaf: constrain(jax.lax.dynamic_slice_in_dim(leaf, start, size)), head)
         logits = _capped(linear_rows(hidden, part), softcap)
-        at = ids - start
+        at = ids - first - start
         here = stored & (at >= 0) & (at < size)
         chosen = jnp.where(here, jnp.take_along_axis(logits, jnp.clip(at, 0, size - 1), axis=-1), chosen)
         # The rest is summed over its own logits: one minus the sum of the k would lose its
@@ -163,8 +218,7 @@ def _stream(
     carry, _ = jax.lax.scan(lambda carry, start: (take(carry, start, block), None), carry, jnp.arange(whole) * block)
     if vocab_size % block:
         carry = take(carry, whole * block, vocab_size % block)
-    maximum, total, chosen, mixed = carry
-    return chosen, maximum + jnp.log(total), mixed / total[:, None] if gradient else None
+    return carry
 
 
 def _capped(logits: Array, softcap: float) -> Array:

@@ -15,6 +15,7 @@ from cartridges_jax.cartridge import KVPrefix
 from cartridges_jax.data.packing import TrainBatch
 from cartridges_jax.distill.loss import divergence_per_token
 from cartridges_jax.models import Decoder, ModelConfig, lm_head
+from cartridges_jax.parallel import constrain, num_parts, on_mesh_of, place
 
 # (params, frozen, trainable) -> (params, prefix): what is trained and where it goes.
 Combine = Callable[[Any, Any, Any], tuple[Any, KVPrefix]]
@@ -54,18 +55,29 @@ def learning_mask(num_slots: int, num_frozen: int) -> Array:
     return (jnp.arange(num_slots) >= num_frozen).astype(jnp.float32)
 
 
-def init_state(trainable: Any, optimizer: optax.GradientTransformation) -> TrainState:
+def new_state(trainable: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
     # Every scalar its own buffer: the step donates the state.
-    state = TrainState(
+    return TrainState(
         step=jnp.array(0, jnp.int32),
         trainable=jax.tree.map(jnp.array, trainable),
         opt_state=optimizer.init(trainable),
         refused=jnp.array(0, jnp.int32),
         refused_in_a_row=jnp.array(0, jnp.int32),
     )
+
+
+def init_state(
+    trainable: Any, optimizer: optax.GradientTransformation, shardings: TrainState | None = None
+) -> TrainState:
+    """`new_state` on its devices.
+
+    Args:
+      shardings: where its arrays go; the default device if not given.
+    """
+    state = new_state(trainable, optimizer)
     # Committed to a device as the step's outputs are, or the second step would compile anew.
-    return jax.device_put(state, jax.local_devices()[0])
+    return jax.device_put(state, jax.local_devices()[0]) if shardings is None else place(state, shardings)
 
 
 def batch_loss(
@@ -83,19 +95,29 @@ def batch_loss(
         batch.segment_ids,
         prefix=prefix,
     )
-    rows = hidden.reshape(-1, hidden.shape[-1])[batch.rows]
-    divergence = divergence_per_token(
-        rows, lm_head(params, config), batch.ids, batch.logprobs, tail, softcap=config.logit_softcap
-    )
+    with on_mesh_of(params):
+        divergence = divergence_per_token(
+            _at_targets(hidden, batch.rows), lm_head(params, config), batch.ids, batch.logprobs, tail,
+            softcap=config.logit_softcap,
+        )
     return jnp.sum(divergence * batch.weight)
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("config", "optimizer", "combine", "tail", "remat"),
-    donate_argnames=("state",),
-)
-def train_step(
+def _at_targets(hidden: Array, rows: Array) -> Array:
+    """The hidden states [M, D] at targets [M] of hidden [B, T, D].
+
+    Each part of a mesh's rows has its targets to itself (see `TrainBatch`): none are sent.
+    """
+    B, T, D = hidden.shape
+    parts = num_parts("rows", B)
+    if parts == 1:
+        return hidden.reshape(-1, D)[rows]
+    first = jnp.arange(parts)[:, None] * (B // parts * T)
+    picked = jax.vmap(lambda own, at: own[at])(hidden.reshape(parts, -1, D), rows.reshape(parts, -1) - first)
+    return constrain(picked.reshape(-1, D), "rows", None)
+
+
+def train_step_function(
     config: ModelConfig,
     optimizer: optax.GradientTransformation,
     combine: Combine,
@@ -108,7 +130,7 @@ def train_step(
     tail: str = "class",
     remat: bool = False,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One optimizer step over all micro-batches.
+    """One optimizer step over all micro-batches; `train_step` is this, compiled.
 
     The loss is the mean over the target tokens of the whole step: one denominator for
     all micro-batches, so that how they are cut does not matter.
@@ -159,6 +181,13 @@ def train_step(
         "refused_in_a_row": state.refused_in_a_row,
     }
     return state, metrics
+
+
+train_step = jax.jit(
+    train_step_function,
+    static_argnames=("config", "optimizer", "combine", "tail", "remat"),
+    donate_argnames=("state",),
+)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "combine", "tail"))

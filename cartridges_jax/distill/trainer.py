@@ -13,15 +13,18 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
+from jax.sharding import Mesh
 
+from cartridges_jax import parallel
 from cartridges_jax.cartridge import KVPrefix
-from cartridges_jax.checkpoint import TrainCheckpoints
 from cartridges_jax.data.ahead import prepare_ahead
 from cartridges_jax.data.packing import Example, PackingPlan, TrainBatch, plan_packing
+from cartridges_jax.distill.checkpoints import SharedCheckpoints
 from cartridges_jax.distill.loss import TAILS
+from cartridges_jax.distill.sharding import Step, placed_batch, state_shardings, step_on_mesh
 from cartridges_jax.distill.step import (
+    TrainState,
     cartridge_trainable,
     combine_cartridge,
     eval_step,
@@ -31,6 +34,7 @@ from cartridges_jax.distill.step import (
 )
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Model
+from cartridges_jax.parallel import ALONE, Job
 
 SCHEDULES = ("constant", "cosine")
 
@@ -153,15 +157,25 @@ def heldout_loss(model: Model, prefix: KVPrefix, trainable, plan: PackingPlan, t
     total, count = 0.0, 0.0
     for step in range(len(plan.steps)):
         loss, targets = eval_step(
-            model.config, combine_cartridge, model.params, prefix, trainable, plan.batch(step), tail=tail
+            model.config, combine_cartridge, model.params, prefix, trainable, placed_batch(plan, step, model.mesh), tail=tail
         )
         total, count = total + float(loss), count + float(targets)
     return total / count
 
 
-def _batches(plan: PackingPlan, steps: range) -> contextlib.closing[Iterator[TrainBatch]]:
-    """The batches of the given steps on the device, packed and copied while earlier steps run."""
-    return contextlib.closing(prepare_ahead(lambda step: jax.device_put(plan.batch(step)), steps))
+def _batches(plan: PackingPlan, steps: range, mesh: Mesh | None) -> contextlib.closing[Iterator[TrainBatch]]:
+    """The batches of the given steps on the devices, packed and copied while earlier steps run."""
+    return contextlib.closing(prepare_ahead(lambda step: placed_batch(plan, step, mesh), steps))
+
+
+def _step_for(
+    model: Model, optimizer: optax.GradientTransformation, initial: KVPrefix, state: TrainState, settings: TrainSettings
+) -> Step:
+    """The step behind its static arguments."""
+    static, options = (model.config, optimizer, combine_cartridge), {"tail": settings.tail, "remat": settings.remat}
+    if model.mesh is None:
+        return functools.partial(train_step, *static, **options)
+    return step_on_mesh(*static, model.mesh, model.params, initial, state, **options)
 
 
 def train(
@@ -174,6 +188,7 @@ def train(
     *,
     num_frozen: int,
     seed: int,
+    job: Job = ALONE,
     on_step: Callable[[int, float | None], None] = lambda step, loss: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> TrainResult:
@@ -186,9 +201,10 @@ def train(
       directory: where checkpoints of this run, and no other's, are kept.
       num_frozen: first slots that never change (paper: the attention sink).
       seed: of the data order.
+      job: the processes that train together; the model lies on a mesh of all their devices.
       on_step: called with (steps taken, that step's loss); first with the steps of
         earlier attempts and None.
-      should_stop: asked after every step.
+      should_stop: asked after every step; says the same in every process.
 
     Returns:
       The same result, bit for bit, however often the run was interrupted.
@@ -199,27 +215,31 @@ def train(
         good state is saved.
     """
     settings.check()
+    mesh = model.mesh
     plan = plan_packing(
         examples, num_steps=settings.steps, rows_per_step=settings.rows_per_step,
-        row_tokens=settings.row_tokens, micro_batches=settings.micro_batches, seed=seed,
+        row_tokens=settings.row_tokens, micro_batches=settings.micro_batches, row_parts=parallel.row_parts(mesh), seed=seed,
     )
     heldout_plan = None
     if heldout:
         heldout_plan = plan_packing(
             heldout, num_steps=None, rows_per_step=settings.rows_per_step // settings.micro_batches,
-            row_tokens=settings.row_tokens, micro_batches=1,
+            row_tokens=settings.row_tokens, micro_batches=1, row_parts=parallel.row_parts(mesh),
         )
     optimizer = make_optimizer(settings)
-    mask = learning_mask(initial.num_slots, num_frozen)[:, None]
-    state = init_state(cartridge_trainable(initial), optimizer)
+    initial = parallel.place_prefix(initial, mesh)
+    mask = parallel.replicate(learning_mask(initial.num_slots, num_frozen)[:, None], mesh)
+    trainable = cartridge_trainable(initial)
+    shardings = None if mesh is None else state_shardings(mesh, optimizer, trainable)
+    state = init_state(trainable, optimizer, shardings)
     history: dict[str, list[dict[str, float]]] = {"train": [], "heldout": []}
-    checkpoints = TrainCheckpoints(directory, settings.keep_checkpoints)
-    if checkpoints.latest_step() is not None:
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
-        state, extra = checkpoints.restore(abstract)
+    checkpoints = SharedCheckpoints(directory, settings.keep_checkpoints, job)
+    if checkpoints.latest is not None:
+        state, extra = checkpoints.restore(state)
         history = extra["history"]
     done = int(state.step)
     on_step(done, None)
+    take_step = _step_for(model, optimizer, initial, state, settings)
 
     def measure_heldout(step: int) -> None:
         if heldout_plan is not None:
@@ -240,20 +260,13 @@ def train(
                 f"(the last good state is in {directory})"
             )
 
-    def save(step: int) -> None:
-        if checkpoints.latest_step() != step:
-            checkpoints.save(step, state, {"history": history})
-
-    with contextlib.closing(checkpoints), _batches(plan, range(done, settings.steps)) as batches:
+    with contextlib.closing(checkpoints), _batches(plan, range(done, settings.steps), mesh) as batches:
         end_if_refused(int(state.refused_in_a_row), done)
         if done == 0:
             measure_heldout(0)
         pending = None
         for step, batch in enumerate(batches, start=done + 1):
-            state, metrics = train_step(
-                model.config, optimizer, combine_cartridge, model.params, initial, mask, state,
-                batch, tail=settings.tail, remat=settings.remat,
-            )
+            state, metrics = take_step(model.params, initial, mask, state, batch)
             # Fetched one step late: the device works on this step while the host reads the last.
             refused_in_a_row = record(*pending) if pending else 0
             pending = (step, metrics)
@@ -265,11 +278,11 @@ def train(
             if last or step % settings.eval_every == 0:
                 measure_heldout(step)
             if saving or refused_in_a_row >= settings.max_refused_in_a_row:
-                save(step)
+                checkpoints.save(step, state, {"history": history})
             end_if_refused(refused_in_a_row, step)
             if stopping and not last:
                 raise StopRequested
-    trained = jax.tree.map(np.asarray, state.trainable)
+    trained = jax.tree.map(parallel.fetch, state.trainable)
     return TrainResult(
         prefix=initial.replace(keys=jnp.asarray(trained["keys"]), values=jnp.asarray(trained["values"])),
         history=history,

@@ -8,6 +8,7 @@ from cartridges_jax.cartridge import KVPrefix
 from cartridges_jax.corpus.documents import Document
 from cartridges_jax.distill.initialise import first_tokens
 from cartridges_jax.models import Model
+from cartridges_jax.parallel import place_prefix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,5 +55,5 @@ def conditions(model: Model, document: Document, cartridge: KVPrefix, *, room: i
         Condition("none", sampling.prefill(model, head) if head else None),
         Condition("truncated", sampling.prefill(model, first_tokens(model, document.text, cartridge.num_slots))),
         Condition("icl", sampling.prefill(model, whole)),
-        Condition("cartridge", cartridge),
+        Condition("cartridge", place_prefix(cartridge, model.mesh, in_use=True)),
     ], cut

@@ -15,12 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from cartridges_jax import parallel
 from cartridges_jax.cartridge import KVPrefix
 from cartridges_jax.data.packing import packed_rows
 from cartridges_jax.models import Decoder, Model, ModelConfig, lm_logits
 from cartridges_jax.sampling.prefill import check_token_ids, round_up
 
-# Items are packed into so many rows of so many tokens: one program per prefix, hardly any padding.
+# Items are packed into so many rows (more where a mesh has more to do) of so many tokens: one program per
+# prefix, hardly any padding.
 _ROWS, _ROW_TOKENS = 2, 256
 _BLOCK = 256
 
@@ -63,10 +65,11 @@ def answer_hidden(
     row_tokens = max(_ROW_TOKENS, round_up(max(sizes), 64))
     rows = list(packed_rows(sizes, row_tokens))
     found: dict[int, np.ndarray] = {}
-    for begin in range(0, len(rows), _ROWS):
-        tokens, positions, segment_ids = np.zeros((3, _ROWS, row_tokens), np.int32)
+    num_rows = round_up(_ROWS, parallel.row_parts(model.mesh))
+    for begin in range(0, len(rows), num_rows):
+        tokens, positions, segment_ids = np.zeros((3, num_rows, row_tokens), np.int32)
         answers: dict[int, tuple[int, slice]] = {}
-        for row, members in enumerate(rows[begin : begin + _ROWS]):
+        for row, members in enumerate(rows[begin : begin + num_rows]):
             at = 0
             for segment, index in enumerate(members, start=1):
                 place = slice(at, at + sizes[index])
@@ -76,7 +79,7 @@ def answer_hidden(
                 # The position before a token predicts it.
                 answers[index] = row, slice(place.stop - len(items[index].answer_ids) - 1, place.stop - 1)
                 at = place.stop
-        hidden = np.asarray(_hidden(model.config, model.params, prefix, tokens, positions, segment_ids))
+        hidden = parallel.fetch(_hidden(model.config, model.params, prefix, tokens, positions, segment_ids))
         found.update({index: hidden[place] for index, place in answers.items()})
         on_progress(len(answers))
     return np.concatenate([found[i] for i in range(len(items))])
@@ -101,7 +104,7 @@ def _in_blocks(function, *arrays: np.ndarray) -> np.ndarray:
     for begin in range(0, count, _BLOCK):
         parts = [array[begin : begin + _BLOCK] for array in arrays]
         padded = [np.pad(part, [(0, _BLOCK - len(part))] + [(0, 0)] * (part.ndim - 1)) for part in parts]
-        values.append(np.asarray(function(*padded))[: len(parts[0])])
+        values.append(parallel.fetch(function(*padded))[: len(parts[0])])
     return np.concatenate(values)
 
 

@@ -49,9 +49,9 @@ class SafetensorsDirectory:
         self.path = Path(path)
         if not self.path.is_dir():
             raise UserError(f"{self.path}: no such directory; check the path")
-        self.config: dict[str, Any] = _read_json(self.path / CONFIG_FILE)
+        self.config: dict[str, Any] = read_json(self.path / CONFIG_FILE)
         generation = self.path / _GENERATION_FILE
-        self.generation_config: dict[str, Any] | None = _read_json(generation) if generation.is_file() else None
+        self.generation_config: dict[str, Any] | None = read_json(generation) if generation.is_file() else None
 
         # As in transformers, the one file is preferred where both are there.
         listed = None if (self.path / WEIGHTS_FILE).is_file() else _shards_in_index(self.path)
@@ -130,7 +130,7 @@ def _shards_in_index(directory: Path) -> dict[str, str]:
     path = directory / INDEX_FILE
     if not path.is_file():
         raise UserError(_no_weights(directory))
-    table = _read_json(path).get("weight_map")
+    table = read_json(path).get("weight_map")
     if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
         raise UserError(f"{path}: no table 'weight_map' from tensor names to files; {_FETCH_AGAIN}")
     for shard in sorted(set(table.values())):
@@ -173,7 +173,7 @@ def _open(file: Path) -> Any:
         raise UserError(f"{file}: cannot be read ({error.strerror or error}); check its permissions") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; a Hugging Face model directory has one, check the path")
     try:

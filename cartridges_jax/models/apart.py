@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import SingleDeviceSharding
 
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.decoder import layer_name, layer_path, lm_head
@@ -50,9 +51,10 @@ def _view(stack: Array, index: Any) -> Array:
 
 
 def runs_apart(params: Any) -> bool:
-    """Whether a model is best run unrolled: it lies whole on one CPU device."""
-    leaves = jax.tree.leaves(params)
+    """Whether a model is best run unrolled: it lies whole on one CPU device, and on no mesh, even of one."""
     return all(
-        isinstance(leaf, Array) and len(leaf.devices()) == 1 and next(iter(leaf.devices())).platform == "cpu"
-        for leaf in leaves
+        isinstance(leaf, Array)
+        and isinstance(leaf.sharding, SingleDeviceSharding)
+        and next(iter(leaf.devices())).platform == "cpu"
+        for leaf in jax.tree.leaves(params)
     )

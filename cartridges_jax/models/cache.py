@@ -7,12 +7,16 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 
-from cartridges_jax import cartridge
+from cartridges_jax import cartridge, parallel
 from cartridges_jax.models.config import ModelConfig
 
 # One array of all layers, or one for each: see `Cache`.
 Layers = Array | tuple[Array, ...]
+
+# Logical names of the axes of stacked keys and values (see `parallel.rules`).
+CACHE_AXES = ("layers", "rows", "kv_heads", None, None)
 
 
 @flax.struct.dataclass
@@ -71,26 +75,31 @@ class Cache:
             held = self.replace(keys=with_layer(self.keys, own_keys), values=with_layer(self.values, own_values))
             return held, own_keys.swapaxes(-1, -2), own_values
         all_keys, all_values = (
-            held.at[layer, row, :, slots].set(new.astype(held.dtype))
+            parallel.constrain(held.at[layer, row, :, slots].set(new.astype(held.dtype)), *CACHE_AXES)
             for held, new in ((self.keys, keys), (self.values, values))
         )
         return self.replace(keys=all_keys, values=all_values), all_keys[layer], all_values[layer]
 
 
-def empty_cache(config: ModelConfig, num_rows: int, num_slots: int, dtype, *, apart: bool = False) -> Cache:
+def empty_cache(
+    config: ModelConfig, num_rows: int, num_slots: int, dtype, *, apart: bool = False, mesh: Mesh | None = None
+) -> Cache:
     """A cache of B rows and S slots that holds nothing.
 
     Args:
       apart: every layer in an array of its own, as suits parameters that lie so.
+      mesh: over which it is spread.
     """
     B, K, S, H = num_rows, config.num_kv_heads, num_slots, config.head_dim
 
     def zeros(*shape: int) -> Layers:
         if apart:
             return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
-        return jnp.zeros((config.num_layers, *shape), dtype)
+        return parallel.zeros(mesh, CACHE_AXES, (config.num_layers, *shape), dtype)
 
-    return Cache(zeros(B, K, H, S) if apart else zeros(B, K, S, H), zeros(B, K, S, H), jnp.zeros((B,), jnp.int32))
+    return Cache(
+        zeros(B, K, H, S) if apart else zeros(B, K, S, H), zeros(B, K, S, H), parallel.zeros(mesh, ("rows",), (B,), jnp.int32)
+    )
 
 
 def row_as_prefix(cache: Cache, row: int, num_tokens: int) -> cartridge.KVPrefix:

@@ -24,12 +24,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec
 
-from cartridges_jax.attention import LayerPrefix, attend, cache_mask, packed_causal_mask, prefix_mask
+from cartridges_jax.attention import LayerPrefix, PackedRows, attend, cache_mask, packed_view, prefix_mask
 from cartridges_jax.cartridge import KVPrefix
 from cartridges_jax.models.cache import Cache
 from cartridges_jax.models.config import LayerKind, ModelConfig
 from cartridges_jax.models.pointwise import gated, rms_norm
+from cartridges_jax.parallel import constrain, on_mesh_of
 from cartridges_jax.quantized import Matrix, linear, linear_rows, rows
 from cartridges_jax.rope import rope_tables, rotate
 
@@ -40,7 +42,7 @@ class _View(NamedTuple):
     """What a layer's kind makes of the batch: its rotation and what its tokens see."""
 
     turn: tuple[Array, Array] | None
-    own: Array
+    own: Array | PackedRows
     prefix: Array | None
 
 
@@ -54,11 +56,12 @@ class Layer(nn.Module):
         init = nn.initializers.normal(shape[0] ** -0.5)
         return self.param(name, nn.with_logical_partitioning(init, axes), shape)
 
-    def _norm(self, x: Array, name: str, axis: str | None = "embed") -> Array:
-        init = nn.with_logical_partitioning(nn.initializers.ones, (axis,))
+    # Vectors along the model's width are too small to be split.
+    def _norm(self, x: Array, name: str) -> Array:
+        init = nn.with_logical_partitioning(nn.initializers.ones, (None,))
         return rms_norm(x, self.param(name, init, x.shape[-1:]), self.config.norm_eps)
 
-    def _bias(self, x: Array, name: str, axis: str) -> Array:
+    def _bias(self, x: Array, name: str, axis: str | None) -> Array:
         init = nn.with_logical_partitioning(nn.initializers.zeros, (axis,))
         return x + self.param(name, init, x.shape[-1:]).astype(x.dtype)
 
@@ -69,6 +72,7 @@ class Layer(nn.Module):
             config.d_model, config.num_heads, config.num_kv_heads, config.head_dim, config.d_ff,
         )
         B, T, _ = x.shape
+        prefix = _gathered(prefix)
 
         h = self._norm(x, "attn_norm")
         queries = linear(h, self._matrix("q_proj", (D, N * H), ("embed", "heads")))
@@ -80,7 +84,7 @@ class Layer(nn.Module):
             values = self._bias(values, "v_bias", "kv_heads")
         queries, keys, values = queries.reshape(B, T, N, H), keys.reshape(B, T, K, H), values.reshape(B, T, K, H)
         if config.qk_norm:
-            queries, keys = self._norm(queries, "q_norm", None), self._norm(keys, "k_norm", None)
+            queries, keys = self._norm(queries, "q_norm"), self._norm(keys, "k_norm")
         if view.turn is not None:
             queries, keys = rotate(queries, *view.turn), rotate(keys, *view.turn)
         tapped = {"queries": queries, "keys": keys, "values": values}
@@ -94,7 +98,7 @@ class Layer(nn.Module):
         ).reshape(B, T, N * H)
         mixed = linear(mixed, self._matrix("o_proj", (N * H, D), ("heads", "embed")))
         if config.o_bias:
-            mixed = self._bias(mixed, "o_bias", "embed")
+            mixed = self._bias(mixed, "o_bias", None)
         if config.post_norms:
             mixed = self._norm(mixed, "post_attn_norm")
         x = x + _scaled(mixed, config.residual_scale)
@@ -105,13 +109,18 @@ class Layer(nn.Module):
         h = linear(gated(config.activation, gate, up), self._matrix("down_proj", (F, D), ("mlp", "embed")))
         if config.post_norms:
             h = self._norm(h, "post_mlp_norm")
-        x = x + _scaled(h, config.residual_scale)
+        x = constrain(x + _scaled(h, config.residual_scale), "rows", None, None)
         return x, cache, {name: tapped[name] for name in self.taps}
 
 
 def _scaled(x: Array, scale: float) -> Array:
     """x * scale in float32: in bfloat16 the scale itself would be 0.1 % off (Granite's 0.22)."""
     return x if scale == 1 else (x.astype(jnp.float32) * scale).astype(x.dtype)
+
+
+def _gathered(prefix: LayerPrefix | None) -> LayerPrefix | None:
+    """A layer's prefix as it is computed with: on a mesh every row sees all slots."""
+    return jax.tree.map(lambda part: constrain(part, *("kv_heads", "slots", None)[: part.ndim]), prefix)
 
 
 class Period(nn.Module):
@@ -179,13 +188,18 @@ class Decoder(nn.Module):
           hidden [B, T, D] after the final norm, times `logit_scale`; the cache with its
           lengths advanced by each row's real tokens (or None); {tap: [L, B, T, heads, H]}.
         """
-        config = self.config
         embedding = self.param(
             "embedding",
             nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed")),
-            (config.vocab_size, config.d_model),
+            (self.config.vocab_size, self.config.d_model),
         )
-        x = rows(embedding, tokens)
+        with on_mesh_of(embedding):
+            return self._run(embedding, tokens, positions, segment_ids, prefix, cache, taps)
+
+    def _run(self, embedding, tokens, positions, segment_ids, prefix, cache, taps):
+        config = self.config
+        x = constrain(rows(embedding, constrain(tokens, "lookups", None)), "lookups", None, "lookup_width")
+        x = constrain(x, "rows", None, None)
         x = x * jnp.asarray(config.embedding_scale, x.dtype)
         views = tuple(_view(config, kind, positions, segment_ids, prefix, cache) for kind in config.period)
         fronts = None
@@ -223,7 +237,7 @@ class Decoder(nn.Module):
 
         norm = self.param(
             "final_norm",
-            nn.with_logical_partitioning(nn.initializers.ones, ("embed",)),
+            nn.with_logical_partitioning(nn.initializers.ones, (None,)),
             (config.d_model,),
         )
         if not config.tie_embeddings:
@@ -242,13 +256,12 @@ def _view(
     config: ModelConfig, kind: LayerKind, positions: Array, segment_ids: Array, prefix: KVPrefix | None, cache: Cache | None
 ) -> _View:
     turn = None if kind.rope is None else rope_tables(positions, config.head_dim, kind.rope)
+    passed = prefix.positions if prefix is not None and config.windows_see_prefix else None
     if cache is None:
-        own = packed_causal_mask(segment_ids, positions, kind.window)
+        own, front = packed_view(segment_ids, positions, passed, window=kind.window, head_dim=config.head_dim)
     else:
         own = cache_mask(cache.lengths, positions.shape[1], cache.num_slots, kind.window)
-    front = None
-    if prefix is not None and kind.window and config.windows_see_prefix:
-        front = prefix_mask(positions, prefix.positions, kind.window)
+        front = prefix_mask(positions, passed, kind.window) if kind.window and passed is not None else None
     return _View(turn, own, front)
 
 
@@ -271,20 +284,33 @@ def lm_logits(params: Any, config: ModelConfig, hidden: Array) -> Array:
     return config.logit_softcap * jnp.tanh(logits / config.logit_softcap) if config.logit_softcap else logits
 
 
+def _declared_params(config: ModelConfig) -> Any:
+    """The tree of parameters as shapes, each in a box with the names of its axes."""
+    token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(Decoder(config).init, jax.random.key(0), token, token, token)["params"]
+
+
 def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> Any:
     """The tree of parameters as shapes: what a checkpoint must fill.
 
     Norms and biases stay float32: they are small, and Gemma's norms are 1 + w with a
     small w, which bfloat16 would round away.
     """
-    token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    boxed = jax.eval_shape(Decoder(config).init, jax.random.key(0), token, token, token)["params"]
 
     def leaf(path, value):
         name = path[-1].key
         return jax.ShapeDtypeStruct(value.shape, jnp.float32 if name.endswith(("norm", "bias")) else dtype)
 
-    return jax.tree_util.tree_map_with_path(leaf, nn.meta.unbox(boxed))
+    return jax.tree_util.tree_map_with_path(leaf, nn.meta.unbox(_declared_params(config)))
+
+
+def param_axes(config: ModelConfig) -> dict[tuple[str, ...], tuple[str | None, ...]]:
+    """Path of every parameter to the logical names of its axes (see `parallel.rules`)."""
+    specs = nn.get_partition_spec(_declared_params(config))
+    return {
+        tuple(key.key for key in path): tuple(spec)
+        for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    }
 
 
 def layer_name(layer: int) -> str:

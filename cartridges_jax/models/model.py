@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from cartridges_jax.errors import UserError
 from cartridges_jax.formats.gguf import GGUFFile
@@ -18,7 +19,8 @@ from cartridges_jax.formats.tensors import TensorFile
 from cartridges_jax.models.apart import layers_apart, runs_apart
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.families import Names, read_gguf_metadata, read_hugging_face_config
-from cartridges_jax.models.weights import ShardingOf, load_params
+from cartridges_jax.models.sharding import param_shardings, params_on
+from cartridges_jax.models.weights import load_params
 from cartridges_jax.text.chat import ChatTemplate
 from cartridges_jax.text.tokenizer import Tokenizer, tokenizer_from_directory, tokenizer_from_gguf
 
@@ -61,6 +63,7 @@ class Model:
       tokenizer: text to token ids and back.
       chat: the chat template over that tokenizer.
       source_sha256: hash of the files the weights came from.
+      mesh: the devices that they are spread over; None is one device.
     """
 
     name: str
@@ -70,11 +73,16 @@ class Model:
     tokenizer: Tokenizer
     chat: ChatTemplate
     source_sha256: str = ""
+    mesh: Mesh | None = None
 
     @functools.cached_property
     def decode_params(self) -> Any:
         """The parameters as the sampler takes them: on one CPU with the layers apart."""
         return layers_apart(self.params, self.config) if runs_apart(self.params) else self.params
+
+    def on(self, part: Mesh) -> Model:
+        """The same on one of its mesh's `parallel.independent_parts`, of which this process has devices."""
+        return dataclasses.replace(self, params=params_on(self.params, part), mesh=part)
 
     @property
     def layers_apart(self) -> bool:
@@ -107,7 +115,7 @@ def load_model(
     thinking: bool = False,
     windows_see_prefix: bool = True,
     accept_license: bool = False,
-    sharding_of: ShardingOf | None = None,
+    mesh: Mesh | None = None,
 ) -> Model:
     """Loads a model.
 
@@ -120,7 +128,7 @@ def load_model(
       thinking: lets models that can think before they answer do so.
       windows_see_prefix: False lets layers with a sliding window see a whole prefix.
       accept_license: of a registry model that is offered under terms of its own.
-      sharding_of: where parameters go (see `weights.load_params`).
+      mesh: the devices to spread it over (see `parallel`); the default device without.
 
     Raises:
       UserError: no such model, a damaged file, or an unsupported architecture, field or
@@ -141,7 +149,8 @@ def load_model(
             "they do not belong together, fetch the model again"
         )
     params = load_params(
-        opened.file, opened.names, config, DTYPES[dtype], stored=weights, sharding_of=sharding_of
+        opened.file, opened.names, config, DTYPES[dtype], stored=weights,
+        sharding_of=None if mesh is None else param_shardings(config, mesh),
     )
     return Model(
         name=source,
@@ -151,6 +160,7 @@ def load_model(
         tokenizer=opened.tokenizer,
         chat=opened.chat,
         source_sha256=opened.file.sha256(),
+        mesh=mesh,
     )
 
 

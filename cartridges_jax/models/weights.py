@@ -70,13 +70,45 @@ def load_params(
     return tree
 
 
+def abstract_loaded(
+    config: ModelConfig, dtype: Any, *, stored: str = "", sharding_of: ShardingOf | None = None
+) -> Any:
+    """What `load_params` gives, as shapes: for programs that are compiled before there are weights."""
+
+    def leaf(keys: Any, declared: jax.ShapeDtypeStruct) -> Any:
+        path, shape = _path(keys), declared.shape
+        where = sharding_of(path, shape) if sharding_of else None
+        if not (stored and _is_matrix(path, declared)):
+            return jax.ShapeDtypeStruct(shape, declared.dtype, sharding=where)
+        if stored == "bfloat16":
+            return Narrow(jax.ShapeDtypeStruct(shape, jnp.uint16, sharding=where))
+        summed = _summed_axis(path, declared)
+        return Quantized(
+            jax.ShapeDtypeStruct(shape, jnp.int8, sharding=where),
+            jax.ShapeDtypeStruct(
+                shape[:summed] + shape[summed + 1 :], declared.dtype, sharding=_without_axis(where, summed, len(shape))
+            ),
+        )
+
+    return jax.tree_util.tree_map_with_path(leaf, abstract_params(config, dtype))
+
+
 def _path(keys: Any) -> tuple[str, ...]:
     return tuple(key.key for key in keys)
 
 
+def _is_matrix(path: tuple[str, ...], leaf: Any) -> bool:
+    return leaf.ndim - _is_stacked(path) == 2
+
+
 def _is_turned(path: tuple[str, ...], leaf: Any) -> bool:
     """Whether it is a matrix that files hold the other way round."""
-    return leaf.ndim - _is_stacked(path) == 2 and path[-1] not in _TABLES
+    return _is_matrix(path, leaf) and path[-1] not in _TABLES
+
+
+def _summed_axis(path: tuple[str, ...], leaf: Any) -> int:
+    """Which axis of a matrix its products sum over."""
+    return leaf.ndim - 2 if _is_turned(path, leaf) else leaf.ndim - 1
 
 
 def _is_stacked(path: tuple[str, ...]) -> bool:
@@ -168,11 +200,11 @@ def _fill(
 ) -> Matrix:
     """One parameter, shard by shard; `tensors` in the order of its stack."""
     turned, stacked = _is_turned(path, leaf), _is_stacked(path)
-    is_matrix = leaf.ndim - stacked == 2
+    is_matrix = _is_matrix(path, leaf)
     int8, narrow = is_matrix and stored == "int8", is_matrix and stored == "bfloat16"
     # A tensor's rows are the channels of its products; what else a matrix has is summed over.
     row_axis = leaf.ndim - 1 if turned else int(stacked)
-    summed = leaf.ndim - 2 if turned else leaf.ndim - 1
+    summed = _summed_axis(path, leaf)
     shards, scales = [], []
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
         bounds = [slice(*part.indices(size)[:2]) for part, size in zip(index, leaf.shape, strict=True)]
@@ -213,7 +245,7 @@ def _put(shard: Array, block: Array, where: tuple[int, ...]) -> Array:
     return jax.lax.dynamic_update_slice(shard, block, where)
 
 
-def _without_axis(sharding: Sharding, axis: int, ndim: int) -> Sharding:
+def _without_axis(sharding: Sharding | None, axis: int, ndim: int) -> Sharding | None:
     if not isinstance(sharding, jax.sharding.NamedSharding):
         return sharding
     spec = [*sharding.spec, *[None] * (ndim - len(sharding.spec))]

@@ -5,11 +5,13 @@ import dataclasses
 
 import ml_collections
 
+from cartridges_jax.ahead.draft import PodSettings
 from cartridges_jax.corpus.documents import QUICKSTART
 from cartridges_jax.distill.trainer import TrainSettings
 from cartridges_jax.errors import UserError
 from cartridges_jax.evaluation.evaluate import EvaluationSettings
 from cartridges_jax.models.model import AUTO, DTYPES, WEIGHTS, chosen_weights
+from cartridges_jax.parallel import parse_mesh
 from cartridges_jax.selfstudy.synthesis import FOR_SMALL_MODELS, SynthesisSettings
 from cartridges_jax.typed_config import build, config_values
 
@@ -39,6 +41,7 @@ class RunConfig:
       thinking: lets a model that can think before it answers do so.
       windows_see_prefix: False lets layers with a sliding window see the whole cartridge.
       accept_license: of a registry model that is offered under terms of its own.
+      mesh: the devices, such as "data:2,fsdp:4,tensor:2" (-1 is whatever is left); "" is one.
       seed: determines every draw and the data order.
       corpus: a UTF-8 text or Markdown file, a SQuAD JSON file (with `article`), or
         "quickstart" for the document that ships with the package.
@@ -55,6 +58,7 @@ class RunConfig:
     thinking: bool
     windows_see_prefix: bool
     accept_license: bool
+    mesh: str
     seed: int
     corpus: str
     article: str
@@ -65,6 +69,7 @@ class RunConfig:
     study: SynthesisSettings
     train: TrainSettings
     evaluation: EvaluationSettings
+    pod: PodSettings
 
     def check(self) -> None:
         """Raises UserError for a value that no run could use, before anything is loaded."""
@@ -74,6 +79,8 @@ class RunConfig:
             raise UserError(f"weights={self.weights!r}: choose 'auto', 'int8', 'bfloat16', or '' for the model's dtype")
         if self.weights == self.dtype == "bfloat16":
             raise UserError("weights='bfloat16' belongs to dtype='float32': leave weights ''")
+        if self.mesh:
+            parse_mesh(self.mesh)
         if not 0 <= self.seed < 2**31:
             raise UserError(f"seed={self.seed}: must be between 0 and {2**31 - 1}")
         if self.heldout < 0:
@@ -94,6 +101,7 @@ class RunConfig:
         if self.train.targets == "all" and not self.study.score_user_messages:
             raise UserError("train.targets='all' needs the teacher's view of A's tokens: set study.score_user_messages=True")
         self.evaluation.check()
+        self.pod.check()
 
     def with_weights_chosen(self) -> RunConfig:
         """The same with what `weights` "auto" means on this machine."""
@@ -109,6 +117,7 @@ def default_config() -> ml_collections.ConfigDict:
         thinking=False,
         windows_see_prefix=True,
         accept_license=False,
+        mesh="",
         seed=0,
         corpus=QUICKSTART,
         article="",
@@ -136,6 +145,7 @@ def default_config() -> ml_collections.ConfigDict:
             max_refused_in_a_row=5,
         ),
         evaluation=EvaluationSettings(max_answer_tokens=40, max_questions=48),
+        pod=PodSettings(topology="", decode_rows=128, context_tokens=4096),
     )))
 
 

@@ -2,15 +2,17 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 import absl.logging
 from absl import app, flags
 
-from cartridges_jax.errors import UserError
-from cartridges_jax.pipeline.signals import Interrupted
+from cartridges_jax.errors import Interrupted, UserError
 
 
 def run_program(main: Callable[[], None], *, fields: str = "cartridges_jax/pipeline/config.py lists the fields") -> None:
@@ -20,7 +22,7 @@ def run_program(main: Callable[[], None], *, fields: str = "cartridges_jax/pipel
       fields: where a user finds the config's fields, for the message about an unknown one.
 
     Exit codes: 0; 2 for bad input, after one line on stderr; 128 + the signal's number
-    when stopped by SIGINT or SIGTERM.
+    when stopped by SIGINT or SIGTERM; 75 where another process of the job was lost.
     """
 
     def parse(argv: list[str]) -> list[str]:
@@ -47,23 +49,67 @@ def run_program(main: Callable[[], None], *, fields: str = "cartridges_jax/pipel
         try:
             main()
         except UserError as error:
-            _fail(str(error))
+            _fail(str(error), error.exit_code)
         except Interrupted as stop:
-            print(f"\nstopped by {stop}; the same command goes on from here", file=sys.stderr)
-            sys.exit(128 + stop.signum)
+            print(f"\n{stop}; the same command goes on from here", file=sys.stderr)
+            _exit(stop.exit_code)
         except KeyboardInterrupt:
             print("\nstopped by SIGINT", file=sys.stderr)
-            sys.exit(128 + signal.SIGINT)
+            _exit(128 + signal.SIGINT)
+        except Exception:
+            if not _connected():
+                raise
+            traceback.print_exc()
+            _exit(1)
 
     # JAX reports at every start which accelerators it did not find.
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
     app.run(guarded, flags_parser=parse)
 
 
+def define_job_flags() -> Callable[[], dict[str, Any]]:
+    """Defines the flags of a program that several processes may run together.
+
+    Returns:
+      What gives their values, as `parallel.start_job` takes them, once they are parsed.
+    """
+    distributed = flags.DEFINE_enum(
+        "distributed", "auto", ["auto", "on", "off"],
+        "Whether other processes take part: auto looks for SLURM, Cloud TPU pods and Kubernetes.",
+    )
+    coordinator = flags.DEFINE_string("coordinator", "", "HOST:PORT at which process 0 listens.")
+    num_processes = flags.DEFINE_integer("num_processes", None, "How many processes take part.", lower_bound=1)
+    process_id = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.", lower_bound=0)
+    peer_seconds = flags.DEFINE_float(
+        "peer_seconds", 100.0, "Without a sign of life from another process, until the job ends."
+    )
+    stall_seconds = flags.DEFINE_float(
+        "stall_seconds", 1800.0, "Without a step of any process (one may be compiled), until the job ends."
+    )
+    holders = (distributed, coordinator, num_processes, process_id, peer_seconds, stall_seconds)
+    return lambda: {holder.name: holder.value for holder in holders}
+
+
 def _wants_help(argv: list[str]) -> bool:
     return any(argument.lstrip("-").startswith("help") for argument in argv[1:])
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, code: int = UserError.exit_code) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+    _exit(code)
+
+
+def _connected() -> bool:
+    """Whether this process has others to wait for at its end."""
+    # Without importing JAX, which may be half loaded when an interrupt comes.
+    is_initialized = getattr(sys.modules.get("jax.distributed"), "is_initialized", None)
+    return is_initialized is not None and is_initialized()
+
+
+def _exit(code: int) -> NoReturn:
+    """Ends the process: at once if others are connected, for they may be where they cannot follow."""
+    if _connected():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

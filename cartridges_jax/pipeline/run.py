@@ -19,14 +19,17 @@ from cartridges_jax.corpus.chunks import Chunk, token_coverage
 from cartridges_jax.corpus.questions import Question, questions_hash
 from cartridges_jax.data.conversations import Conversation
 from cartridges_jax.data.decontaminate import split_contaminated
-from cartridges_jax.data.packing import render_example
+from cartridges_jax.data.packing import check_rows, render_example
 from cartridges_jax.distill.initialise import initialise_from_first_tokens
+from cartridges_jax.distill.sharding import undivided_slots
 from cartridges_jax.distill.trainer import StopRequested, train
 from cartridges_jax.errors import UserError
 from cartridges_jax.evaluation.conditions import conditions
 from cartridges_jax.evaluation.evaluate import evaluate
 from cartridges_jax.evaluation.report import print_summary, write_report
 from cartridges_jax.models import Model, load_model
+from cartridges_jax.models.sharding import undivided
+from cartridges_jax.parallel import ALONE, Job, make_mesh, row_parts
 from cartridges_jax.pipeline.config import RunConfig
 from cartridges_jax.pipeline.inputs import check_paths, freeze_questions, read_inputs
 from cartridges_jax.pipeline.preflight import longest_evaluated, refuse_what_cannot_work
@@ -37,7 +40,9 @@ from cartridges_jax.selfstudy.plan import askable_sentences
 from cartridges_jax.selfstudy.synthesis import synthesise
 
 # The source files that a stage's outcome depends on.
-_MODEL_CODE = ("cartridge.py", "rope.py", "quantized.py", "attention", "models", "formats", "text", "sampling")
+_MODEL_CODE = (
+    "cartridge.py", "rope.py", "quantized.py", "parallel", "attention", "models", "formats", "text", "sampling",
+)
 _STUDY_CODE = (*_MODEL_CODE, "corpus", "data", "selfstudy")
 _TRAIN_CODE = (*_STUDY_CODE, "distill", "checkpoint")
 _EVALUATE_CODE = (
@@ -46,49 +51,81 @@ _EVALUATE_CODE = (
 _CODE = {"study": _STUDY_CODE, "train": _TRAIN_CODE, "evaluate": _EVALUATE_CODE}
 
 
-def run(config: RunConfig, path: Path, *, say: Callable[[str], None] = print) -> dict[str, Any]:
+def _print_at_once(text: str) -> None:
+    # A log that a scheduler reads is a pipe, and this process may be ended from outside.
+    print(text, flush=True)
+
+
+def run(
+    config: RunConfig, path: Path, *, job: Job = ALONE, say: Callable[[str], None] = _print_at_once
+) -> dict[str, Any] | None:
     """Takes a document to a cartridge and its report, or takes up where a run was stopped.
 
     Args:
       config: what to do.
       path: the workdir; `cartridge/`, `report.json` and `report.html` end up there.
-      say: is told what happens.
+      job: the processes that do it together; each calls this function.
+      say: is told what happens, in the first process.
 
     Returns:
-      The report.
+      The report, in the first process.
 
     Raises:
       UserError: bad input, found before expensive work where that is possible.
       Interrupted: SIGINT or SIGTERM came; the same call goes on from there.
     """
     config.check()
-    config = config.with_weights_chosen()
+    # One choice for all hosts, whose processors may differ.
+    config = dataclasses.replace(config, weights=job.from_first(lambda: config.with_weights_chosen().weights))
     check_paths(config)
-    workdir = Workdir(path)
-    with workdir.held(), StopSignals() as signals:
+    mesh = make_mesh(config.mesh)
+    if mesh is None and job.num_processes > 1:
+        raise UserError(f"{job.num_processes} processes need a mesh over their devices, such as --config.mesh=data:-1")
+    check_rows(config.train.rows_per_step, config.train.micro_batches, row_parts(mesh))
+    workdir = Workdir(path, job)
+    if not job.is_first:
+        say = _say_nothing
+    with workdir.held(), StopSignals(job) as signals:
+        if job.num_processes > 1:
+            say(f"{job.num_processes} processes")
         kept = f", its matrices in {config.weights}" if config.weights else ""
         say(f"loading {config.model} in {config.dtype}{kept}")
         model = load_model(
             config.model, dtype=config.dtype, weights=config.weights, thinking=config.thinking,
-            windows_see_prefix=config.windows_see_prefix, accept_license=config.accept_license,
+            windows_see_prefix=config.windows_see_prefix, accept_license=config.accept_license, mesh=mesh,
         )
+        if mesh is not None:
+            say(f"{mesh.size} devices: {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items() if size > 1)}")
+            for words in undivided(model.config, mesh) + undivided_slots(config.cartridge.num_slots, mesh):
+                say(words)
         signals.check()
-        return _Run(config, workdir, model, signals, say).report()
+        return _Run(config, workdir, model, job, signals, say).report()
+
+
+def _say_nothing(text: str) -> None:
+    """What other processes than the first do with what the first one says."""
 
 
 class _Run:
     """The stages of one run, in order; each asks for what it needs from those before."""
 
     def __init__(
-        self, config: RunConfig, workdir: Workdir, model: Model, signals: StopSignals, say: Callable[[str], None]
+        self,
+        config: RunConfig,
+        workdir: Workdir,
+        model: Model,
+        job: Job,
+        signals: StopSignals,
+        say: Callable[[str], None],
     ):
-        self.config, self.workdir, self.model, self.signals, self.say = config, workdir, model, signals, say
+        self.config, self.workdir, self.model, self.job, self.signals, self.say = config, workdir, model, job, signals, say
         self.document, self.questions = read_inputs(config, model.tokenizer)
         self.document_tokens = len(model.tokenizer.encode(self.document.text))
         # Now, because the files may change under a long run.
         self._code = {name: code_hash(*parts) for name, parts in _CODE.items()}
         refuse_what_cannot_work(config, model, self.document, self.questions, workdir)
-        freeze_questions(workdir, self.questions)
+        if job.is_first:
+            freeze_questions(workdir, self.questions)
         say(
             f"{self.document.name}: {self.document_tokens:,} tokens, {len(self.questions)} questions; "
             f"cartridge of {config.cartridge.num_slots} slots"
@@ -104,6 +141,8 @@ class _Run:
             self.say(f"{name}: goes on after {stage.spent():.0f} s of earlier work")
         return stage
 
+    # The mesh is no input of any stage: what it changes is the order of sums, in the last digits, and nobody
+    # would want another cartridge because the devices are others. A stage may end on another mesh than it began on.
     def _study_stage(self) -> Stage:
         return self._open("study", {
             "seed": self.config.seed,
@@ -123,12 +162,13 @@ class _Run:
 
         def converse(**callbacks) -> list[Conversation]:
             return synthesise(
-                self.model, self.document, stage.directory, self.config.study, seed=self.config.seed, **callbacks
+                self.model, self.document, stage.directory, self.config.study, seed=self.config.seed, job=self.job,
+                **callbacks,
             )
 
         if stage.done:
             return stage, converse()
-        with stage.clock() as clock, progress("study", self.config.study.conversations) as bar:
+        with stage.clock() as clock, self._bar("study", self.config.study.conversations) as bar:
 
             def heartbeat() -> None:
                 clock.tick()
@@ -137,6 +177,9 @@ class _Run:
             conversations = converse(on_progress=bar.at, heartbeat=heartbeat)
         stage.finish({"conversations": len(conversations)})
         return stage, conversations
+
+    def _bar(self, name: str, total: int):
+        return progress(name, total, shown=self.job.is_first)
 
     def _split(self, conversations: list[Conversation]) -> tuple[list[Conversation], list[Conversation], int]:
         """(to train on, held out, dropped because they are evaluation questions)."""
@@ -169,7 +212,8 @@ class _Run:
             cartridge = load_cartridge(directory)
         except UserError as error:
             raise UserError(f"{error} (to train it again, delete {stage.directory})") from None
-        self._publish(stage, cartridge)
+        if self.job.is_first:
+            self._publish(stage, cartridge)
         return stage, cartridge
 
     def _train(self, stage: Stage, conversations: list[Conversation], directory: Path, clock) -> None:
@@ -182,7 +226,7 @@ class _Run:
             )
         chat = model.chat
         initial = initialise_from_first_tokens(model, self.document.text, config.cartridge.num_slots)
-        with progress("train", config.train.steps) as bar:
+        with self._bar("train", config.train.steps) as bar:
 
             def on_step(step: int, loss: float | None) -> None:
                 bar.at(step, note="" if loss is None else f"loss {loss:.3f}")
@@ -194,10 +238,12 @@ class _Run:
                     [render_example(c, chat, targets=config.train.targets) for c in learned],
                     [render_example(c, chat) for c in heldout],
                     config.train, stage.directory / "checkpoints",
-                    num_frozen=config.cartridge.num_frozen, seed=config.seed,
+                    num_frozen=config.cartridge.num_frozen, seed=config.seed, job=self.job,
                     on_step=on_step, should_stop=self.signals.requested,
                 )
             except StopRequested:
+                # Nobody leaves before the first process has saved the state.
+                self.job.wait_for_all()
                 self.signals.check()
                 raise
         metadata = CartridgeMetadata.of(
@@ -209,7 +255,8 @@ class _Run:
             step=config.train.steps,
             config=dataclasses.asdict(config),
         )
-        save_cartridge(directory, result.prefix, metadata)
+        if self.job.is_first:
+            save_cartridge(directory, result.prefix, metadata)
         stage.finish({
             "history": result.history,
             "refused_steps": result.refused,
@@ -242,7 +289,7 @@ class _Run:
         if stage.done:
             return stage
         heldout = self._split(conversations)[1]
-        with stage.clock() as clock, progress("evaluate", 1) as bar:
+        with stage.clock() as clock, self._bar("evaluate", 1) as bar:
 
             def advance(done: int, total: int) -> None:
                 bar.at(done, total)
@@ -265,11 +312,13 @@ class _Run:
         places = np.linspace(0, len(self.questions) - 1, limit).round().astype(int)
         return [self.questions[i] for i in places]
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> dict[str, Any] | None:
         """Runs what is missing and writes the report."""
         study_stage, conversations = self.study()
         train_stage, cartridge = self.train(study_stage, conversations)
         evaluate_stage = self.evaluate(train_stage, cartridge, conversations)
+        if not self.job.is_first:
+            return None
         trained, measured = train_stage.result(), evaluate_stage.result()
         seconds = {
             "synthesis": study_stage.spent(), "training": train_stage.spent(), "evaluation": evaluate_stage.spent(),

@@ -3,13 +3,8 @@ from __future__ import annotations
 
 import signal
 
-
-class Interrupted(BaseException):
-    """The run was asked to stop. A BaseException, so that no handler of errors swallows it."""
-
-    def __init__(self, signum: int):
-        self.signum = signum
-        super().__init__(signal.Signals(signum).name)
+from cartridges_jax.errors import Interrupted
+from cartridges_jax.parallel import ALONE, Job
 
 
 class StopSignals:
@@ -18,9 +13,13 @@ class StopSignals:
     Raising from the handler itself would not do: Python may run it inside a callback
     whose exceptions are dropped (the garbage collector's, which JAX has one of). A second
     signal is not waited for: it ends the process as if nobody handled it.
+
+    Args:
+      job: whose processes stop together, whichever of them a signal came to.
     """
 
-    def __init__(self):
+    def __init__(self, job: Job = ALONE):
+        self._job = job
         self._signum: int | None = None
         self._previous: dict[int, object] = {}
 
@@ -33,16 +32,18 @@ class StopSignals:
         self._restore()
 
     def requested(self) -> bool:
-        """Whether a signal has come."""
-        return self._signum is not None
+        """Whether to stop here. To be asked after every step that all processes take together."""
+        return self._job.stops_here(self._signum)
 
     def check(self) -> None:
-        """Raises `Interrupted` if a signal has come."""
-        if self._signum is not None:
-            raise Interrupted(self._signum)
+        """Raises `Interrupted` if a signal has come, where no other process need stop at the same place."""
+        signum = self._job.stop_wanted(self._signum)
+        if signum is not None:
+            raise Interrupted(signum)
 
     def _note(self, signum: int, frame) -> None:
         self._signum = signum
+        self._job.note(signum)
         self._restore()
 
     def _restore(self) -> None:

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 import time
@@ -14,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from cartridges_jax.errors import UserError
+from cartridges_jax.parallel import ALONE, Job
 
 _RECORD = "run.json"
 _LOCK = ".lock"
+# How long a network's disk may take to show one host what another wrote.
+_SHARED_SECONDS = 30.0
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -60,6 +64,17 @@ def code_hash(*parts: str) -> str:
     return digest.hexdigest()
 
 
+def _check_alike(stage: str, inputs: Mapping[str, Any], job: Job) -> None:
+    """Raises UserError where a host was started with other settings, files or code than the first one."""
+    theirs, ours = job.from_first(lambda: dict(inputs)), json.loads(json.dumps(inputs))
+    differ = [name for name in sorted({*theirs, *ours}) if theirs.get(name) != ours.get(name)]
+    if differ:
+        raise UserError(
+            f"{stage}: {', '.join(differ)} differ between this host and the first: start the same command with the same code "
+            "and files on all"
+        )
+
+
 class Stage:
     """One stage's directory for one set of inputs.
 
@@ -67,28 +82,32 @@ class Stage:
       name: "study", "train" or "evaluate".
       key: hash of the inputs; what the directory is called.
       directory: where the stage keeps what it makes, also half-way.
+      done: whether it was finished.
     """
 
-    def __init__(self, parent: Path, name: str, inputs: Mapping[str, Any]):
+    def __init__(self, parent: Path, name: str, inputs: Mapping[str, Any], job: Job):
         self.name = name
         self.inputs = dict(inputs)
         self.key = hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode()).hexdigest()[:16]
         self.directory = parent / name / self.key
-        self.directory.mkdir(parents=True, exist_ok=True)
         self._result = self.directory / "result.json"
         self._seconds = self.directory / "seconds.json"
-
-    @property
-    def done(self) -> bool:
-        return self._result.exists()
+        self._job = job
+        _check_alike(name, self.inputs, job)
+        if job.is_first:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        self.done = job.from_first(self._result.exists)
 
     def result(self) -> dict[str, Any]:
         """What the finished stage left."""
         return read_json(self._result)
 
     def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
-        """Marks the stage done."""
-        write_json(self._result, dict(result))
+        """Marks the stage done, when every process has come here."""
+        self._job.wait_for_all()
+        if self._job.is_first:
+            write_json(self._result, dict(result))
+        self.done = True
         return dict(result)
 
     def spent(self) -> float:
@@ -98,7 +117,7 @@ class Stage:
     @contextlib.contextmanager
     def clock(self) -> Iterator[_Clock]:
         """Adds the block's seconds to the stage's; `tick()` keeps them should the run be killed."""
-        clock = _Clock(self._seconds, self.spent())
+        clock = _Clock(self._seconds if self._job.is_first else None, self.spent())
         try:
             yield clock
         finally:
@@ -106,31 +125,40 @@ class Stage:
 
 
 class _Clock:
-    def __init__(self, path: Path, before: float):
+    def __init__(self, path: Path | None, before: float):
         self._path, self._before = path, before
         self._start = self._written = time.monotonic()
 
     def tick(self, at_most_every: float = 5.0) -> None:
         now = time.monotonic()
-        if now - self._written >= at_most_every:
+        if self._path is not None and now - self._written >= at_most_every:
             write_json(self._path, {"seconds": self._before + now - self._start})
             self._written = now
 
 
 class Workdir:
-    """A run's directory, held by one process at a time.
+    """A run's directory, held by one job at a time.
+
+    Of several processes the first one writes in it (but for self-study's shards), and all
+    read: it lies on a disk that their hosts share.
 
     Attributes:
       path: the directory.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, job: Job = ALONE):
         """Creates the directory or takes up an earlier run's.
 
         Raises:
           UserError: it cannot be written, or holds something that is not a run.
         """
-        self.path = path
+        self.path, self._job = path, job
+        self._stages: dict[str, Any] = {}
+        if job.is_first:
+            self._create()
+
+    def _create(self) -> None:
+        path = self.path
         if path.exists() and not path.is_dir():
             raise UserError(f"workdir {path} is a file: give a directory")
         try:
@@ -149,24 +177,48 @@ class Workdir:
                 f"workdir {path} holds files of something else (such as {sorted(others)[0]}): "
                 "choose an empty or new directory with --workdir"
             )
-        self._stages: dict[str, Any] = _stages_of(path / _RECORD)
+        self._stages = _stages_of(path / _RECORD)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Keeps other processes from working in this directory.
+        """Keeps other jobs from working in this directory.
 
         Raises:
-          UserError: one already does.
+          UserError: one already does, or this process does not see the first one's directory.
         """
-        with open(self.path / _LOCK, "w") as file:
+        with contextlib.ExitStack() as stack:
+            token = self._job.from_first(lambda: stack.enter_context(self._locked()))
+            self._require_the_same(token)
+            yield
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[str]:
+        """Holds the lock; gives what tells this holder from all others."""
+        with open(self.path / _LOCK, "a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(
                     f"another run is working in {self.path}: wait for it, or choose another --workdir"
                 ) from None
+            token = secrets.token_hex(8)
+            file.truncate(0)
+            file.write(token)
+            file.flush()
             self._save()
-            yield
+            yield token
+
+    def _require_the_same(self, token: str) -> None:
+        end = time.monotonic() + _SHARED_SECONDS
+        while True:
+            with contextlib.suppress(OSError):
+                if (self.path / _LOCK).read_text() == token:
+                    return
+            if time.monotonic() > end:
+                raise UserError(
+                    f"workdir {self.path} is not that of the first process: --workdir must be on a disk that all hosts share"
+                )
+            time.sleep(0.2)
 
     def require_space(self, num_bytes: int) -> None:
         """Raises UserError where the disk has less room than the run will need."""
@@ -183,7 +235,7 @@ class Workdir:
         Args:
           inputs: everything that the stage's outcome depends on, as flat JSON values.
         """
-        stage = Stage(self.path, name, inputs)
+        stage = Stage(self.path, name, inputs, self._job)
         before = self._stages.get(name)
         changes = [] if before is None else [
             f"{key} {_short(before.get(key))} -> {_short(stage.inputs.get(key))}"
@@ -195,7 +247,8 @@ class Workdir:
         return stage, changes
 
     def _save(self) -> None:
-        write_json(self.path / _RECORD, {"format": 1, "stages": self._stages})
+        if self._job.is_first:
+            write_json(self.path / _RECORD, {"format": 1, "stages": self._stages})
 
 
 def _short(value: Any) -> str:

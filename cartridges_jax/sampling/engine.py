@@ -98,9 +98,8 @@ class Engine:
     def add_prefix(self, prefix: KVPrefix) -> PrefixHandle:
         """Keeps a prefix on the device until `drop_prefix`."""
         handle = PrefixHandle(prefix.num_slots, prefix.next_position)
-        self._residents[handle] = _Resident(
-            as_front(prefix, self._model.dtype, apart=self._model.layers_apart)
-        )
+        model = self._model
+        self._residents[handle] = _Resident(as_front(prefix, model.dtype, apart=model.layers_apart, mesh=model.mesh))
         return handle
 
     def drop_prefix(self, handle: PrefixHandle) -> None:

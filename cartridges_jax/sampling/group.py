@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from cartridges_jax import parallel
 from cartridges_jax.models import Cache, Model, empty_cache
 from cartridges_jax.sampling import programs
 from cartridges_jax.sampling.buckets import (
@@ -151,8 +151,8 @@ class Group:
             mates=mates,
             tokens=tokens,
             segment_ids=(np.arange(width) < lengths[:, None]).astype(np.int32),
-            cache=empty_cache(model.config, num_rows, slot_bucket(width), model.dtype),
-            last=jnp.zeros((num_rows, model.config.d_model), model.dtype),
+            cache=empty_cache(model.config, num_rows, slot_bucket(width), model.dtype, mesh=model.mesh),
+            last=parallel.zeros(model.mesh, ("rows", None), (num_rows, model.config.d_model), model.dtype),
         )
 
     def _read(self) -> Pending | None:
@@ -183,7 +183,7 @@ class Group:
         self._rows = None
         padding = reading.tokens.shape[0] - len(at)
         running, outputs = programs.first_tokens(
-            self._model.config, self._model.params, reading.last, _rows_of(reading.mates + reading.mates[:1] * padding),
+            self._model.config, self._model.params, reading.last, rows_of(reading.mates + reading.mates[:1] * padding),
             **self._static(reading.mates),
         )
         at = np.asarray(at + at[:1] * padding, np.int32)
@@ -235,7 +235,7 @@ class Group:
         if self._state is None or not kept:
             model = self._model
             self._state = programs.empty_state(
-                model.config, num_rows, num_slots, model.dtype, apart=model.layers_apart
+                model.config, num_rows, num_slots, model.dtype, apart=model.layers_apart, mesh=model.mesh
             )
             return
         at = np.asarray(kept + kept[:1] * (num_rows - len(kept)), np.int32)
@@ -253,7 +253,7 @@ class Group:
     def _settings(self) -> programs.Rows:
         """The rows' settings on the device, made anew when rows have changed hands."""
         if self._rows is None:
-            self._rows = jax.device_put(_rows_of(self._occupants))
+            self._rows = parallel.replicate(rows_of(self._occupants), self._model.mesh)
         return self._rows
 
 
@@ -262,7 +262,7 @@ def _key_data(seed: int) -> np.ndarray:
     return np.asarray(jax.random.key_data(jax.random.key(seed)))
 
 
-def _rows_of(lives: Sequence[Live | None]) -> programs.Rows:
+def rows_of(lives: Sequence[Live | None]) -> programs.Rows:
     """What requests ask for, as NumPy arrays; a row without one is stopped."""
     requests = [None if live is None or live.over else live.request for live in lives]
     most_stops = max((len(live.stops) for live in lives if live), default=0)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from cartridges_jax import cartridge
+from cartridges_jax import cartridge, parallel
 from cartridges_jax.cartridge import KVPrefix
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Cache, Decoder, Model, ModelConfig, empty_cache, lm_logits, row_as_prefix
@@ -67,7 +67,7 @@ def _read_chunks(model: Model, token_ids: Sequence[int], prefix: KVPrefix | None
     tokens = np.zeros((1, num_slots), np.int32)
     tokens[0, : len(token_ids)] = token_ids
     segment_ids = (np.arange(num_slots) < len(token_ids)).astype(np.int32)[None]
-    cache = empty_cache(model.config, 1, num_slots, model.dtype)
+    cache = empty_cache(model.config, 1, num_slots, model.dtype, mesh=model.mesh)
     hidden = []
     for begin in range(0, num_slots, size):
         window = slice(begin, begin + size)
@@ -119,5 +119,5 @@ def logits(model: Model, token_ids: Sequence[int], prefix: KVPrefix | None = Non
     """
     check_token_ids(model, token_ids, prefix)
     hidden, _ = _read_chunks(model, token_ids, prefix)
-    rows = [np.asarray(_logits(model.config, model.params, chunk)) for chunk in hidden]
+    rows = [parallel.fetch(_logits(model.config, model.params, chunk)) for chunk in hidden]
     return np.concatenate(rows)[: len(token_ids)]

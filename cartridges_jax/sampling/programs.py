@@ -15,9 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
+from cartridges_jax import parallel
 from cartridges_jax.cartridge import KVPrefix
-from cartridges_jax.models import Cache, Decoder, ModelConfig, empty_cache, lm_logits
+from cartridges_jax.models import CACHE_AXES, Cache, Decoder, ModelConfig, empty_cache, lm_logits
+from cartridges_jax.parallel import constrain, on_mesh_of
 from cartridges_jax.sampling.buckets import prefix_bucket
 from cartridges_jax.sampling.select import Choice, RowSampling, select_rows
 
@@ -49,11 +52,12 @@ class Front:
         )
 
 
-def as_front(prefix: KVPrefix, dtype: Any, *, apart: bool = False) -> Front:
-    """Pads a prefix to its bucket.
+def as_front(prefix: KVPrefix, dtype: Any, *, apart: bool = False, mesh: Mesh | None = None) -> Front:
+    """Pads a prefix to its bucket, and keeps it where it is used: every decode step reads it.
 
     Args:
       apart: keys and values of every layer in arrays of their own.
+      mesh: over which it is spread.
     """
     pad = prefix_bucket(prefix.num_slots) - prefix.num_slots
     slots = ((0, 0), (0, 0), (0, pad))
@@ -72,7 +76,7 @@ def as_front(prefix: KVPrefix, dtype: Any, *, apart: bool = False) -> Front:
         group=jnp.pad(jnp.asarray(prefix.group), (0, pad)),
         bias=None if bias is None else jnp.pad(jnp.asarray(bias, jnp.float32), slots, constant_values=_MASKED),
     )
-    return Front(padded, jnp.int32(prefix.next_position))
+    return Front(parallel.place_prefix(padded, mesh, in_use=True), jnp.int32(prefix.next_position))
 
 
 @flax.struct.dataclass
@@ -111,16 +115,33 @@ class Rows:
     sampling: RowSampling
 
 
+def _kept(state: State) -> State:
+    """The state as `empty_state` lays it out: what comes out of one program goes into the next."""
+    per_row = {name: constrain(getattr(state, name), "rows") for name in ("tokens", "num_generated", "running")}
+    return State(cache=_kept_cache(state.cache), **per_row)
+
+
+def _kept_cache(cache: Cache) -> Cache:
+    return Cache(
+        keys=constrain(cache.keys, *CACHE_AXES),
+        values=constrain(cache.values, *CACHE_AXES),
+        lengths=constrain(cache.lengths, "rows"),
+    )
+
+
 Outputs = tuple[Array, Array, Array]  # tokens [n, B] (-1: none), top ids [n, B, k], top log-probabilities [n, B, k]
 
 
-def empty_state(config: ModelConfig, num_rows: int, num_slots: int, dtype: Any, *, apart: bool = False) -> State:
+def empty_state(
+    config: ModelConfig, num_rows: int, num_slots: int, dtype: Any, *, apart: bool = False, mesh: Mesh | None = None
+) -> State:
     """B rows that hold nothing."""
+    per_row = functools.partial(parallel.zeros, mesh, ("rows",), (num_rows,))
     return State(
-        cache=empty_cache(config, num_rows, num_slots, dtype, apart=apart),
-        tokens=jnp.zeros((num_rows,), jnp.int32),
-        num_generated=jnp.zeros((num_rows,), jnp.int32),
-        running=jnp.zeros((num_rows,), bool),
+        cache=empty_cache(config, num_rows, num_slots, dtype, apart=apart, mesh=mesh),
+        tokens=per_row(jnp.int32),
+        num_generated=per_row(jnp.int32),
+        running=per_row(bool),
     )
 
 
@@ -146,6 +167,11 @@ def _choose(logits: Array, num_generated: Array, rows: Rows, choice: Choice, num
     return token, top_ids, top - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
 
 
+def _for_host(outputs: Outputs) -> Outputs:
+    """All of them on every device, so that every process can read them."""
+    return tuple(constrain(part) for part in outputs)
+
+
 def _goes_on(token: Array, num_generated: Array, rows: Rows) -> Array:
     return jnp.all(rows.stop_ids != token[:, None], axis=-1) & (num_generated < rows.limits)
 
@@ -166,7 +192,8 @@ def read_chunk(
     hidden, cache = _apply(config, params, front, cache, tokens, segment_ids)
     count = jnp.sum(segment_ids, axis=1)
     newest = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
-    return cache, jnp.where((count > 0)[:, None], newest, last)
+    with on_mesh_of(params):
+        return _kept_cache(cache), constrain(jnp.where((count > 0)[:, None], newest, last), "rows", None)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "choice", "num_top"))
@@ -180,7 +207,9 @@ def first_tokens(
     """
     logits = lm_logits(params, config, last)
     token, top_ids, top = _choose(logits, jnp.zeros((last.shape[0],), jnp.int32), rows, choice, num_top)
-    return _goes_on(token, jnp.ones_like(token), rows), (token[None], top_ids[None], top[None])
+    with on_mesh_of(params):
+        running = constrain(_goes_on(token, jnp.ones_like(token), rows), "rows")
+        return running, _for_host((token[None], top_ids[None], top[None]))
 
 
 def admit(state: State, read: Cache, tokens: Array, running: Array, at: Array) -> State:
@@ -224,17 +253,20 @@ def put_rows(into: Array, new: Array, at: Array, layer: Array | None = None, *, 
         start = (0,) * (into.ndim - 4) + (at[r], 0, 0, 0)
         return jax.lax.dynamic_update_slice(into, row.astype(into.dtype), start)
 
-    return jax.lax.fori_loop(0, at.shape[0], put, into)
+    into = jax.lax.fori_loop(0, at.shape[0], put, into)
+    with on_mesh_of(into):
+        return constrain(into, *CACHE_AXES)
 
 
 @functools.partial(jax.jit, donate_argnames=("held",))
 def _put_per_row(held: tuple[Array, ...], new: tuple[Array, ...], at: Array) -> tuple[Array, ...]:
     lengths, tokens, num_generated, running = held
     new_lengths, new_tokens, new_running = new
-    return (
-        lengths.at[at].set(new_lengths), tokens.at[at].set(new_tokens), num_generated.at[at].set(1),
-        running.at[at].set(new_running),
-    )  # fmt: skip
+    with on_mesh_of(held):
+        return tuple(constrain(part, "rows") for part in (
+            lengths.at[at].set(new_lengths), tokens.at[at].set(new_tokens), num_generated.at[at].set(1),
+            running.at[at].set(new_running),
+        ))  # fmt: skip
 
 
 @functools.partial(
@@ -283,7 +315,8 @@ def decode(
         return number + 1, state, outputs
 
     _, state, outputs = jax.lax.while_loop(goes_on, step, (jnp.int32(0), state, outputs))
-    return state, outputs
+    with on_mesh_of(params):
+        return _kept(state), _for_host(outputs)
 
 
 @functools.partial(jax.jit, static_argnames=("num_slots",))
@@ -303,9 +336,10 @@ def resize(state: State, at: Array, kept: Array, *, num_slots: int) -> State:
         padding[slot_axis] = (0, max(num_slots - slots, 0))
         return jnp.pad(part, padding)
 
-    return State(
-        cache=state.cache.mapped(fit).replace(lengths=jnp.where(kept, state.cache.lengths[at], 0)),
-        tokens=state.tokens[at],
-        num_generated=state.num_generated[at],
-        running=state.running[at] & kept,
-    )
+    with on_mesh_of(state):
+        return _kept(State(
+            cache=state.cache.mapped(fit).replace(lengths=jnp.where(kept, state.cache.lengths[at], 0)),
+            tokens=state.tokens[at],
+            num_generated=state.num_generated[at],
+            running=state.running[at] & kept,
+        ))

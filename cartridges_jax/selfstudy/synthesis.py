@@ -3,6 +3,10 @@
 One batch is one chunk: its conversations share one prefill. A batch is a Parquet shard,
 written whole when it is done; a run that was stopped goes on with the next batch and
 ends with the same shards as one that was not.
+
+On many hosts, parts of the mesh that hold a model each make batches of their own side by
+side, and write them: see `parallel.independent_parts`. What two of them were asked at the
+same time is kept once.
 """
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from jax.sharding import Mesh
 
 from cartridges_jax import sampling
 from cartridges_jax.cartridge import KVPrefix
@@ -21,6 +26,7 @@ from cartridges_jax.data.conversations import Conversation, Message, TopLogprobs
 from cartridges_jax.data.decontaminate import normalise
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Model
+from cartridges_jax.parallel import ALONE, Job, independent_parts
 from cartridges_jax.selfstudy.plan import BatchPlan, plan_batches
 from cartridges_jax.selfstudy.writer import Request, Writer
 
@@ -139,6 +145,7 @@ def synthesise(
     settings: SynthesisSettings,
     *,
     seed: int,
+    job: Job = ALONE,
     on_progress: Callable[[int, int], None] = lambda done, wanted: None,
     heartbeat: Callable[[], None] = lambda: None,
 ) -> list[Conversation]:
@@ -147,6 +154,8 @@ def synthesise(
     Args:
       directory: holds this run's shards and no other's.
       seed: determines plan and draws.
+      job: whose processes share the work and all return the same; the model lies on a mesh of
+        all their devices, and all see the directory.
       on_progress: called with (conversations kept, conversations wanted); first with
         those of earlier attempts.
       heartbeat: called every few seconds; what it raises ends the run, and the batch
@@ -170,17 +179,31 @@ def synthesise(
         families=settings.families,
         seed=seed,
     )
+    parts = [None] if model.mesh is None else independent_parts(model.mesh)
+    mine = next(number for number, part in enumerate(parts) if part is None or job.process in _processes(part))
+    if len(parts) > 1:
+        model = model.on(parts[mine])
+    writes = parts[mine] is None or job.process == min(_processes(parts[mine]))
     studio = _Studio(model, document, settings, seed, heartbeat)
     conversations: list[Conversation] = []
-    for number, batch in enumerate(batches):
+    asked: set[str] = set()
+    for first in range(0, len(batches), len(parts)):
         if len(conversations) >= settings.conversations:
             break
-        path = shard_path(directory, number)
-        if not path.exists():
+        numbers = range(first, min(first + len(parts), len(batches)))
+        missing = job.from_first(lambda: [n for n in numbers if not shard_path(directory, n).exists()])  # noqa: B023
+        if first + mine in missing:
             on_progress(len(conversations), settings.conversations)
-            asked = {normalise(conversation.messages[0].content) for conversation in conversations}
-            write_shard(path, studio.converse(batch, number, asked))
-        conversations += read_shard(path)
+            made = studio.converse(batches[first + mine], first + mine, asked)
+            if writes:
+                write_shard(shard_path(directory, first + mine), made)
+        job.wait_for_all()
+        for number in numbers:
+            for conversation in read_shard(shard_path(directory, number)):
+                message = normalise(conversation.messages[0].content)
+                if message not in asked:
+                    asked.add(message)
+                    conversations.append(conversation)
     conversations = conversations[: settings.conversations]
     on_progress(len(conversations), settings.conversations)
     if 4 * len(conversations) < settings.conversations:
@@ -189,6 +212,10 @@ def synthesise(
             "writes too few usable messages; try another study.writer or raise study.writer_temperature"
         )
     return conversations
+
+
+def _processes(part: Mesh) -> set[int]:
+    return {device.process_index for device in part.devices.flat}
 
 
 class _Studio:

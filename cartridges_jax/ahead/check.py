@@ -1,0 +1,131 @@
+"""One program on one mesh of a topology: compiled, weighed, and put in a line."""
+from __future__ import annotations
+
+import collections
+import dataclasses
+from typing import Any
+
+from jax.sharding import Mesh
+
+from cartridges_jax.ahead import hlo
+from cartridges_jax.ahead.draft import STEPS_PER_DISPATCH, Draft
+from cartridges_jax.ahead.programs import compile_program, mesh_of_program
+from cartridges_jax.ahead.roofline import Roofline, flops_per_device, roofline
+from cartridges_jax.ahead.topology import Topology
+from cartridges_jax.errors import UserError
+from cartridges_jax.parallel import make_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """What is known of a program before it runs.
+
+    Attributes:
+      mesh: of the run.
+      num_devices: that the program runs on, all of the mesh's or those of a part of it.
+      micro_batches: of a train step.
+      bytes_per_device: at the peak.
+      sent: its collectives; None where it does not fit, so that there is no program.
+      flops_per_device: analytic.
+      roofline: the least seconds; without the network's where `sent` is None.
+      compile_seconds: tracing included.
+    """
+
+    program: str
+    topology: Topology
+    mesh: str
+    num_devices: int
+    micro_batches: int
+    bytes_per_device: int
+    sent: list[hlo.Collective] | None
+    flops_per_device: float
+    roofline: Roofline
+    compile_seconds: float
+
+    @property
+    def fits(self) -> bool:
+        return self.bytes_per_device <= self.topology.chip.memory_bytes and self.sent is not None
+
+    @property
+    def collective_bytes(self) -> float | None:
+        """What a device sends in one run of the program."""
+        return None if self.sent is None else sum(one.times * one.sent for one in self.sent)
+
+    def record(self) -> dict[str, Any]:
+        """The line that is printed as JSON."""
+        counts = None
+        if self.sent is not None:
+            counts = collections.Counter()
+            for one in self.sent:
+                counts[one.kind] += one.times
+        found = {
+            "program": self.program,
+            "topology": self.topology.name,
+            "devices": self.num_devices,
+            "mesh": self.mesh,
+            "bytes_per_device": self.bytes_per_device,
+            "fits": self.fits,
+            "collectives": None if counts is None else dict(sorted(counts.items())),
+            "collective_bytes": None if self.sent is None else round(self.collective_bytes),
+            "flops_per_device": round(self.flops_per_device),
+            "roofline_seconds": float(f"{self.roofline.seconds:.4g}"),
+            "bound_by": self.roofline.bound_by,
+            "compile_seconds": round(self.compile_seconds, 1),
+        }
+        if self.topology.stand_in:
+            found["compiled_for"] = "cpu: memory and collectives are those of CPU devices in the GPUs' place"
+        return found
+
+
+def check(program: str, draft: Draft, topology: Topology, mesh: Mesh) -> Check:
+    """Compiles and weighs.
+
+    Raises:
+      UserError: rows that the mesh does not divide, or a mesh that divides nothing of the model.
+    """
+    part = mesh_of_program(program, mesh)
+    compiled = compile_program(program, draft, part)
+    sent = None
+    if compiled.text:
+        # A dispatch decodes so many tokens; every other loop says itself how often it runs.
+        sent = hlo.collectives(compiled.text, trips_of_open_loops=STEPS_PER_DISPATCH if program == "decode" else None)
+    return Check(
+        program=program,
+        topology=topology,
+        mesh=mesh_line(mesh),
+        num_devices=part.devices.size,
+        micro_batches=draft.train.micro_batches,
+        bytes_per_device=compiled.bytes_per_device,
+        sent=sent,
+        flops_per_device=flops_per_device(program, draft, part),
+        roofline=roofline(program, draft, part, topology, sent or ()),
+        compile_seconds=compiled.seconds,
+    )
+
+
+def mesh_line(mesh: Mesh) -> str:
+    """As `parallel.make_mesh` takes it, without axes of one device."""
+    return ",".join(f"{axis}:{size}" for axis, size in mesh.shape.items() if size > 1) or "data:1"
+
+
+def mesh_of(line: str, topology: Topology) -> Mesh:
+    """The mesh that a line describes on all devices of a topology; without a line, rows over all of them.
+
+    Raises:
+      UserError: as `parallel.make_mesh`.
+    """
+    return make_mesh(line or "data:-1", topology.devices)
+
+
+def with_micro_batches(draft: Draft, parts: int) -> Draft:
+    """The draft with as many micro-batches as it asks for, or fewer where a mesh's parts leave fewer rows to each.
+
+    Raises:
+      UserError: the rows of a step do not divide into the parts.
+    """
+    settings = draft.train
+    if settings.rows_per_step % parts:
+        raise UserError(f"{settings.rows_per_step} rows a step are not divisible into {parts} parts")
+    per_part = settings.rows_per_step // parts
+    most = max(number for number in range(1, settings.micro_batches + 1) if per_part % number == 0)
+    return dataclasses.replace(draft, train=dataclasses.replace(settings, micro_batches=most))

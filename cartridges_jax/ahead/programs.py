@@ -1,0 +1,161 @@
+"""The programs of a run, compiled from shapes: the very functions that the trainer and the engine start."""
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh
+
+from cartridges_jax.ahead import inputs
+from cartridges_jax.ahead.draft import STEPS_PER_DISPATCH, TOKENS_PER_READ, Draft
+from cartridges_jax.data.packing import check_rows
+from cartridges_jax.distill.sharding import step_on_mesh
+from cartridges_jax.distill.step import combine_cartridge
+from cartridges_jax.distill.trainer import make_optimizer
+from cartridges_jax.parallel import independent_parts, row_parts
+from cartridges_jax.sampling import programs
+from cartridges_jax.sampling.buckets import READ_CHUNK, prompt_bucket, read_rows, round_up, slot_bucket
+from cartridges_jax.sampling.prefill import CHUNK, read_tokens
+from cartridges_jax.sampling.select import GREEDY, Choice
+
+# The last is compiled only where it is asked for: evaluation's read of the whole text, which a run may do without.
+PROGRAMS = ("train", "prefill", "decode", "icl")
+DEFAULT_PROGRAMS = PROGRAMS[:-1]
+# A jitted function, its arguments, and those by name.
+_Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What a compiler made of a program.
+
+    Attributes:
+      text: the partitioned program in HLO; "" where the compiler gave up because it
+        does not fit.
+      bytes_per_device: at the peak, of everything that is live.
+      seconds: that compiling took, tracing included.
+    """
+
+    text: str
+    bytes_per_device: int
+    seconds: float
+
+
+def compile_program(program: str, draft: Draft, mesh: Mesh) -> Compiled:
+    """Compiles one of `PROGRAMS`.
+
+    Raises:
+      UserError: rows that the mesh does not divide, or a mesh that divides nothing of the model.
+    """
+    begin = time.perf_counter()
+    function, arguments, options = _CALLS[program](draft, mesh)
+    lowered = function.lower(*arguments, **options)
+    try:
+        with compilation_cache_off():
+            compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = _needed(str(error), arguments)
+        if needed is None:
+            raise
+        return Compiled("", needed, time.perf_counter() - begin)
+    seconds = time.perf_counter() - begin
+    return Compiled(compiled.as_text(), _peak(compiled.memory_analysis()), seconds)
+
+
+@contextlib.contextmanager
+def compilation_cache_off() -> Iterator[None]:
+    """What is compiled for devices that are not there cannot be loaded again, and its seconds are to be told."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    # JAX asks once in a process whether there is a cache.
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
+
+
+def _needed(message: str, arguments: Any) -> int | None:
+    """The bytes of a program, from a compiler's refusal; it may count all of them or what comes beside the arguments."""
+    if found := re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message):
+        return int(float(found[1]) * _UNITS[found[2]])
+    if found := re.search(r"required for HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds", message):
+        return int(float(found[1]) * _UNITS[found[2]]) + sum(map(_shard_bytes, jax.tree.leaves(arguments)))
+    return None
+
+
+def _shard_bytes(leaf: Any) -> int:
+    where = getattr(leaf, "sharding", None)
+    return 0 if where is None else math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def _peak(memory: jax.stages.CompiledMemoryStats) -> int:
+    """Donated arguments are counted once: results take their place."""
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return max(memory.peak_memory_in_bytes, held + memory.temp_size_in_bytes)
+
+
+def _train(draft: Draft, mesh: Mesh) -> _Call:
+    check_rows(draft.train.rows_per_step, draft.train.micro_batches, row_parts(mesh))
+    params, frozen, state = inputs.params(draft, mesh), inputs.frozen(draft, mesh), inputs.state(draft, mesh)
+    step = step_on_mesh(
+        draft.config, make_optimizer(draft.train), combine_cartridge, mesh, params, frozen, state,
+        tail=draft.train.tail, remat=draft.train.remat,
+    )  # fmt: skip
+    return step, (params, frozen, inputs.mask(draft, mesh), state, inputs.batch(draft, mesh)), {}
+
+
+def mesh_of_program(program: str, mesh: Mesh) -> Mesh:
+    """Where a program of a run on a mesh runs: self-study's hosts decode side by side, each on its part."""
+    return independent_parts(mesh)[0] if program in ("prefill", "decode") else mesh
+
+
+def prefill_shape(draft: Draft) -> tuple[int, int, int]:
+    """(rows, tokens of a chunk, slots) of the prompts that are read together."""
+    width = prompt_bucket(draft.prompt_tokens)
+    tokens = min(width, READ_CHUNK)
+    return read_rows(max(1, TOKENS_PER_READ // tokens)), tokens, slot_bucket(width)
+
+
+def _prefill(draft: Draft, mesh: Mesh) -> _Call:
+    num_rows, num_tokens, num_slots = prefill_shape(draft)
+    chunk = inputs.chunk(mesh, num_rows, num_tokens)
+    arguments = (
+        draft.config, inputs.params(draft, mesh), inputs.front(draft, mesh),
+        inputs.reading_cache(draft, mesh, num_rows, num_slots), inputs.last_hidden(draft, mesh, num_rows), chunk, chunk,
+    )  # fmt: skip
+    return programs.read_chunk, arguments, {}
+
+
+def _decode(draft: Draft, mesh: Mesh) -> _Call:
+    arguments = (
+        draft.config, inputs.params(draft, mesh), inputs.front(draft, mesh), inputs.decode_state(draft, mesh),
+        inputs.decode_rows(draft, mesh), inputs.enough(mesh),
+    )  # fmt: skip
+    options = {"choice": Choice.of([GREEDY]), "num_top": draft.top_logprobs, "num_steps": STEPS_PER_DISPATCH}
+    return programs.decode, arguments, options
+
+
+def icl_shape(draft: Draft) -> tuple[int, int]:
+    """(tokens of a chunk, slots) of the whole text as it is read in one row."""
+    size = min(CHUNK, round_up(draft.icl_tokens, 64))
+    return size, round_up(draft.icl_tokens, size)
+
+
+def _icl(draft: Draft, mesh: Mesh) -> _Call:
+    num_tokens, num_slots = icl_shape(draft)
+    chunk = inputs.chunk(mesh, 1, num_tokens)
+    cache = inputs.reading_cache(draft, mesh, 1, num_slots)
+    return read_tokens, (draft.config, inputs.params(draft, mesh), None, cache, chunk, chunk), {}
+
+
+_CALLS = {"train": _train, "prefill": _prefill, "decode": _decode, "icl": _icl}

@@ -1,0 +1,69 @@
+"""The one attention function, and what decides how it is computed."""
+from __future__ import annotations
+
+from jax import Array
+
+from cartridges_jax.attention import tpu, xla
+from cartridges_jax.attention.choice import current_implementation
+from cartridges_jax.attention.masks import packed_causal_mask, prefix_mask
+from cartridges_jax.attention.operands import LayerPrefix, PackedRows
+
+
+def attend(
+    queries: Array,
+    keys: Array,
+    values: Array,
+    mask: Array | PackedRows,
+    prefix: LayerPrefix | None = None,
+    *,
+    prefix_mask: Array | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+) -> Array:
+    """Softmax attention of T queries over P prefix slots and S own slots.
+
+    Scores are normalised in float32. With masks it is computed by `attention.xla`, with
+    packed rows by the kernels of `attention.tpu`; `packed_view` gives what suits.
+
+    Args:
+      queries: [B, T, N, H].
+      keys: [B, K, S, H]; query head n reads key head n // (N / K).
+      values: [B, K, S, H].
+      mask: [B, T, S] bool, True where an own slot is seen; each query sees one. Or packed
+        rows of T = S tokens.
+      prefix: the layer's prefix, shared by the rows.
+      prefix_mask: [B, T, P] bool, True where a prefix slot is seen; None is everywhere.
+        Packed rows say it themselves.
+      scale: of the scores; H**-0.5 by default.
+      softcap: c bounds the scores as c * tanh(score / c), before bias and masks (Gemma
+        2, arXiv 2408.00118); 0 is off.
+
+    Returns:
+      [B, T, N, H] in the dtype of `queries`.
+    """
+    scale = queries.shape[-1] ** -0.5 if scale is None else scale
+    queries = (queries * scale).astype(queries.dtype)
+    if isinstance(mask, PackedRows):
+        interpret = current_implementation() == "interpret"
+        return tpu.attend_packed(queries, keys, values, mask, prefix, softcap=softcap, interpret=interpret)
+    return xla.attend_masked(queries, keys, values, mask, prefix, prefix_mask, softcap)
+
+
+def packed_view(
+    segment_ids: Array, positions: Array, prefix_positions: Array | None, *, window: int, head_dim: int
+) -> tuple[Array | PackedRows, Array | None]:
+    """What tokens of packed rows see, in the form that suits the implementation in use.
+
+    Layers of one kind see alike, so masks are made here, once, and not in every layer.
+
+    Args:
+      segment_ids, positions, prefix_positions, window: as in `PackedRows`.
+      head_dim: H; widths that the kernels do not take are left to XLA.
+
+    Returns:
+      `mask` and `prefix_mask` for `attend`.
+    """
+    if current_implementation() != "xla" and tpu.supports(head_dim):
+        return PackedRows(segment_ids, positions, prefix_positions, window), None
+    own = packed_causal_mask(segment_ids, positions, window)
+    return own, prefix_mask(positions, prefix_positions, window) if window and prefix_positions is not None else None

@@ -1,0 +1,81 @@
+"""Runs for many accelerators: their config at the paper's sizes, and what of it is compiled before there are devices."""
+from __future__ import annotations
+
+import dataclasses
+
+import ml_collections
+
+from cartridges_jax.ahead.draft import Draft
+from cartridges_jax.errors import UserError
+from cartridges_jax.models.published import config_without_weights
+from cartridges_jax.pipeline.config import AUTO, RunConfig, default_config
+
+# Of a chat template, around a system message; some write dates and rules of their own there.
+_TEMPLATE_TOKENS = 64
+
+
+def pod_config(
+    model: str, *, topology: str, mesh: str, micro_batches: int, weights: str = "", num_slots: int = 2048
+) -> ml_collections.ConfigDict:
+    """A run at the sizes of the paper (arXiv 2506.06266, sections 4 and 5, appendix): 32 packs of 2,048 tokens a step.
+
+    Args:
+      model: a hub id.
+      topology: see `ahead.topology`.
+      mesh, micro_batches: what suits it; `launch/compile_ahead.py --sweep` tells.
+      weights: "int8" keeps the matrices in 8 bits.
+      num_slots: P.
+    """
+    config = default_config()
+    config.model, config.dtype, config.weights, config.mesh = model, "bfloat16", weights, mesh
+    config.cartridge.num_slots = num_slots
+    config.heldout = 256
+    config.pod.topology, config.pod.decode_rows, config.pod.context_tokens = topology, 128, 131072
+    study = config.study
+    study.conversations, study.requests_per_batch = 131072, 512
+    study.teacher_context, study.writer = "chunk", "chat"
+    study.writer_max_tokens, study.answer_max_tokens, study.writer_top_k = 128, 384, 0
+    # The paper's five families, alike.
+    study.families.update(
+        qa=0.0, generic=0.0, structuring=0.2, summarization=0.2, question=0.2, use_case=0.2, creative=0.2
+    )
+    train = config.train
+    # An epoch: a pack holds four conversations of 128 + 384 tokens.
+    train.steps, train.rows_per_step, train.row_tokens, train.micro_batches = 1024, 32, 2048, micro_batches
+    train.learning_rate, train.schedule, train.warmup_steps, train.remat = 1e-2, "constant", 10, True
+    train.eval_every, train.checkpoint_every = 128, 64
+    return config
+
+
+def draft_of(config: RunConfig) -> Draft:
+    """What a run will compile, for the devices that `config.pod` names.
+
+    Raises:
+      UserError: no topology, or a model of which nothing is known here.
+    """
+    if not config.pod.topology:
+        raise UserError("pod.topology is empty: say what to compile for, such as --config.pod.topology=v5e:4x4")
+    shapes = dataclasses.replace(config_without_weights(config.model), windows_see_prefix=config.windows_see_prefix)
+    return Draft(
+        model=config.model,
+        config=shapes,
+        dtype=config.dtype,
+        # What "auto" may choose suits CPUs.
+        weights="" if config.weights == AUTO else config.weights,
+        num_slots=config.cartridge.num_slots,
+        front_slots=max(config.cartridge.num_slots, _teacher_slots(config, shapes.context_length)),
+        train=config.train,
+        prompt_tokens=config.study.writer_max_tokens,
+        answer_tokens=config.study.answer_max_tokens,
+        top_logprobs=config.study.top_logprobs,
+        mesh=config.mesh,
+        pod=config.pod,
+    )
+
+
+def _teacher_slots(config: RunConfig, context_length: int) -> int:
+    """At most, of what stands in front of self-study's conversations: a chunk or the whole text, as a system message."""
+    text = config.pod.context_tokens
+    if config.study.teacher_context == "chunk":
+        text = min(text, config.study.chunk_max_tokens)
+    return min(text + _TEMPLATE_TOKENS, context_length)

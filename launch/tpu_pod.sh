@@ -1,0 +1,185 @@
+#!/usr/bin/env bash
+# Trains on a Cloud TPU slice: takes or creates it, copies this checkout, runs on all its hosts, shows their output.
+#
+#   launch/tpu_pod.sh --name=books --zone=us-west4-a --type=v5litepod-16 --nfs=10.0.0.2:/runs \
+#       --config=experiments/pods/llama31_8b_v5e16.py --run=books --spot -- --config.corpus=/mnt/runs/books.txt
+#
+#   --name, --zone      of the slice; --project if it is not gcloud's default
+#   --type              accelerator type, as `gcloud compute tpus accelerator-types list --zone=ZONE` writes it
+#   --version           runtime version, by default the one for that type
+#   --nfs               HOST:/SHARE of a file system that all hosts mount at /mnt/runs (Filestore, for example): the run is kept there
+#   --config, --run     what is run, and the name of its folder under /mnt/runs
+#   --env               NAME=VALUE,… for the run, such as HF_TOKEN
+#   --spot              a cheaper slice that may be taken away: then it is created anew and the run goes on where it was
+#   --attempts          so many times at most (20)
+#   --keep              does not delete the slice when the run has ended
+#   --dry_run           only prints what it would do
+#   -- …                further flags of launch/train.py
+set -euo pipefail
+
+name='' zone='' project='' type='' version='' nfs='' config='' run='' environment='' attempts=20
+spot=false keep=false dry_run=false
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+while (($#)); do
+  case $1 in
+    --name=*) name=${1#*=} ;;
+    --zone=*) zone=${1#*=} ;;
+    --project=*) project=${1#*=} ;;
+    --type=*) type=${1#*=} ;;
+    --version=*) version=${1#*=} ;;
+    --nfs=*) nfs=${1#*=} ;;
+    --config=*) config=${1#*=} ;;
+    --run=*) run=${1#*=} ;;
+    --env=*) environment=${1#*=} ;;
+    --attempts=*) attempts=${1#*=} ;;
+    --spot) spot=true ;;
+    --keep) keep=true ;;
+    --dry_run) dry_run=true ;;
+    --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "$0"; exit 0 ;;
+    --) shift; break ;;
+    *) fail "unknown option $1: launch/tpu_pod.sh --help lists them" ;;
+  esac
+  shift
+done
+for option in name zone type nfs config run; do
+  [[ -n ${!option} ]] || fail "--$option is missing: launch/tpu_pod.sh --help shows an example"
+done
+[[ $attempts =~ ^[1-9][0-9]*$ ]] || fail "--attempts=$attempts: give a number of 1 or more"
+
+if [[ -z $version ]]; then
+  case $type in
+    v5litepod-*) version=v2-alpha-tpuv5-lite ;;
+    v5p-*) version=v2-alpha-tpuv5 ;;
+    v6e-*) version=v2-alpha-tpuv6e ;;
+    *) fail "--type=$type has no runtime version known here: give --version" ;;
+  esac
+fi
+
+cd "$(dirname "$0")/.."
+[[ -f $config ]] || fail "--config=$config: there is no such file"
+$dry_run || command -v gcloud >/dev/null || fail "gcloud is not installed: https://cloud.google.com/sdk"
+
+where=("--zone=$zone")
+[[ -z $project ]] || where+=("--project=$project")
+tpu=(gcloud compute tpus tpu-vm)
+archive=/tmp/cartridges_jax_$name.tar.gz
+
+# Runs a command, or prints it so that it could be pasted.
+do_it() {
+  if $dry_run; then
+    printf '%q ' "$@"
+    printf '\n'
+  else
+    "$@"
+  fi
+}
+
+state() {
+  $dry_run || "${tpu[@]}" describe "$name" "${where[@]}" '--format=value(state)' 2>/dev/null || true
+}
+
+# The same, once a slice that is coming or going has come or gone.
+settled_state() {
+  local found
+  for _ in {1..30}; do
+    found=$(state)
+    case $found in '' | READY | PREEMPTED | TERMINATED | STOPPED) break ;; esac
+    sleep 20
+  done
+  echo "$found"
+}
+
+delete() {
+  do_it "${tpu[@]}" delete "$name" "${where[@]}" --quiet
+}
+
+on_all_hosts() {
+  do_it "${tpu[@]}" ssh "$name" "${where[@]}" --worker=all --command="$1"
+}
+
+# A slice that is ready: the one there is, or a new one in the place of what was taken away.
+prepare() {
+  local found
+  found=$(settled_state)
+  case $found in
+    READY) echo "taking the slice $name" >&2 ;;
+    '') create ;;
+    PREEMPTED | TERMINATED | STOPPED) delete && create ;;
+    *) fail "the slice $name is still $found: wait, or delete it" ;;
+  esac
+}
+
+create() {
+  local options=("--accelerator-type=$type" "--version=$version")
+  ! $spot || options+=(--spot)
+  do_it "${tpu[@]}" create "$name" "${where[@]}" "${options[@]}"
+}
+
+# What of this checkout git does not ignore, as it is on disk: with files that are new, without those that were deleted.
+pack() {
+  # shellcheck disable=SC2016  # the inner shell's variables
+  do_it bash -c 'set -o pipefail
+    git ls-files -z --cached --others --exclude-standard |
+      while IFS= read -rd "" file; do [[ ! -e $file && ! -L $file ]] || printf "%s\0" "$file"; done |
+      tar --null --files-from=- -czf "$1"' bash "$archive"
+}
+
+copy() {
+  local setup
+  # A line each: `set -e` lets a failure in the middle of `a && b` pass.
+  setup=$(
+    cat <<HERE
+set -e
+sudo mkdir -p /mnt/runs
+if ! mountpoint -q /mnt/runs; then
+  sudo apt-get -qq -o DPkg::Lock::Timeout=300 install -y nfs-common
+  sudo mount -t nfs $(printf %q "$nfs") /mnt/runs
+fi
+[ -w /mnt/runs ] || { echo "error: \$(hostname): \$USER may not write to /mnt/runs ($nfs)" >&2; exit 2; }
+mkdir -p cartridges_jax
+tar -xzf $archive -C cartridges_jax
+cd cartridges_jax
+python3 -m pip install --quiet --user uv
+python3 -m uv venv --quiet --allow-existing --python 3.11
+python3 -m uv pip install --quiet -e ".[tpu]"
+HERE
+  )
+  do_it "${tpu[@]}" scp "$archive" "$name:$archive" "${where[@]}" --worker=all && on_all_hosts "$setup"
+}
+
+train() {
+  # Of an empty array bash 3.2, a Mac's, says that it is not set.
+  local variables=() command
+  [[ -z $environment ]] || IFS=, read -ra variables <<<"$environment"
+  command=$(printf '%q ' env ${variables[@]+"${variables[@]}"} .venv/bin/python launch/train.py --config="$config" --workdir="/mnt/runs/$run" "$@")
+  # Every host keeps its own output, and shows it here.
+  on_all_hosts "set -o pipefail; cd cartridges_jax && $command 2>&1 | tee -a /mnt/runs/$(printf %q "$run").\$(hostname).log"
+}
+
+$dry_run || gcloud compute tpus accelerator-types describe "$type" "${where[@]}" >/dev/null ||
+  fail "gcloud does not find --type=$type in --zone=$zone (logged in? gcloud auth login)"
+pack
+
+for ((attempt = 1; attempt <= attempts; attempt++)); do
+  echo "attempt $attempt of $attempts" >&2
+  status=0
+  { prepare && copy && train "$@"; } || status=$?
+  if ((status == 0)); then
+    $keep || delete
+    exit 0
+  fi
+  # gcloud hears of a preemption later than ssh does.
+  ! $spot || sleep 60
+  # A run that fails on a slice that is there would fail again.
+  case $(settled_state) in
+    READY) fail "the run ended with $status; the slice $name is kept, its logs are in /mnt/runs" ;;
+  esac
+  $spot || fail "it ended with $status, and there is no slice $name"
+  echo "there is no slice, or no more" >&2
+done
+fail "gave up after $attempts attempts"

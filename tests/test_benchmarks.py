@@ -134,6 +134,11 @@ def test_the_cache_sweep_runs(talker_gguf, tmp_path, capsys):
         (kind, size) for kind in ("own", "shared") for size in (8, 32)
     }
     assert set(record["peers"]) == {"own 8", "own 32", "shared 32"}
+    speed = {(row["kind"], row["slots"]): row["value"] for row in record["rows"]}
+    for kind in ("own", "shared"):
+        gain = record["gains"][f"{kind} 8 over 32"]
+        assert gain["measured"] == pytest.approx(speed[kind, 8] / speed[kind, 32], rel=1e-3)
+        assert gain["reached"] == pytest.approx(gain["measured"] / gain["limits_allow"])
 
 
 def test_self_study_runs(talker_gguf, tmp_path, capsys):

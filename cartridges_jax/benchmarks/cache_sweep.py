@@ -143,43 +143,50 @@ def run(settings: CacheSweepSettings, workdir: Path) -> Result:
     """Measures both sides over all sizes; writes the figure.
 
     A side's batch is chosen from single warm rounds, climbing while it pays; only the
-    chosen one is measured with repeats, in turns with the other side.
+    chosen one is measured with repeats. The headline's size and the largest one, own and
+    shared, take turns with each other: they hold twice the budget at a time.
     """
     common = settings.common
     model = read_model(common, dtype=settings.dtype)
     bytes_per_slot = kv_bytes_per_token(model.config, model.dtype)
+    prefixes = {size: random_prefix(model, size, common.seed) for size in settings.sizes}
+    best = {
+        (kind, size): _best_batch(settings, model, prefixes[size], kind, size, batches)
+        for size in settings.sizes for kind in (SHARED, OWN)
+        if (batches := fitting(settings, bytes_per_slot, kind, size))
+    }  # fmt: skip
     ceilings = Ceilings(model.config, 512, 128)
+    compared = (settings.headline, max(settings.sizes))
     rows, machines = [], []
-    for size in settings.sizes:
-        prefix = random_prefix(model, size, common.seed)
-        best: dict[str, int] = {}
-        for kind in (SHARED, OWN):
-            batches = fitting(settings, bytes_per_slot, kind, size)
-            if batches:
-                best[kind] = _best_batch(settings, model, prefix, kind, size, batches)
-        both: dict[str, Callable[[], object]] = {
-            kind: _decoding(settings, model, prefix, kind, size, batch) for kind, batch in best.items()
-        }
-        times, machine = take_turns_with_ceilings(f"{NAME} {size} slots", both, ceilings, repeats=common.repeats)
+    # What the ratios compare takes turns; the other sizes only draw the curve.
+    for sizes in [compared, *((size,) for size in settings.sizes if size not in compared)]:
+        sides: dict[str, Callable[[], object]] = {
+            f"{kind} {size}": _decoding(settings, model, prefixes[size], kind, size, batch)
+            for (kind, size), batch in best.items() if size in sizes
+        }  # fmt: skip
+        name = f"{NAME} {' and '.join(map(str, dict.fromkeys(sizes)))} slots"
+        times, machine = take_turns_with_ceilings(name, sides, ceilings, repeats=common.repeats)
         machines.append(machine)
-        rows += [_row(settings, model, kind, size, batch, times, machine) for kind, batch in best.items()]
-        del both
+        rows += [
+            _row(settings, model, kind, size, batch, times[f"{kind} {size}"], machine)
+            for (kind, size), batch in best.items() if size in sizes
+        ]  # fmt: skip
+        del sides
 
     headline = next(row for row in rows if row["kind"] == SHARED and row["slots"] == settings.headline)
-    others = {
-        f"{kind} {size}": next((row for row in rows if row["kind"] == kind and row["slots"] == size), None)
-        for kind in (OWN, SHARED) for size in (settings.headline, max(settings.sizes))
-    }  # fmt: skip
-    headline["peers"] = {name: row["value"] for name, row in others.items() if row and row is not headline}
-    headline["ratio"] = {name: headline["value"] / value for name, value in headline["peers"].items()}
+    others = {f"{row['kind']} {row['slots']}": row for row in rows if row["slots"] in compared}
+    del others[f"{SHARED} {settings.headline}"]
+    headline["peers"] = {name: row["value"] for name, row in others.items()}
+    headline["ratio"] = {name: headline["value"] / row["value"] for name, row in others.items()}
+    gains = {f"{kind} {compared[0]} over {compared[1]}": _gain(rows, kind, *compared) for kind in (OWN, SHARED)}
     result = Result(
         benchmark=NAME,
         unit="tokens/s",
-        rows=[headline, *(row for row in rows if row is not headline)],
+        rows=[headline, *sorted((row for row in rows if row is not headline), key=lambda row: (row["kind"], row["slots"]))],
         machine=machines[0],
         absent=[],
         more={"budget_gib": settings.budget_gib, "own_tokens": settings.own_tokens, "kv_bytes_per_token": bytes_per_slot,
-              "repeats": common.repeats},
+              "repeats": common.repeats, "gains": gains},
     )  # fmt: skip
     figures.cache_sweep(result, workdir / f"{NAME}.png")
     return result
@@ -219,8 +226,7 @@ def _single_speed(
 
 
 def _row(
-    settings: CacheSweepSettings, model: Model, kind: str, size: int, batch: int, times: dict[str, Times],
-    machine: dict[str, Any],
+    settings: CacheSweepSettings, model: Model, kind: str, size: int, batch: int, times: Times, machine: dict[str, Any],
 ) -> dict[str, Any]:
     own = (size if kind == OWN else settings.own_tokens) + settings.steps / 2
     shared = size if kind == SHARED else 0
@@ -231,12 +237,21 @@ def _row(
         "kind": kind,
         "slots": size,
         "batch": batch,
-        "value": times[kind].per_second(batch * settings.steps),
+        "value": times.per_second(batch * settings.steps),
         "peers": {},
         "ratio": {},
-        "fraction_of_limit": at_least / times[kind].median,
+        "fraction_of_limit": at_least / times.median,
         "limit": batch * settings.steps / at_least,
         "bound_by": BANDWIDTH if read / machine["bandwidth_gb_s"] > flops / machine["matmul_gflops"] else MATMUL,
         "kv_gib": kv_bytes_per_token(model.config, model.dtype) * (shared + batch * (own + settings.steps / 2)) / 2**30,
-        "seconds": list(times[kind].seconds),
+        "seconds": list(times.seconds),
     }
+
+
+def _gain(rows: list[dict[str, Any]], kind: str, small: int, large: int) -> dict[str, float] | None:
+    """How many times faster the small cache is than the large one, and how many times the limits allow; None without one."""
+    found = {row["slots"]: row for row in rows if row["kind"] == kind}
+    if small not in found or large not in found:
+        return None
+    measured, allowed = (found[small][name] / found[large][name] for name in ("value", "limit"))
+    return {"measured": measured, "limits_allow": allowed, "reached": measured / allowed}

@@ -117,7 +117,7 @@ def cache_sweep(result: Result, path: Path) -> None:
 
     def draw(axes):
         for number, kind in enumerate(("shared", "own")):
-            rows = [row for row in result.rows if row["kind"] == kind]
+            rows = sorted((row for row in result.rows if row["kind"] == kind), key=lambda row: row["slots"])
             sizes = [row["slots"] for row in rows]
             colour = _COLOURS[number]
             axes[0].plot(sizes, [row["value"] for row in rows], "o-", color=colour, label=f"{kind} slots")

@@ -262,7 +262,7 @@ def packed_rows(sizes: Sequence[int], row_tokens: int, order: Iterable[int] | No
 def check_rows(rows_per_step: int, micro_batches: int, row_parts: int) -> None:
     """Raises UserError where a step's rows do not divide into micro-batches, or theirs into a mesh's parts."""
     if rows_per_step % micro_batches:
-        raise UserError(f"{rows_per_step} rows a step are not divisible into {micro_batches} micro-batches")
+        raise UserError(f"train.rows_per_step={rows_per_step} is not divisible by train.micro_batches={micro_batches}")
     if rows_per_step // micro_batches % row_parts:
         raise UserError(
             f"the {rows_per_step // micro_batches} rows of a micro-batch cannot be split into the {row_parts} parts that "

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from cartridges_jax import parallel
 from cartridges_jax.cartridge import KVPrefix
 from cartridges_jax.data.ahead import prepare_ahead
-from cartridges_jax.data.packing import Example, PackingPlan, TrainBatch, plan_packing
+from cartridges_jax.data.packing import Example, PackingPlan, TrainBatch, check_rows, plan_packing
 from cartridges_jax.distill.checkpoints import SharedCheckpoints
 from cartridges_jax.distill.loss import TAILS
 from cartridges_jax.distill.sharding import Step, placed_batch, state_shardings, step_on_mesh
@@ -96,10 +96,7 @@ class TrainSettings:
         for name, choices in (("schedule", SCHEDULES), ("tail", TAILS), ("targets", ("assistant", "all"))):
             if getattr(self, name) not in choices:
                 raise UserError(f"train.{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}")
-        if self.rows_per_step % self.micro_batches:
-            raise UserError(
-                f"train.rows_per_step={self.rows_per_step} is not divisible by train.micro_batches={self.micro_batches}"
-            )
+        check_rows(self.rows_per_step, self.micro_batches, row_parts=1)
 
 
 @functools.cache

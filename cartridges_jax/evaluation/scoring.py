@@ -19,7 +19,8 @@ from cartridges_jax import parallel
 from cartridges_jax.cartridge import KVPrefix
 from cartridges_jax.data.packing import packed_rows
 from cartridges_jax.models import Decoder, Model, ModelConfig, lm_logits
-from cartridges_jax.sampling.prefill import check_token_ids, round_up
+from cartridges_jax.sampling.buckets import round_up
+from cartridges_jax.sampling.prefill import check_token_ids
 
 # Items are packed into so many rows (more where a mesh has more to do) of so many tokens: one program per
 # prefix, hardly any padding.

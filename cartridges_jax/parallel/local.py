@@ -1,6 +1,7 @@
 """A job of several processes on this machine, for tests and for debugging what will run on many hosts."""
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -55,7 +56,9 @@ def run_locally(command: Sequence[str], *, num_processes: int, num_devices: int 
         for signum, handler in before.items():
             signal.signal(signum, handler)
         for process in processes:
-            process.kill()
+            # With what it started itself, which would keep its pipes open.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         for reader in readers:
             reader.join()
 

@@ -138,7 +138,7 @@ def test_the_cache_sweep_runs(talker_gguf, tmp_path, capsys):
     for kind in ("own", "shared"):
         gain = record["gains"][f"{kind} 8 over 32"]
         assert gain["measured"] == pytest.approx(speed[kind, 8] / speed[kind, 32], rel=1e-3)
-        assert gain["reached"] == pytest.approx(gain["measured"] / gain["limits_allow"])
+        assert gain["reached"] == pytest.approx(gain["measured"] / gain["limits_allow"], rel=1e-3)
 
 
 def test_self_study_runs(talker_gguf, tmp_path, capsys):

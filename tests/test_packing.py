@@ -189,7 +189,7 @@ def test_an_example_as_long_as_a_row_fits_and_a_longer_one_is_refused(rng):
 
 
 def test_rows_that_the_micro_batches_do_not_divide_are_refused(rng):
-    with pytest.raises(UserError, match="4 rows a step .* 3 micro-batches"):
+    with pytest.raises(UserError, match="rows_per_step=4 is not divisible by .*micro_batches=3"):
         plan(random_examples(rng, 5), micro=3)
     with pytest.raises(UserError, match="no conversations"):
         plan([])

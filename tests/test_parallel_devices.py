@@ -23,6 +23,13 @@ def difference(found, expected):
     return np.linalg.norm(np.asarray(found) - np.asarray(expected)) / np.linalg.norm(expected)
 
 
+def assert_same_training(found, expected):
+    np.testing.assert_allclose(found["train"], expected["train"], rtol=1e-5)
+    np.testing.assert_allclose(found["heldout"], expected["heldout"], rtol=1e-5)
+    assert difference(found["keys"], expected["keys"]) < 1e-5
+    assert difference(found["values"], expected["values"]) < 1e-5
+
+
 def assert_same_measures(found, expected):
     assert found.keys() == expected.keys()
     for condition, measures in expected.items():
@@ -44,10 +51,7 @@ def trained(tiny_gguf, tmp_path_factory):
 def test_twenty_steps_on_a_mesh_make_the_cartridge_of_one_device(trained, mesh):
     found, expected = trained[mesh], trained[""]
     assert len(expected["train"]) == 20 and expected["train"][-1] < expected["train"][0]
-    np.testing.assert_allclose(found["train"], expected["train"], rtol=1e-5)
-    np.testing.assert_allclose(found["heldout"], expected["heldout"], rtol=1e-5)
-    assert difference(found["keys"], expected["keys"]) < 1e-5
-    assert difference(found["values"], expected["values"]) < 1e-5
+    assert_same_training(found, expected)
 
 
 @pytest.mark.parametrize(
@@ -63,10 +67,7 @@ def test_twenty_steps_of_two_processes_make_the_cartridge_of_one_device(trained,
     expected = trained[""]
     # A process makes only the rows that its own devices take.
     assert found["parts"] == parts
-    np.testing.assert_allclose(found["train"], expected["train"], rtol=1e-5)
-    np.testing.assert_allclose(found["heldout"], expected["heldout"], rtol=1e-5)
-    assert difference(found["keys"], expected["keys"]) < 1e-5
-    assert difference(found["values"], expected["values"]) < 1e-5
+    assert_same_training(found, expected)
 
 
 @long

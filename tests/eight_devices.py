@@ -57,7 +57,7 @@ def task(model):
         tokens = random_tokens(rng, model.config, int(rng.integers(8, 20)))
         rows = np.sort(rng.choice(len(tokens) - 1, int(rng.integers(2, 6)), replace=False)).astype(np.int32)
         _, ids, logprobs = random_targets(rng, len(rows), model.config.vocab_size, 4)
-        examples.append(Example(tokens, rows, ids, logprobs))
+        examples.append(Example.of(tokens, rows, ids, logprobs))
     return random_prefix(rng, model.config, SLOTS), examples
 
 

@@ -194,7 +194,7 @@ def test_peft_s_loss_and_gradient_are_ours(tiny_model, exported, rng):
         teacher = rng.dirichlet(np.ones(k + 1), targets)[:, :k]
         rows = np.sort(rng.choice(length - 1, targets, replace=False)).astype(np.int32)
         top = np.log(teacher).astype(np.float32)
-        examples.append(Example(random_tokens(rng, config, length), rows, *(np.pad(
+        examples.append(Example.of(random_tokens(rng, config, length), rows, *(np.pad(
             part, ((0, 0), (0, 6 - k)), constant_values=fill) for part, fill in ((ids, 0), (top, -np.inf)))))  # fmt: skip
 
     recorder = optax.GradientTransformation(

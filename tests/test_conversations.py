@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cartridges_jax.data.conversations import Conversation, Message, TopLogprobs, read_shard, write_shard
+from cartridges_jax.data.conversations import Conversation, Message, StoredTopLogprobs, TopLogprobs, read_shard, write_shard
 from cartridges_jax.errors import UserError
 
 
@@ -36,6 +36,10 @@ def random_conversation(rng, index):
     )
 
 
+def entries(top: TopLogprobs | StoredTopLogprobs) -> TopLogprobs:
+    return top.read() if isinstance(top, StoredTopLogprobs) else top
+
+
 def assert_same(found: Conversation, expected: Conversation):
     assert (found.metadata, found.system_prompt, found.type) == (expected.metadata, expected.system_prompt, expected.type)
     assert len(found.messages) == len(expected.messages)
@@ -44,8 +48,9 @@ def assert_same(found: Conversation, expected: Conversation):
         assert (one.top_logprobs is None) == (other.top_logprobs is None)
         if one.top_logprobs is not None:
             assert one.top_logprobs.shape == other.top_logprobs.shape
+            stored, expected_top = entries(one.top_logprobs), entries(other.top_logprobs)
             for name in ("token_idx", "token_id", "logprobs"):
-                ours, theirs = getattr(one.top_logprobs, name), getattr(other.top_logprobs, name)
+                ours, theirs = getattr(stored, name), getattr(expected_top, name)
                 assert ours.dtype == theirs.dtype
                 np.testing.assert_array_equal(ours, theirs)
 
@@ -55,6 +60,36 @@ def test_conversations_come_back_as_they_were_written(tmp_path, rng):
     write_shard(tmp_path / "shard.parquet", written)
     for found, expected in zip(read_shard(tmp_path / "shard.parquet"), written, strict=True):
         assert_same(found, expected)
+
+
+def test_log_probabilities_stay_in_the_file_until_they_are_asked_for(tmp_path, rng):
+    path = tmp_path / "shard.parquet"
+    written = [random_conversation(rng, index) for index in range(4)]
+    write_shard(path, written)
+    found = [conversation.messages[1].top_logprobs for conversation in read_shard(path)]
+    assert [top.shape for top in found] == [conversation.messages[1].top_logprobs.shape for conversation in written]
+    np.testing.assert_array_equal(found[2].read().logprobs, written[2].messages[1].top_logprobs.logprobs)
+    path.unlink()
+    with pytest.raises(UserError, match="shard.parquet"):
+        found[3].read()
+
+
+def test_a_file_that_was_written_anew_is_read_anew(tmp_path, rng):
+    path = tmp_path / "shard.parquet"
+    for _ in range(2):
+        (written,) = conversations = [random_conversation(rng, 0)]
+        write_shard(path, conversations)
+        (found,) = read_shard(path)
+        assert_same(found, written)
+
+
+def test_entries_of_rows_that_share_a_group_are_found(tmp_path, rng):
+    path = tmp_path / "shard.parquet"
+    written = [random_conversation(rng, index) for index in range(7)]
+    write_shard(path, written)
+    pq.write_table(pq.read_table(path), path, row_group_size=3)
+    for index in rng.permutation(7):
+        assert_same(read_shard(path)[index], written[index])
 
 
 def test_a_shard_of_no_conversations_comes_back_empty(tmp_path):

@@ -52,7 +52,7 @@ def examples(tiny_pair, rng):
         _, ids, logprobs = random_targets(rng, count, config.vocab_size, 4)
         logprobs[rng.random(logprobs.shape) < 0.15] = -np.inf  # some targets store fewer entries
         logprobs[:, 0] = np.maximum(logprobs[:, 0], -10)
-        made.append(Example(tokens, rows, ids, logprobs))
+        made.append(Example.of(tokens, rows, ids, logprobs))
     return made
 
 
@@ -265,7 +265,7 @@ def test_behind_its_own_document_a_cartridge_has_nothing_to_learn(tiny_pair, rng
     tokens = random_tokens(rng, model.config, 20)
     teacher = log_softmax(sampling.logits(model, tokens.tolist(), prefix))
     ids = np.argsort(-teacher, axis=-1)[:, :8].astype(np.int32)
-    example = Example(
+    example = Example.of(
         tokens, np.arange(19, dtype=np.int32), ids[:19],
         np.take_along_axis(teacher, ids, axis=-1)[:19].astype(np.float32),
     )  # fmt: skip

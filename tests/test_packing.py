@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from cartridges_jax.data.conversations import Conversation, Message, TopLogprobs
+from cartridges_jax.data.conversations import Conversation, Message, TopLogprobs, read_shard, write_shard
 from cartridges_jax.data.packing import Example, plan_packing, render_example
 from cartridges_jax.errors import UserError
 
@@ -21,7 +21,7 @@ def random_examples(rng, count, longest=40):
         targets = int(rng.integers(1, min(size, 9)))
         rows = np.sort(rng.choice(size - 1, targets, replace=False)).astype(np.int32)
         ids = np.stack([tokens[rows + 1], *rng.integers(0, 99, (2, targets))], axis=1).astype(np.int32)
-        examples.append(Example(tokens, rows, ids, -rng.random((targets, 3)).astype(np.float32)))
+        examples.append(Example.of(tokens, rows, ids, -rng.random((targets, 3)).astype(np.float32)))
     return examples
 
 
@@ -166,7 +166,7 @@ def test_conversations_of_usual_lengths_fill_rows_to_95_percent(steps):
     sizes = np.interp(np.linspace(0, 10, 519), np.arange(11), deciles).round().astype(int)
     rng = np.random.default_rng(0)
     targets = np.zeros((1, 2), np.int32), np.zeros((1, 2), np.float32)
-    examples = [Example(np.ones(size, np.int32), np.zeros(1, np.int32), *targets) for size in rng.permutation(sizes)]
+    examples = [Example.of(np.ones(size, np.int32), np.zeros(1, np.int32), *targets) for size in rng.permutation(sizes)]
     found = plan(examples, steps=steps, row_tokens=128)
     assert found.efficiency >= 0.95
     taken = np.bincount([index for step in found.steps for row in step for index in row], minlength=519)
@@ -182,7 +182,7 @@ def test_efficiency_is_the_share_of_real_tokens(rng):
 
 def test_an_example_as_long_as_a_row_fits_and_a_longer_one_is_refused(rng):
     examples = random_examples(rng, 5, longest=20)
-    long = Example(np.arange(64, dtype=np.int32), *(getattr(examples[0], f) for f in ("rows", "ids", "logprobs")))
+    long = Example.of(np.arange(64, dtype=np.int32), *(getattr(examples[0], f) for f in ("rows", "ids", "logprobs")))
     assert plan([*examples, long]).num_targets > 0
     with pytest.raises(UserError, match="64 tokens does not fit a row of 63"):
         plan([*examples, long], row_tokens=63)
@@ -198,12 +198,35 @@ def test_rows_that_the_micro_batches_do_not_divide_are_refused(rng):
 def test_examples_with_different_numbers_of_stored_entries_share_a_batch(rng):
     """A remote teacher may give 5 entries where another gave 20; padding is -inf."""
     wide = random_examples(rng, 1, longest=10)[0]
-    narrow = Example(wide.tokens + 1000, wide.rows, wide.ids[:, :1] + 1000, wide.logprobs[:, :1])
+    narrow = Example.of(wide.tokens + 1000, wide.rows, wide.ids[:, :1] + 1000, wide.logprobs[:, :1])
     found = plan([wide, narrow], steps=1, rows=2, row_tokens=10, micro=1)
     batch = found.batch(0)
     used = batch.weight[0] > 0
     for ids, logprobs in zip(batch.ids[0][used], batch.logprobs[0][used]):
         assert np.isfinite(logprobs).sum() == (1 if ids[0] >= 1000 else 3)
+
+
+def test_a_part_of_the_mesh_reads_the_targets_that_it_trains_on_and_no_others(tmp_path, rng):
+    conversations = []
+    for number in range(12):
+        ids = rng.integers(1, 99, (5, 1)).astype(np.int32)
+        top = TopLogprobs.from_dense(ids, -rng.random((5, 1)).astype(np.float32))
+        messages = [Message("user", "?", [1]), Message("assistant", "!", ids[:, 0].tolist(), top)]
+        write_shard(tmp_path / f"{number}.parquet", [Conversation(messages, {"id": number})])
+        conversations += read_shard(tmp_path / f"{number}.parquet")
+    examples = [
+        Example(np.arange(9, dtype=np.int32), np.arange(5, dtype=np.int32), (conversation.messages[1].top_logprobs,))
+        for conversation in conversations
+    ]
+    plan = plan_packing(examples, num_steps=2, rows_per_step=4, row_tokens=10, micro_batches=1, row_parts=2)
+    mine = {index for rows in plan.steps for row in rows[:2] for index in row}
+    for number in set(range(12)) - mine:
+        (tmp_path / f"{number}.parquet").unlink()
+    assert 0 < len(mine) < 12
+    for step in range(2):
+        assert plan.part(step, 0).weight.sum() == 10
+    with pytest.raises(UserError, match="parquet is not a readable conversation shard"):
+        [plan.part(step, 1) for step in range(2)]
 
 
 # Rendering

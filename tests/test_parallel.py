@@ -162,7 +162,7 @@ def test_each_part_of_the_rows_has_its_targets_to_itself(rng):
         tokens = np.full(int(rng.integers(5, 20)), number, np.int32)
         rows = np.sort(rng.choice(len(tokens) - 1, 3, replace=False)).astype(np.int32)
         ids = rng.integers(0, 99, (3, 2)).astype(np.int32)
-        examples.append(Example(tokens, rows, ids, np.zeros((3, 2), np.float32)))
+        examples.append(Example.of(tokens, rows, ids, np.zeros((3, 2), np.float32)))
     whole, split = (
         plan_packing(examples, num_steps=2, rows_per_step=16, row_tokens=40, micro_batches=2, row_parts=parts).batch(1)
         for parts in (1, 4)

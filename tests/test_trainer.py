@@ -46,7 +46,7 @@ def task(tiny_model):
         logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         rows = np.arange(4, 13, dtype=np.int32)
         ids = np.argsort(-logprobs[rows], axis=-1)[:, :8].astype(np.int32)
-        examples.append(Example(tokens, rows, ids, np.take_along_axis(logprobs[rows], ids, -1).astype(np.float32)))
+        examples.append(Example.of(tokens, rows, ids, np.take_along_axis(logprobs[rows], ids, -1).astype(np.float32)))
     return sampling.prefill(tiny_model, text[:8]), examples[:8], examples[8:]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from cartridges_jax.data.packing import rounded_targets
 from cartridges_jax.distill.trainer import TrainSettings
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import ModelConfig
@@ -79,7 +80,7 @@ class Draft:
     def targets_per_row(self) -> int:
         """Rounded up, as a packing plan does."""
         share = self.answer_tokens / (self.prompt_tokens + self.answer_tokens)
-        return math.ceil(self.train.row_tokens * share / 64) * 64
+        return rounded_targets(math.ceil(self.train.row_tokens * share))
 
     @property
     def context_tokens(self) -> int:

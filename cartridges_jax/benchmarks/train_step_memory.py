@@ -55,7 +55,7 @@ def _ours(task: dict, keys: np.ndarray, values: np.ndarray, examples: list[dict]
     train = TrainSettings(**task["train"])
     model = load_model(task["model"], dtype=task["dtype"], weights=task["weights"])
     plan = plan_packing(
-        [Example(**example) for example in examples], num_steps=None, rows_per_step=train.rows_per_step,
+        [Example.of(**example) for example in examples], num_steps=None, rows_per_step=train.rows_per_step,
         row_tokens=train.row_tokens, micro_batches=train.micro_batches,
     )
     settings = types.SimpleNamespace(train=train, num_frozen=task["num_frozen"])

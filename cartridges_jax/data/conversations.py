@@ -2,13 +2,20 @@
 
 The columns are those of the reference's published datasets (HazyResearch/cartridges),
 so that either side reads the other's; `metadata` carries more in ours.
+
+The teacher's log-probabilities are nearly all of a shard's bytes, and of the many hosts of
+a job each trains on a part of the conversations. So they stay in the file until they are
+asked for, conversation by conversation: a row of the table is a row group of its own.
 """
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import tempfile
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +67,45 @@ class TopLogprobs:
 
 
 @dataclasses.dataclass(frozen=True)
+class StoredTopLogprobs:
+    """`TopLogprobs` that lie in a shard: read when they are asked for, and not kept.
+
+    Attributes:
+      path: of the shard.
+      row: of the conversation in it.
+      message: which of the conversation's.
+      shape: (T, k).
+    """
+
+    path: Path
+    row: int
+    message: int
+    shape: tuple[int, int]
+
+    def read(self) -> TopLogprobs:
+        """Raises UserError if the shard is gone or damaged."""
+        with _damage_named(self.path):
+            stored = _opened(self.path, self.path.stat().st_mtime_ns).entries(self.row)[self.message]["top_logprobs"]
+            return TopLogprobs(
+                token_idx=np.asarray(stored["token_idx"].values, np.int32),
+                token_id=np.asarray(stored["token_id"].values, np.int32),
+                logprobs=np.asarray(stored["logprobs"].values, np.float32),
+                shape=self.shape,
+            )
+
+    def dense(self) -> tuple[np.ndarray, np.ndarray]:
+        """As `TopLogprobs.dense`; raises as `read`."""
+        return self.read().dense()
+
+
+@dataclasses.dataclass(frozen=True)
 class Message:
     """One turn. `token_ids` are the ids as generated (end-of-turn included) or rendered."""
 
     role: str
     content: str
     token_ids: list[int]
-    top_logprobs: TopLogprobs | None = None
+    top_logprobs: TopLogprobs | StoredTopLogprobs | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +144,8 @@ def _to_row(conversation: Conversation) -> dict[str, Any]:
     messages = []
     for message in conversation.messages:
         top = message.top_logprobs
+        if isinstance(top, StoredTopLogprobs):
+            top = top.read()
         messages.append({
             "role": message.role,
             "content": message.content,
@@ -124,20 +165,15 @@ def _to_row(conversation: Conversation) -> dict[str, Any]:
     }
 
 
-def _from_row(row: dict[str, Any]) -> Conversation:
+def _from_row(row: dict[str, Any], path: Path, number: int) -> Conversation:
     messages = []
-    for message in row["messages"]:
+    for place, message in enumerate(row["messages"]):
         top = message.get("top_logprobs")
         messages.append(Message(
             role=message["role"],
             content=message["content"],
             token_ids=list(message["token_ids"] or []),
-            top_logprobs=None if top is None else TopLogprobs(
-                token_idx=np.asarray(top["token_idx"], np.int32),
-                token_id=np.asarray(top["token_id"], np.int32),
-                logprobs=np.asarray(top["logprobs"], np.float32),
-                shape=tuple(top["shape"]),
-            ),
+            top_logprobs=None if top is None else StoredTopLogprobs(path, number, place, tuple(top["shape"])),
         ))
     return Conversation(
         messages=messages,
@@ -167,7 +203,10 @@ def write_shard(path: Path, conversations: Iterable[Conversation]) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            pq.write_table(pa.table(columns), file, compression="zstd")
+            # For groups of one row, statistics and dictionaries would be half of the file.
+            pq.write_table(
+                pa.table(columns), file, compression="zstd", row_group_size=1, write_statistics=False, use_dictionary=False
+            )
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -177,15 +216,60 @@ def write_shard(path: Path, conversations: Iterable[Conversation]) -> None:
 
 
 def read_shard(path: Path) -> list[Conversation]:
-    """Reads one shard.
+    """Reads one shard, but for the log-probabilities: see `StoredTopLogprobs`.
 
     Raises:
       UserError: the file is truncated, damaged or not such a shard.
     """
+    with _damage_named(path), pq.ParquetFile(path) as file:
+        rows = file.read(columns=[name for name in _columns(file) if not _of_entries(name)]).to_pylist()
+        return [_from_row(row, path, number) for number, row in enumerate(rows)]
+
+
+def _columns(file: pq.ParquetFile) -> list[str]:
+    """Paths of the columns, those within others too."""
+    return [file.schema.column(number).path for number in range(len(file.schema))]
+
+
+def _of_entries(column: str) -> bool:
+    """Whether a column is one of `TopLogprobs`, but for its shape."""
+    return ".top_logprobs." in column and ".top_logprobs.shape." not in column
+
+
+class _OpenShard:
+    """Reads the entries of single conversations."""
+
+    def __init__(self, path: Path):
+        self._file = pq.ParquetFile(path)
+        self._columns = [name for name in _columns(self._file) if _of_entries(name)]
+        sizes = [self._file.metadata.row_group(group).num_rows for group in range(self._file.num_row_groups)]
+        self._ends = np.cumsum(sizes)
+        self._group, self._rows = -1, None
+        # Batches are made in a thread of their own.
+        self._lock = threading.Lock()
+
+    def entries(self, row: int) -> pa.Array:
+        """A conversation's messages, each with its entries and nothing else."""
+        group = int(np.searchsorted(self._ends, row, side="right"))
+        with self._lock:
+            if group != self._group:
+                # Shards from elsewhere have many rows in a group.
+                self._rows = self._file.read_row_group(group, columns=self._columns).column("messages")
+                self._group = group
+            first = int(self._ends[group - 1]) if group else 0
+            return self._rows[row - first].values
+
+
+@functools.lru_cache(maxsize=32)
+def _opened(path: Path, modified_ns: int) -> _OpenShard:
+    return _OpenShard(path)
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
     try:
-        rows = pq.read_table(path).to_pylist()
-        return [_from_row(row) for row in rows]
-    except (pa.ArrowException, OSError, KeyError, TypeError, AttributeError) as error:
+        yield
+    except (pa.ArrowException, OSError, KeyError, TypeError, AttributeError, IndexError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{path} is not a readable conversation shard ({reason}): "

@@ -14,30 +14,62 @@ from typing import NamedTuple
 import grain.python as grain
 import numpy as np
 
-from cartridges_jax.data.conversations import Conversation, Message
+from cartridges_jax.data.conversations import Conversation, Message, StoredTopLogprobs, TopLogprobs
 from cartridges_jax.errors import UserError
 from cartridges_jax.text.chat import ChatTemplate
 
 # Among how many waiting conversations a row looks for those that fill it; since every row
 # takes the first, none waits for more rows than that.
 _LOOKAHEAD = 64
+# Runs whose fullest steps differ by less share a compiled program; padding passes through the LM head.
+_TARGETS_STEP = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
     """One conversation, rendered to stand behind a prefix, with its targets.
 
+    The targets are read when a batch is first made of them, so that of a job's hosts each
+    reads those that its devices train on.
+
     Attributes:
       tokens: [T] int32.
       rows: [M] int32, position of the predicted token minus 1.
-      ids: [M, k] int32, the teacher's most likely tokens.
-      logprobs: [M, k] float32, -inf padded.
+      tops: the teacher's distributions, M together.
     """
 
     tokens: np.ndarray
     rows: np.ndarray
-    ids: np.ndarray
-    logprobs: np.ndarray
+    tops: tuple[TopLogprobs | StoredTopLogprobs, ...]
+
+    @staticmethod
+    def of(tokens: np.ndarray, rows: np.ndarray, ids: np.ndarray, logprobs: np.ndarray) -> Example:
+        """From targets at hand: ids and log-probabilities, each [M, k]."""
+        return Example(tokens, rows, (TopLogprobs.from_dense(ids, logprobs),))
+
+    @property
+    def num_entries(self) -> int:
+        """k, of the widest target."""
+        return max(top.shape[1] for top in self.tops)
+
+    @functools.cached_property
+    def _targets(self) -> tuple[np.ndarray, np.ndarray]:
+        ids, logprobs = zip(*(top.dense() for top in self.tops), strict=True)
+        k = self.num_entries
+        return (
+            np.concatenate([_widened(part, k, 0) for part in ids]),
+            np.concatenate([_widened(part, k, -np.inf) for part in logprobs]),
+        )
+
+    @property
+    def ids(self) -> np.ndarray:
+        """[M, k] int32, the teacher's most likely tokens."""
+        return self._targets[0]
+
+    @property
+    def logprobs(self) -> np.ndarray:
+        """[M, k] float32, -inf padded."""
+        return self._targets[1]
 
 
 def render_example(conversation: Conversation, chat: ChatTemplate, *, targets: str = "assistant") -> Example:
@@ -56,13 +88,12 @@ def render_example(conversation: Conversation, chat: ChatTemplate, *, targets: s
     turns = [{"role": m.role, "content": m.content} for m in conversation.messages]
     tokens: list[int] = []
     rows: list[np.ndarray] = []
-    tops: list[tuple[np.ndarray, np.ndarray]] = []
+    tops: list[TopLogprobs | StoredTopLogprobs] = []
 
     def add_targets(message: Message, start: int) -> None:
         if message.top_logprobs is not None:
-            dense = message.top_logprobs.dense()
-            rows.append(start - 1 + np.arange(len(dense[0]), dtype=np.int32))
-            tops.append(dense)
+            rows.append(start - 1 + np.arange(message.top_logprobs.shape[0], dtype=np.int32))
+            tops.append(message.top_logprobs)
 
     for number in range(0, len(turns), 2):
         user, assistant = conversation.messages[number : number + 2]
@@ -80,13 +111,7 @@ def render_example(conversation: Conversation, chat: ChatTemplate, *, targets: s
         tokens += assistant.token_ids
     if not rows:
         raise UserError(f"conversation {conversation.metadata.get('id')} has no teacher log-probabilities")
-    k = max(top_ids.shape[1] for top_ids, _ in tops)
-    return Example(
-        tokens=np.asarray(tokens, np.int32),
-        rows=np.concatenate(rows),
-        ids=np.concatenate([_widened(top_ids, k, 0) for top_ids, _ in tops]),
-        logprobs=np.concatenate([_widened(top, k, -np.inf) for _, top in tops]),
-    )
+    return Example(np.asarray(tokens, np.int32), np.concatenate(rows), tuple(tops))
 
 
 def _widened(array: np.ndarray, k: int, fill: float) -> np.ndarray:
@@ -154,7 +179,7 @@ class PackingPlan:
     @functools.cached_property
     def shapes(self) -> TrainBatch:
         """Of a step's batch."""
-        per_micro, k = len(self.steps[0]) // self.micro_batches, max(example.ids.shape[1] for example in self.examples)
+        per_micro, k = len(self.steps[0]) // self.micro_batches, max(example.num_entries for example in self.examples)
         tokens = self.micro_batches, per_micro, self.row_tokens
         targets = self.micro_batches, self.row_parts * self.num_targets
         return TrainBatch(tokens, tokens, tokens, targets, (*targets, k), (*targets, k), targets)
@@ -259,6 +284,11 @@ def packed_rows(sizes: Sequence[int], row_tokens: int, order: Iterable[int] | No
             queue.pop(at)
 
 
+def rounded_targets(fullest: int) -> int:
+    """Target rows that a step is compiled for, from those of its fullest part."""
+    return -(-fullest // _TARGETS_STEP) * _TARGETS_STEP
+
+
 def check_rows(rows_per_step: int, micro_batches: int, row_parts: int) -> None:
     """Raises UserError where a step's rows do not divide into micro-batches, or theirs into a mesh's parts."""
     if rows_per_step % micro_batches:
@@ -322,7 +352,7 @@ def plan_packing(
         micro_batches=micro_batches,
         row_tokens=row_tokens,
         row_parts=row_parts,
-        num_targets=-(-fullest // 64) * 64,
+        num_targets=rounded_targets(fullest),
         efficiency=used / (len(steps) * rows_per_step * row_tokens),
         epochs=placed / len(examples),
     )

@@ -52,7 +52,7 @@ def task(tiny_model):
 
 def damaged(example):
     """Targets whose probability overflows: the loss is not finite."""
-    return dataclasses.replace(example, logprobs=np.full_like(example.logprobs, 200.0))
+    return Example.of(example.tokens, example.rows, example.ids, np.full_like(example.logprobs, 200.0))
 
 
 def run(model, task, directory, settings=SETTINGS, **changes):

@@ -62,11 +62,8 @@ def make_mesh(line: str, devices: Sequence[jax.Device] | None = None) -> Mesh | 
             f"mesh={line!r} asks for {math.prod(sizes.values())} devices and there are {len(devices)}: "
             f"change a size, or leave one to be inferred (data:-1)"
         )
-    try:
-        laid_out = mesh_utils.create_device_mesh(tuple(sizes.values()), devices)
-    except NotImplementedError:
-        # It makes each axis of whole axes of the slice where it can; two of one on a 4x4 it leaves to those who ask.
-        laid_out = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    # Each mesh axis is made of whole axes of the slice where it can be; two of one (8x2 on a 4x4) only if asked for.
+    laid_out = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
     # Auto: the compiler partitions, led by the rules.
     return Mesh(laid_out, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 

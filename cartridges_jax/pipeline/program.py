@@ -5,7 +5,7 @@ import logging
 import os
 import signal
 import sys
-import traceback
+import types
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -56,12 +56,8 @@ def run_program(main: Callable[[], None], *, fields: str = "cartridges_jax/pipel
         except KeyboardInterrupt:
             print("\nstopped by SIGINT", file=sys.stderr)
             _exit(128 + signal.SIGINT)
-        except Exception:
-            if not _connected():
-                raise
-            traceback.print_exc()
-            _exit(1)
 
+    sys.excepthook = _report
     # JAX reports at every start which accelerators it did not find.
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
     app.run(guarded, flags_parser=parse)
@@ -97,6 +93,13 @@ def _wants_help(argv: list[str]) -> bool:
 def _fail(message: str, code: int = UserError.exit_code) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     _exit(code)
+
+
+def _report(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+    """What nobody expected: with its traceback, and the process ends without waiting for the others."""
+    sys.__excepthook__(kind, error, trace)
+    if _connected():
+        _exit(1)
 
 
 def _connected() -> bool:

@@ -77,12 +77,7 @@ def to_queries(plan: Plan, tokens: Tokens, own: Own, front: Front | None, upstre
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(B, N, *grid),
-            in_specs=[
-                blocks.tokens_specs(plan, placing, tokens),
-                blocks.own_specs(plan, placing, own),
-                blocks.front_specs(plan, placing, front),
-                blocks.upstream_specs(plan, placing, upstream),
-            ],
+            in_specs=blocks.operand_specs(plan, placing, tokens, own, front, upstream),
             out_specs=blocks.head_spec(plan, placing, H),
             scratch_shapes=[pltpu.VMEM((plan.block, H), jnp.float32)],
         ),
@@ -137,11 +132,7 @@ def to_own(plan: Plan, tokens: Tokens, own: Own, upstream: Upstream) -> tuple[Ar
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(B, K, plan.num_blocks, plan.queries_per_kv * plan.num_blocks),
-            in_specs=[
-                blocks.tokens_specs(plan, placing, tokens),
-                blocks.own_specs(plan, placing, own),
-                blocks.upstream_specs(plan, placing, upstream),
-            ],
+            in_specs=blocks.operand_specs(plan, placing, tokens, own, upstream),
             out_specs=[spec, spec],
             scratch_shapes=[pltpu.VMEM((plan.block, H), jnp.float32)] * 2,
         ),
@@ -185,11 +176,7 @@ def to_front(plan: Plan, tokens: Tokens, front: Front, upstream: Upstream) -> tu
     return pl.pallas_call(
         functools.partial(_front_kernel, plan),
         grid=(K, plan.num_front_blocks, tokens.queries.shape[0], plan.queries_per_kv * plan.num_blocks),
-        in_specs=[
-            blocks.tokens_specs(plan, placing, tokens),
-            blocks.front_specs(plan, placing, front),
-            blocks.upstream_specs(plan, placing, upstream),
-        ],
+        in_specs=blocks.operand_specs(plan, placing, tokens, front, upstream),
         out_specs=[spec, spec, blocks.bias_spec(plan, placing)],
         scratch_shapes=[pltpu.VMEM((plan.front_block, LANES), jnp.float32)],
         out_shape=[matrix, matrix, jax.ShapeDtypeStruct((K, 1, P), jnp.float32)],

@@ -135,20 +135,18 @@ def bias_spec(plan: Plan, placing: Placing) -> pl.BlockSpec:
     return _spec(placing, (None, 1, plan.front_block), lambda at: (at.kv_head, 0, at.front))
 
 
-def tokens_specs(plan: Plan, placing: Placing, tokens: Tokens) -> Tokens:
+def _tokens_specs(plan: Plan, placing: Placing, tokens: Tokens) -> Tokens:
     row = _spec(placing, (None, 1, plan.block), lambda at: (at.row, 0, at.queries))
     return Tokens(head_spec(plan, placing, tokens.queries.shape[-1]), row, _where(tokens.positions, row))
 
 
-def own_specs(plan: Plan, placing: Placing, own: Own) -> Own:
+def _own_specs(plan: Plan, placing: Placing, own: Own) -> Own:
     row = _spec(placing, (None, 1, plan.block), lambda at: (at.row, 0, at.own))
     matrix = own_spec(plan, placing, own.keys.shape[-1])
     return Own(matrix, matrix, row, _where(own.positions, row))
 
 
-def front_specs(plan: Plan, placing: Placing, front: Front | None) -> Front | None:
-    if front is None:
-        return None
+def _front_specs(plan: Plan, placing: Placing, front: Front) -> Front:
     row = _spec(placing, (1, plan.front_block), lambda at: (0, at.front))
     matrix = front_spec(plan, placing, front.keys.shape[-1])
     return Front(matrix, matrix, bias_spec(plan, placing), _where(front.positions, row))
@@ -159,9 +157,17 @@ def _where(operand: Array | None, spec: pl.BlockSpec) -> pl.BlockSpec | None:
     return None if operand is None else spec
 
 
-def upstream_specs(plan: Plan, placing: Placing, upstream: Upstream) -> Upstream:
+def _upstream_specs(plan: Plan, placing: Placing, upstream: Upstream) -> Upstream:
     row = statistic_spec(plan, placing)
     return Upstream(head_spec(plan, placing, upstream.gradient.shape[-1]), row, row)
+
+
+_SPECS = {Tokens: _tokens_specs, Own: _own_specs, Front: _front_specs, Upstream: _upstream_specs}
+
+
+def operand_specs(plan: Plan, placing: Placing, *operands: Tokens | Own | Front | Upstream | None) -> list[Any]:
+    """How the arrays of a kernel's operands are cut into blocks; what is absent is not."""
+    return [operand if operand is None else _SPECS[type(operand)](plan, placing, operand) for operand in operands]
 
 
 def visible_blocks(plan: Plan, segments: Array) -> Array:

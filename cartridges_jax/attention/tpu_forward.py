@@ -93,11 +93,7 @@ def forward(plan: Plan, tokens: Tokens, own: Own, front: Front | None) -> tuple[
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(B, N, *grid),
-            in_specs=[
-                blocks.tokens_specs(plan, placing, tokens),
-                blocks.own_specs(plan, placing, own),
-                blocks.front_specs(plan, placing, front),
-            ],
+            in_specs=blocks.operand_specs(plan, placing, tokens, own, front),
             out_specs=[blocks.head_spec(plan, placing, H), statistic_spec, statistic_spec],
             scratch_shapes=[
                 pltpu.VMEM((plan.block, H), jnp.float32),

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax import Array
 
 from cartridges_jax import parallel
 from cartridges_jax.cartridge import KVPrefix
@@ -160,11 +160,6 @@ def heldout_loss(model: Model, prefix: KVPrefix, trainable, plan: PackingPlan, t
     return total / count
 
 
-def _batches(plan: PackingPlan, steps: range, mesh: Mesh | None) -> contextlib.closing[Iterator[TrainBatch]]:
-    """The batches of the given steps on the devices, packed and copied while earlier steps run."""
-    return contextlib.closing(prepare_ahead(lambda step: placed_batch(plan, step, mesh), steps))
-
-
 def _step_for(
     model: Model, optimizer: optax.GradientTransformation, initial: KVPrefix, state: TrainState, settings: TrainSettings
 ) -> Step:
@@ -212,78 +207,105 @@ def train(
         good state is saved.
     """
     settings.check()
-    mesh = model.mesh
-    plan = plan_packing(
-        examples, num_steps=settings.steps, rows_per_step=settings.rows_per_step,
-        row_tokens=settings.row_tokens, micro_batches=settings.micro_batches, row_parts=parallel.row_parts(mesh), seed=seed,
-    )
-    heldout_plan = None
-    if heldout:
-        heldout_plan = plan_packing(
-            heldout, num_steps=None, rows_per_step=settings.rows_per_step // settings.micro_batches,
-            row_tokens=settings.row_tokens, micro_batches=1, row_parts=parallel.row_parts(mesh),
+    training = _Training(model, initial, examples, heldout, settings, directory, num_frozen, seed, job, on_step)
+    with contextlib.closing(training.checkpoints):
+        training.go_on(should_stop)
+    return training.result()
+
+
+class _Training:
+    """One run: what it learns from, where it stands, and what it has seen."""
+
+    def __init__(
+        self, model: Model, initial: KVPrefix, examples: Sequence[Example], heldout: Sequence[Example],
+        settings: TrainSettings, directory: Path, num_frozen: int, seed: int, job: Job,
+        on_step: Callable[[int, float | None], None],
+    ):
+        self._model, self._settings, self._directory, self._on_step = model, settings, directory, on_step
+        mesh = model.mesh
+        rows = {"row_tokens": settings.row_tokens, "row_parts": parallel.row_parts(mesh)}
+        self._plan = plan_packing(
+            examples, num_steps=settings.steps, rows_per_step=settings.rows_per_step, micro_batches=settings.micro_batches,
+            seed=seed, **rows,
         )
-    optimizer = make_optimizer(settings)
-    initial = parallel.place_prefix(initial, mesh)
-    mask = parallel.replicate(learning_mask(initial.num_slots, num_frozen)[:, None], mesh)
-    trainable = cartridge_trainable(initial)
-    shardings = None if mesh is None else state_shardings(mesh, optimizer, trainable)
-    state = init_state(trainable, optimizer, shardings)
-    history: dict[str, list[dict[str, float]]] = {"train": [], "heldout": []}
-    checkpoints = SharedCheckpoints(directory, settings.keep_checkpoints, job)
-    if checkpoints.latest is not None:
-        state, extra = checkpoints.restore(state)
-        history = extra["history"]
-    done = int(state.step)
-    on_step(done, None)
-    take_step = _step_for(model, optimizer, initial, state, settings)
+        self._heldout_plan = None
+        if heldout:
+            self._heldout_plan = plan_packing(
+                heldout, num_steps=None, rows_per_step=settings.rows_per_step // settings.micro_batches, micro_batches=1, **rows
+            )
+        self._initial = parallel.place_prefix(initial, mesh)
+        self._mask = parallel.replicate(learning_mask(initial.num_slots, num_frozen)[:, None], mesh)
+        optimizer, trainable = make_optimizer(settings), cartridge_trainable(self._initial)
+        shardings = None if mesh is None else state_shardings(mesh, optimizer, trainable)
+        self._state = init_state(trainable, optimizer, shardings)
+        self._history: dict[str, list[dict[str, float]]] = {"train": [], "heldout": []}
+        self.checkpoints = SharedCheckpoints(directory, settings.keep_checkpoints, job)
+        if self.checkpoints.latest is not None:
+            self._state, extra = self.checkpoints.restore(self._state)
+            self._history = extra["history"]
+        self._take_step = _step_for(model, optimizer, self._initial, self._state, settings)
 
-    def measure_heldout(step: int) -> None:
-        if heldout_plan is not None:
-            loss = heldout_loss(model, initial, state.trainable, heldout_plan, settings.tail)
-            history["heldout"].append({"step": step, "loss": loss})
+    def go_on(self, should_stop: Callable[[], bool]) -> None:
+        """Takes the steps that are left; raises as `train` does."""
+        settings, done = self._settings, int(self._state.step)
+        self._on_step(done, None)
+        self._end_if_refused(int(self._state.refused_in_a_row), done)
+        if done == 0:
+            self._measure_heldout(0)
+        with self._batches(range(done, settings.steps)) as batches:
+            pending = None
+            for step, batch in enumerate(batches, start=done + 1):
+                self._state, metrics = self._take_step(self._model.params, self._initial, self._mask, self._state, batch)
+                # Fetched one step late: the device works on this step while the host reads the last.
+                refused_in_a_row = self._record(*pending) if pending else 0
+                pending = (step, metrics)
+                last, stopping = step == settings.steps, should_stop()
+                saving = last or stopping or step % settings.checkpoint_every == 0
+                if saving or refused_in_a_row >= settings.max_refused_in_a_row:
+                    refused_in_a_row = self._record(*pending)
+                    pending = None
+                if last or step % settings.eval_every == 0:
+                    self._measure_heldout(step)
+                if saving or refused_in_a_row >= settings.max_refused_in_a_row:
+                    self.checkpoints.save(step, self._state, {"history": self._history})
+                self._end_if_refused(refused_in_a_row, step)
+                if stopping and not last:
+                    raise StopRequested
 
-    def record(step: int, metrics) -> int:
+    def result(self) -> TrainResult:
+        """Of a run that has come to its end."""
+        trained = jax.tree.map(parallel.fetch, self._state.trainable)
+        return TrainResult(
+            prefix=self._initial.replace(keys=jnp.asarray(trained["keys"]), values=jnp.asarray(trained["values"])),
+            history=self._history,
+            refused=int(self._state.refused),
+            packing_efficiency=self._plan.efficiency,
+            epochs=self._plan.epochs,
+        )
+
+    def _batches(self, steps: range) -> contextlib.closing[Iterator[TrainBatch]]:
+        """The batches of the given steps on the devices, packed and copied while earlier steps run."""
+        return contextlib.closing(prepare_ahead(lambda step: placed_batch(self._plan, step, self._model.mesh), steps))
+
+    def _measure_heldout(self, step: int) -> None:
+        if self._heldout_plan is not None:
+            loss = heldout_loss(
+                self._model, self._initial, self._state.trainable, self._heldout_plan, self._settings.tail
+            )
+            self._history["heldout"].append({"step": step, "loss": loss})
+
+    def _record(self, step: int, metrics: dict[str, Array]) -> int:
+        """Notes the loss of a step; returns how many steps in a row were refused."""
         loss = float(metrics["loss"])
-        history["train"].append({"step": step, "loss": loss if math.isfinite(loss) else None})
-        on_step(step, loss)
+        self._history["train"].append({"step": step, "loss": loss if math.isfinite(loss) else None})
+        self._on_step(step, loss)
         return int(metrics["refused_in_a_row"])
 
-    def end_if_refused(refused_in_a_row: int, step: int) -> None:
+    def _end_if_refused(self, refused_in_a_row: int, step: int) -> None:
+        settings = self._settings
         if refused_in_a_row >= settings.max_refused_in_a_row:
             raise UserError(
                 f"training stopped at step {step}: {refused_in_a_row} steps in a row had a loss or gradient "
                 f"that was not finite; lower train.learning_rate={settings.learning_rate} "
-                f"(the last good state is in {directory})"
+                f"(the last good state is in {self._directory})"
             )
-
-    with contextlib.closing(checkpoints), _batches(plan, range(done, settings.steps), mesh) as batches:
-        end_if_refused(int(state.refused_in_a_row), done)
-        if done == 0:
-            measure_heldout(0)
-        pending = None
-        for step, batch in enumerate(batches, start=done + 1):
-            state, metrics = take_step(model.params, initial, mask, state, batch)
-            # Fetched one step late: the device works on this step while the host reads the last.
-            refused_in_a_row = record(*pending) if pending else 0
-            pending = (step, metrics)
-            last, stopping = step == settings.steps, should_stop()
-            saving = last or stopping or step % settings.checkpoint_every == 0
-            if saving or refused_in_a_row >= settings.max_refused_in_a_row:
-                refused_in_a_row = record(*pending)
-                pending = None
-            if last or step % settings.eval_every == 0:
-                measure_heldout(step)
-            if saving or refused_in_a_row >= settings.max_refused_in_a_row:
-                checkpoints.save(step, state, {"history": history})
-            end_if_refused(refused_in_a_row, step)
-            if stopping and not last:
-                raise StopRequested
-    trained = jax.tree.map(parallel.fetch, state.trainable)
-    return TrainResult(
-        prefix=initial.replace(keys=jnp.asarray(trained["keys"]), values=jnp.asarray(trained["values"])),
-        history=history,
-        refused=int(state.refused),
-        packing_efficiency=plan.efficiency,
-        epochs=plan.epochs,
-    )

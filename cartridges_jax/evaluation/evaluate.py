@@ -84,74 +84,90 @@ def evaluate(
     """
     if not questions and not heldout:
         raise UserError("there is nothing to evaluate on: give questions, or hold conversations out")
-    judge = next(condition for condition in conditions if condition.name == "icl")
-    asked = [q.question for q in questions] or [c.messages[0].content for c in heldout]
-    prompts = [_prompt(model, question) for question in asked]
-    references = [
-        Scored(prompt, model.tokenizer.encode(q.answers[0])) for prompt, q in zip(prompts, questions)
-    ]
-    kept_out = [Scored(_prompt(model, c.messages[0].content), c.messages[1].token_ids) for c in heldout]
-    per_condition = 3 * len(prompts) + len(references) + len(kept_out)
-    total, done = len(conditions) * per_condition, 0
-    on_progress(0, total)
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        on_progress(min(done, total), total)
-
-    def answer(condition: Condition) -> list[Scored]:
-        generations = sampling.generate_tokens(
-            model, prompts, condition.prefix, max_tokens=settings.max_answer_tokens, on_progress=advance,
-        )
-        return [Scored(prompt, generation.token_ids) for prompt, generation in zip(prompts, generations)]
-
-    def hidden(condition: Condition, items: list[Scored]) -> np.ndarray:
-        return answer_hidden(model, condition.prefix, items, on_progress=advance)
-
-    judged = answer(judge)
-    judge_on_judged = hidden(judge, judged)
-    judge_on_kept_out = hidden(judge, kept_out) if kept_out else None
-    measures: dict[str, dict[str, float | None]] = {}
-    texts: dict[str, list[str]] = {}
-    reasons: dict[str, str] = {}
-    for condition in conditions:
-        is_judge = condition is judge
-        own = judged if is_judge else answer(condition)
-        texts[condition.name] = [model.tokenizer.decode(item.answer_ids).strip() for item in own]
-        values: dict[str, float | None] = {
-            "answer_nll": None, "teacher_kl": None, "heldout_kl": None, "own_nll": None, "f1": None, "exact_match": None,
-            "prefix_tokens": condition.prefix_tokens, "kv_bytes": condition.kv_bytes,
-        }
-        judge_on_own = judge_on_judged if is_judge else hidden(judge, own)
-        values["own_nll"] = float(token_nll(model, judge_on_own, own).mean())
-        if questions:
-            on_judged = judge_on_judged if is_judge else hidden(condition, judged)
-            values["teacher_kl"] = float(token_kl(model, judge_on_judged, on_judged).mean())
-            values["answer_nll"] = float(token_nll(model, hidden(condition, references), references).mean())
-            pairs = list(zip(texts[condition.name], questions))
-            values["f1"] = float(np.mean([token_f1(text, q.answers) for text, q in pairs]))
-            values["exact_match"] = float(np.mean([exact_match(text, q.answers) for text, q in pairs]))
-        if kept_out:
-            on_kept_out = judge_on_kept_out if is_judge else hidden(condition, kept_out)
-            values["heldout_kl"] = float(token_kl(model, judge_on_kept_out, on_kept_out).mean())
-        for name, value in values.items():
-            if value is None:
-                reason = _NO_HELDOUT if name == "heldout_kl" else _NO_QUESTIONS
-                reasons[f"conditions.{condition.name}.{name}"] = reason
-        measures[condition.name] = values
-    on_progress(total, total)
-
+    measuring = _Measuring(model, conditions, questions, heldout, settings, on_progress)
+    found = {condition.name: measuring.of(condition) for condition in conditions}
+    measures = {name: values for name, (values, _) in found.items()}
+    reasons = {
+        f"conditions.{name}.{measure}": _NO_HELDOUT if measure == "heldout_kl" else _NO_QUESTIONS
+        for name, values in measures.items() for measure, value in values.items() if value is None
+    }
     closed = _closed(measures, "teacher_kl" if questions else "heldout_kl", reasons)
     answers = [
         {
             "question": question,
             "references": list(questions[i].answers) if questions else [heldout[i].messages[1].content],
-            **{name: texts[name][i] for name in texts},
+            **{name: texts[i] for name, (_, texts) in found.items()},
         }
-        for i, question in enumerate(asked)
+        for i, question in enumerate(measuring.asked)
     ]
+    on_progress(measuring.total, measuring.total)
     return Evaluation(measures, closed, reasons, answers)
+
+
+class _Measuring:
+    """What all conditions are measured on, and what the judge makes of it.
+
+    Attributes:
+      asked: the questions' words.
+      total: sequences to answer or score.
+    """
+
+    def __init__(
+        self, model: Model, conditions: Sequence[Condition], questions: Sequence[Question], heldout: Sequence[Conversation],
+        settings: EvaluationSettings, on_progress: Callable[[int, int], None],
+    ):
+        self._model, self._questions, self._settings, self._on_progress = model, questions, settings, on_progress
+        self.asked = [q.question for q in questions] or [c.messages[0].content for c in heldout]
+        self._prompts = [_prompt(model, question) for question in self.asked]
+        self._references = [
+            Scored(prompt, model.tokenizer.encode(q.answers[0])) for prompt, q in zip(self._prompts, questions)
+        ]
+        self._kept_out = [Scored(_prompt(model, c.messages[0].content), c.messages[1].token_ids) for c in heldout]
+        per_condition = 3 * len(self._prompts) + len(self._references) + len(self._kept_out)
+        self._done, self.total = 0, len(conditions) * per_condition
+        on_progress(0, self.total)
+        self._judge = next(condition for condition in conditions if condition.name == "icl")
+        self._judged = self._answers(self._judge)
+        self._judge_on_judged = self._hidden(self._judge, self._judged)
+        self._judge_on_kept_out = self._hidden(self._judge, self._kept_out) if self._kept_out else None
+
+    def of(self, condition: Condition) -> tuple[dict[str, float | None], list[str]]:
+        """A condition's measures, None where undefined, and its answers in words."""
+        model, questions, kept_out, is_judge = self._model, self._questions, self._kept_out, condition is self._judge
+        own = self._judged if is_judge else self._answers(condition)
+        texts = [model.tokenizer.decode(item.answer_ids).strip() for item in own]
+        values: dict[str, float | None] = {
+            "answer_nll": None, "teacher_kl": None, "heldout_kl": None, "own_nll": None, "f1": None, "exact_match": None,
+            "prefix_tokens": condition.prefix_tokens, "kv_bytes": condition.kv_bytes,
+        }
+        judge_on_own = self._judge_on_judged if is_judge else self._hidden(self._judge, own)
+        values["own_nll"] = float(token_nll(model, judge_on_own, own).mean())
+        if questions:
+            on_judged = self._judge_on_judged if is_judge else self._hidden(condition, self._judged)
+            values["teacher_kl"] = float(token_kl(model, self._judge_on_judged, on_judged).mean())
+            on_references = self._hidden(condition, self._references)
+            values["answer_nll"] = float(token_nll(model, on_references, self._references).mean())
+            pairs = list(zip(texts, questions))
+            values["f1"] = float(np.mean([token_f1(text, q.answers) for text, q in pairs]))
+            values["exact_match"] = float(np.mean([exact_match(text, q.answers) for text, q in pairs]))
+        if kept_out:
+            on_kept_out = self._judge_on_kept_out if is_judge else self._hidden(condition, kept_out)
+            values["heldout_kl"] = float(token_kl(model, self._judge_on_kept_out, on_kept_out).mean())
+        return values, texts
+
+    def _answers(self, condition: Condition) -> list[Scored]:
+        generations = sampling.generate_tokens(
+            self._model, self._prompts, condition.prefix, max_tokens=self._settings.max_answer_tokens,
+            on_progress=self._advance,
+        )
+        return [Scored(prompt, generation.token_ids) for prompt, generation in zip(self._prompts, generations)]
+
+    def _hidden(self, condition: Condition, items: list[Scored]) -> np.ndarray:
+        return answer_hidden(self._model, condition.prefix, items, on_progress=self._advance)
+
+    def _advance(self, count: int) -> None:
+        self._done += count
+        self._on_progress(min(self._done, self.total), self.total)
 
 
 def _prompt(model: Model, question: str) -> list[int]:

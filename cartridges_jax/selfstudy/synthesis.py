@@ -15,6 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -29,6 +30,7 @@ from cartridges_jax.models import Model
 from cartridges_jax.parallel import ALONE, Job, independent_parts
 from cartridges_jax.selfstudy.plan import BatchPlan, plan_batches
 from cartridges_jax.selfstudy.writer import Request, Writer
+from cartridges_jax.text.chat import Rendered
 
 CONTEXTS = ("chunk", "document")
 
@@ -218,6 +220,20 @@ def _processes(part: Mesh) -> set[int]:
     return {device.process_index for device in part.devices.flat}
 
 
+class _Turn(NamedTuple):
+    """A message of A's.
+
+    Attributes:
+      rendered: as B reads it.
+      span: of its tokens in it.
+    """
+
+    request: Request
+    message: str
+    rendered: Rendered
+    span: tuple[int, int]
+
+
 class _Studio:
     """Model, writer and teacher prefixes of one run."""
 
@@ -243,27 +259,11 @@ class _Studio:
         chunk_prefix = None
         if settings.writer == "chat" or settings.teacher_context == "chunk":
             chunk_prefix = self._prefill(batch.text)
-        written = self._writer.write(batch.requests, chunk_prefix, seed=seed)
-        kept: dict[str, tuple[Request, str]] = {}
-        for request, message in zip(batch.requests, written):
-            if message is None or not is_about(message, request.sentence if settings.writer == "completion" else batch.text):
-                continue
-            key = normalise(message)
-            if key not in asked:
-                kept.setdefault(key, (request, message))
-
+        turns = self._written(batch, chunk_prefix, asked, seed)
         teacher_prefix = chunk_prefix if settings.teacher_context == "chunk" else self._whole_document()
-        turns = [
-            self._model.chat.render_continuation([{"role": "user", "content": message}])
-            for _, message in kept.values()
-        ]
-        # A forced opening may make a message longer than A's limit, by which training rows are sized.
-        fitting = [end - begin <= settings.writer_max_tokens for begin, end in (turn.spans[0] for turn in turns)]
-        chosen = [pair for pair, fits in zip(kept.values(), fitting) if fits]
-        turns = [turn for turn, fits in zip(turns, fitting) if fits]
         answers = sampling.generate_tokens(
             self._model,
-            [turn.token_ids for turn in turns],
+            [turn.rendered.token_ids for turn in turns],
             teacher_prefix,
             max_tokens=settings.answer_max_tokens,
             sampling=sampling.Sampling(settings.answer_temperature),
@@ -271,38 +271,57 @@ class _Studio:
             top_logprobs=settings.top_logprobs,
             on_progress=lambda finished: self._heartbeat(),
         )
-        conversations = []
-        for place, ((request, message), turn, answer) in enumerate(zip(chosen, turns, answers)):
-            if degenerates(answer.token_ids):
+        return [
+            self._conversation(turn, answer, teacher_prefix, {
+                "id": f"{number:05d}-{place:04d}",
+                "document": self._document.name,
+                "chunk_span": [batch.chunk.start, batch.chunk.end],
+                "teacher": self._model.name,
+                "teacher_context": settings.teacher_context,
+                "stop_reason": answer.stop_reason,
+                "seed": seed,
+                "seed_prompt": turn.request.sentence,
+                "seed_prompt_type": turn.request.family,
+                "sentence_index": turn.request.sentence_index,
+            })
+            for place, (turn, answer) in enumerate(zip(turns, answers))
+            if not degenerates(answer.token_ids)
+        ]
+
+    def _written(self, batch: BatchPlan, chunk_prefix: KVPrefix | None, asked: set[str], seed: int) -> list[_Turn]:
+        """What A asks: to the point, nothing twice, and no longer than it may be."""
+        settings = self._settings
+        written = self._writer.write(batch.requests, chunk_prefix, seed=seed)
+        kept: dict[str, _Turn] = {}
+        for request, message in zip(batch.requests, written):
+            if message is None or not is_about(message, request.sentence if settings.writer == "completion" else batch.text):
                 continue
-            begin, end = turn.spans[0]
-            user_top = None
-            if settings.score_user_messages:
-                user_top = self._score(turn.token_ids, begin, end, teacher_prefix)
-            conversations.append(Conversation(
-                messages=[
-                    Message("user", message, turn.token_ids[begin:end], user_top),
-                    Message(
-                        "assistant",
-                        self._model.tokenizer.decode(answer.token_ids),
-                        answer.token_ids,
-                        TopLogprobs.from_dense(answer.top_ids, answer.top_logprobs),
-                    ),
-                ],
-                metadata={
-                    "id": f"{number:05d}-{place:04d}",
-                    "document": self._document.name,
-                    "chunk_span": [batch.chunk.start, batch.chunk.end],
-                    "teacher": self._model.name,
-                    "teacher_context": settings.teacher_context,
-                    "stop_reason": answer.stop_reason,
-                    "seed": seed,
-                    "seed_prompt": request.sentence,
-                    "seed_prompt_type": request.family,
-                    "sentence_index": request.sentence_index,
-                },
-            ))
-        return conversations
+            key = normalise(message)
+            if key not in asked and key not in kept:
+                rendered = self._model.chat.render_continuation([{"role": "user", "content": message}])
+                kept[key] = _Turn(request, message, rendered, rendered.spans[0])
+        # A forced opening may make a message longer than A's limit, by which training rows are sized.
+        return [turn for turn in kept.values() if turn.span[1] - turn.span[0] <= settings.writer_max_tokens]
+
+    def _conversation(
+        self, turn: _Turn, answer: sampling.Generation, teacher_prefix: KVPrefix, metadata: dict[str, Any]
+    ) -> Conversation:
+        begin, end = turn.span
+        user_top = None
+        if self._settings.score_user_messages:
+            user_top = self._score(turn.rendered.token_ids, begin, end, teacher_prefix)
+        return Conversation(
+            messages=[
+                Message("user", turn.message, turn.rendered.token_ids[begin:end], user_top),
+                Message(
+                    "assistant",
+                    self._model.tokenizer.decode(answer.token_ids),
+                    answer.token_ids,
+                    TopLogprobs.from_dense(answer.top_ids, answer.top_logprobs),
+                ),
+            ],
+            metadata=metadata,
+        )
 
     def _score(self, token_ids: list[int], begin: int, end: int, prefix: KVPrefix) -> TopLogprobs:
         """The teacher's most likely tokens in the places of token_ids[begin:end]."""

@@ -12,14 +12,16 @@ class UserError(Exception):
     exit_code = 2
 
 
-class JobEnded(UserError):
-    """Another process of the job ended with an error, was lost, or stalls: this one cannot go on alone.
+class PassingFailure(UserError):
+    """What is likely gone when the same command is started again, which goes on from what is saved (EX_TEMPFAIL)."""
 
-    By default the exit code is that of a passing failure (EX_TEMPFAIL): started again, the
-    job goes on from what is saved.
-    """
+    exit_code = 75
 
-    def __init__(self, message: str, exit_code: int = 75):
+
+class JobEnded(PassingFailure):
+    """Another process of the job ended with an error, was lost, or stalls: this one cannot go on alone."""
+
+    def __init__(self, message: str, exit_code: int = PassingFailure.exit_code):
         super().__init__(message)
         self.exit_code = exit_code
 

@@ -17,7 +17,7 @@ from cartridges_jax.pipeline.program import run_program
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run, e.g. experiments/pods/llama31_8b_v5e16.py.")
 _PROGRAMS = flags.DEFINE_list(
-    "programs", ["train", "prefill", "decode"], "What is compiled; there is also icl, evaluation's read of the whole text."
+    "programs", [], "What is compiled: train, prefill and decode by default; there is also icl, evaluation's read of the text."
 )
 _SWEEP = flags.DEFINE_bool("sweep", False, "Try all meshes of the topology.")
 _SCALING = flags.DEFINE_bool("scaling", False, "Project the train step from 1 to 512 chips.")

@@ -175,6 +175,7 @@ def step_memory(vocab_size):
 
 def test_a_steps_memory_does_not_grow_with_the_vocabulary():
     (small, small_head), (large, large_head) = step_memory(32_064), step_memory(128_256)
+    print(f"step {small / 2**20:.2f} -> {large / 2**20:.2f} MiB, head {small_head / 2**20:.2f} -> {large_head / 2**20:.2f} MiB")
     assert small > 0
     # Whatever a backend may copy of the head; the logits would be 188 MiB.
     assert large - small <= 1.1 * (large_head - small_head)

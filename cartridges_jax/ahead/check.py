@@ -8,12 +8,13 @@ from typing import Any
 from jax.sharding import Mesh
 
 from cartridges_jax.ahead import hlo
-from cartridges_jax.ahead.draft import STEPS_PER_DISPATCH, Draft
+from cartridges_jax.ahead.draft import Draft
 from cartridges_jax.ahead.programs import compile_program, mesh_of_program
 from cartridges_jax.ahead.roofline import Roofline, flops_per_device, roofline
 from cartridges_jax.ahead.topology import Topology
 from cartridges_jax.errors import UserError
 from cartridges_jax.parallel import make_mesh
+from cartridges_jax.sampling.engine import STEPS_PER_DISPATCH
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,6 @@ from cartridges_jax.errors import UserError
 from cartridges_jax.models import ModelConfig
 from cartridges_jax.sampling.buckets import slot_bucket
 
-# Decode steps of a dispatch, and about how many tokens of prompts are read in one: the engine's defaults.
-STEPS_PER_DISPATCH, TOKENS_PER_READ = 8, 1024
-
 
 @dataclasses.dataclass(frozen=True)
 class PodSettings:

@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 
 from cartridges_jax import parallel
 from cartridges_jax.ahead.draft import Draft
-from cartridges_jax.cartridge import PREFIX_AXES, KVPrefix
-from cartridges_jax.data.packing import TrainBatch
+from cartridges_jax.cartridge import KVPrefix
+from cartridges_jax.data.packing import BATCH_DTYPES, TrainBatch, batch_shapes
 from cartridges_jax.distill.sharding import batch_shardings, state_shardings
 from cartridges_jax.distill.step import TrainState, cartridge_trainable, learning_mask, new_state
 from cartridges_jax.distill.trainer import make_optimizer
@@ -47,9 +47,10 @@ def _prefix(draft: Draft, num_slots: int) -> KVPrefix:
 
 
 def _placed_prefix(prefix: KVPrefix, mesh: Mesh, *, in_use: bool) -> KVPrefix:
-    parts = {name: getattr(prefix, name) for name in PREFIX_AXES}
+    shardings = parallel.prefix_shardings(mesh, prefix, in_use=in_use)
+    parts = {name: getattr(prefix, name) for name in shardings}
     return prefix.replace(**{
-        name: _placed(mesh, PREFIX_AXES[name], part, in_use=in_use) for name, part in parts.items() if part is not None
+        name: Shape(part.shape, part.dtype, sharding=shardings[name]) for name, part in parts.items()
     })
 
 
@@ -73,14 +74,9 @@ def mask(draft: Draft, mesh: Mesh) -> Shape:
 def batch(draft: Draft, mesh: Mesh) -> TrainBatch:
     settings = draft.train
     num_micro, num_rows = settings.micro_batches, settings.rows_per_step // settings.micro_batches
-    tokens = (num_micro, num_rows, settings.row_tokens)
-    targets = (num_micro, num_rows * draft.targets_per_row)
-    entries = (*targets, draft.top_logprobs)
-    shapes = TrainBatch(
-        tokens=(tokens, jnp.int32), positions=(tokens, jnp.int32), segment_ids=(tokens, jnp.int32),
-        rows=(targets, jnp.int32), ids=(entries, jnp.int32), logprobs=(entries, jnp.float32), weight=(targets, jnp.float32),
-    )  # fmt: skip
-    return TrainBatch(*(Shape(*shape, sharding=where) for shape, where in zip(shapes, batch_shardings(mesh), strict=True)))
+    shapes = batch_shapes(num_micro, num_rows, settings.row_tokens, num_rows * draft.targets_per_row, draft.top_logprobs)
+    described = zip(shapes, BATCH_DTYPES, batch_shardings(mesh), strict=True)
+    return TrainBatch(*(Shape(shape, dtype, sharding=where) for shape, dtype, where in described))
 
 
 def front(draft: Draft, mesh: Mesh) -> Front:
@@ -89,7 +85,7 @@ def front(draft: Draft, mesh: Mesh) -> Front:
     return Front(_placed_prefix(shapes.prefix, mesh, in_use=True), _everywhere(mesh, shapes.start))
 
 
-def _cache(draft: Draft, mesh: Mesh, shapes: Cache) -> Cache:
+def _cache(mesh: Mesh, shapes: Cache) -> Cache:
     return Cache(
         _placed(mesh, CACHE_AXES, shapes.keys), _placed(mesh, CACHE_AXES, shapes.values),
         _placed(mesh, ("rows",), shapes.lengths),
@@ -98,7 +94,7 @@ def _cache(draft: Draft, mesh: Mesh, shapes: Cache) -> Cache:
 
 def reading_cache(draft: Draft, mesh: Mesh, num_rows: int, num_slots: int) -> Cache:
     shapes = jax.eval_shape(lambda: empty_cache(draft.config, num_rows, num_slots, DTYPES[draft.dtype]))
-    return _cache(draft, mesh, shapes)
+    return _cache(mesh, shapes)
 
 
 def last_hidden(draft: Draft, mesh: Mesh, num_rows: int) -> Shape:
@@ -115,7 +111,7 @@ def decode_state(draft: Draft, mesh: Mesh) -> State:
         lambda: empty_state(draft.config, draft.pod.decode_rows, draft.own_slots, DTYPES[draft.dtype])
     )
     per_row = {name: _placed(mesh, ("rows",), getattr(shapes, name)) for name in ("tokens", "num_generated", "running")}
-    return State(cache=_cache(draft, mesh, shapes.cache), **per_row)
+    return State(cache=_cache(mesh, shapes.cache), **per_row)
 
 
 def decode_rows(draft: Draft, mesh: Mesh) -> Rows:

@@ -14,7 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from cartridges_jax.ahead import inputs
-from cartridges_jax.ahead.draft import STEPS_PER_DISPATCH, TOKENS_PER_READ, Draft
+from cartridges_jax.ahead.draft import Draft
 from cartridges_jax.data.packing import check_rows
 from cartridges_jax.distill.sharding import step_on_mesh
 from cartridges_jax.distill.step import combine_cartridge
@@ -22,6 +22,7 @@ from cartridges_jax.distill.trainer import make_optimizer
 from cartridges_jax.parallel import independent_parts, row_parts
 from cartridges_jax.sampling import programs
 from cartridges_jax.sampling.buckets import READ_CHUNK, prompt_bucket, read_rows, round_up, slot_bucket
+from cartridges_jax.sampling.engine import STEPS_PER_DISPATCH, TOKENS_PER_READ
 from cartridges_jax.sampling.prefill import CHUNK, read_tokens
 from cartridges_jax.sampling.select import GREEDY, Choice
 

@@ -13,14 +13,15 @@ import jax
 from jax.sharding import Mesh
 
 from cartridges_jax.ahead import inputs
-from cartridges_jax.ahead.draft import STEPS_PER_DISPATCH, Draft
+from cartridges_jax.ahead.draft import Draft
 from cartridges_jax.ahead.hlo import Collective
 from cartridges_jax.ahead.network import links_of, network_seconds
 from cartridges_jax.ahead.programs import icl_shape, prefill_shape
 from cartridges_jax.ahead.topology import Topology
 from cartridges_jax.models.costs import Work, distillation_work, forward_work, keys_seen, kv_bytes_per_token, weights_read
 from cartridges_jax.models.model import DTYPES
-from cartridges_jax.parallel.rules import RULES, dividing
+from cartridges_jax.parallel.rules import parts_on
+from cartridges_jax.sampling.engine import STEPS_PER_DISPATCH
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,15 +77,11 @@ def flops_per_device(program: str, draft: Draft, mesh: Mesh) -> float:
     """What the mesh does not divide, every device does in full."""
     work, config = total_work(program, draft), draft.config
     by_layer = (
-        work.heads / _parts(mesh, "kv_heads", config.num_kv_heads)
-        + work.mlp / _parts(mesh, "mlp", config.d_ff)
-        + work.vocab / _parts(mesh, "vocab", config.vocab_size)
+        work.heads / parts_on(mesh, "kv_heads", config.num_kv_heads)
+        + work.mlp / parts_on(mesh, "mlp", config.d_ff)
+        + work.vocab / parts_on(mesh, "vocab", config.vocab_size)
     )
     return by_layer / _row_parts(program, draft, mesh)
-
-
-def _parts(mesh: Mesh, axis: str, size: int) -> int:
-    return math.prod(mesh.shape[name] for name in dividing(mesh, RULES[axis].in_use, size))
 
 
 def _row_parts(program: str, draft: Draft, mesh: Mesh) -> int:
@@ -94,7 +91,7 @@ def _row_parts(program: str, draft: Draft, mesh: Mesh) -> int:
         "decode": draft.pod.decode_rows,
         "icl": 1,
     }[program]
-    return _parts(mesh, "rows", num_rows)
+    return parts_on(mesh, "rows", num_rows)
 
 
 # Memory
@@ -106,16 +103,14 @@ def memory_bytes(program: str, draft: Draft, mesh: Mesh) -> float:
     Activations are not counted: what of them leaves the chip is the compiler's to decide.
     """
     weights = _weight_bytes(draft, mesh)
-    per_slot = kv_bytes_per_token(draft.config, DTYPES[draft.dtype]) / _parts(mesh, "kv_heads", draft.config.num_kv_heads)
+    per_slot = kv_bytes_per_token(draft.config, DTYPES[draft.dtype]) / parts_on(mesh, "kv_heads", draft.config.num_kv_heads)
     by_rows = _row_parts(program, draft, mesh)
     if program == "train":
         # Every micro-batch passes forward, perhaps once more, and backward. The optimizer reads and
         # writes the slots and its two moments, in float32.
         passes = draft.train.micro_batches * (2 + draft.train.remat)
         state = 3 * 2 * kv_bytes_per_token(draft.config, "float32") * draft.num_slots
-        split = _parts(mesh, "kv_heads", draft.config.num_kv_heads) * math.prod(
-            mesh.shape[axis] for axis in dividing(mesh, RULES["slots"].at_rest, draft.num_slots)
-        )
+        split = parts_on(mesh, "kv_heads", draft.config.num_kv_heads) * parts_on(mesh, "slots", draft.num_slots, in_use=False)
         return passes * (weights + per_slot * draft.num_slots) + state / split
     if program == "icl":
         return weights + per_slot * icl_shape(draft)[1]

@@ -16,17 +16,18 @@ from cartridges_jax.ahead.topology import Topology, find
 from cartridges_jax.errors import UserError
 
 
-def run(draft: Draft, *, programs: Sequence[str] = DEFAULT_PROGRAMS, sweep: bool = False, scaling: bool = False) -> list[Check]:
+def run(draft: Draft, *, programs: Sequence[str] = (), sweep: bool = False, scaling: bool = False) -> list[Check]:
     """Compiles a draft's programs and prints what comes of it, one JSON line for each at the end.
 
     Args:
-      programs: of `PROGRAMS`.
+      programs: of `PROGRAMS`; `DEFAULT_PROGRAMS` if none are named.
       sweep: tries all meshes of the topology; the lines are those of each program's best.
       scaling: projects the train step from 1 to 512 chips of the topology's kind instead.
 
     Raises:
       UserError: an unknown program or topology, or a mesh that does not suit it.
     """
+    programs = programs or DEFAULT_PROGRAMS
     for program in programs:
         if program not in PROGRAMS:
             raise UserError(f"there is no program {program!r}: choose from {', '.join(PROGRAMS)}")

@@ -12,7 +12,7 @@ import jax
 from jax.experimental import topologies
 
 from cartridges_jax.ahead.hardware import CHIPS, H100, Chip
-from cartridges_jax.errors import UserError
+from cartridges_jax.errors import UserError, one_line
 
 # What XLA's compiler asks a driver about a GPU; as an H100 SXM5 of 80 GB answers.
 _H100_TARGET = """
@@ -50,16 +50,12 @@ class Topology:
     stand_in: bool = False
 
 
-def num_devices(name: str) -> int:
-    """How many devices a topology has.
+def parse_topology(name: str) -> tuple[Chip, tuple[int, ...]]:
+    """The kind of chip that a topology has, and its sizes.
 
     Raises:
       UserError: no such topology.
     """
-    return math.prod(_parse(name)[1])
-
-
-def _parse(name: str) -> tuple[Chip, tuple[int, ...]]:
     kind, _, sizes = name.partition(":")
     chip = CHIPS.get(kind)
     if chip is None or not re.fullmatch(r"\d+(x\d+)*", sizes):
@@ -84,7 +80,7 @@ def find(name: str) -> Topology:
       UserError: no such topology, one that the compiler does not know, a TPU without
         the TPU compiler, or too few CPU devices to stand in.
     """
-    chip, shape = _parse(name)
+    chip, shape = parse_topology(name)
     if chip.platform == "tpu":
         return Topology(name, chip, shape, _tpu_devices(name, shape))
     if importlib.util.find_spec("jax_cuda12_plugin") or importlib.util.find_spec("jax_cuda13_plugin"):
@@ -132,7 +128,7 @@ def _tpu_devices(name: str, shape: tuple[int, ...]) -> Sequence[jax.Device]:
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"topology {name!r} is none that the TPU compiler knows: {str(error).splitlines()[0]}") from None
+        raise UserError(f"topology {name!r} is none that the TPU compiler knows: {one_line(error)}") from None
 
 
 def _cuda_devices(number: int) -> Sequence[jax.Device]:

@@ -1,6 +1,6 @@
 """Attention in plain XLA operations: one softmax over two parts of keys.
 
-The prefix part (no batch axis, no mask) and the conversation's own part are scored
+The prefix part (no batch axis, mostly no mask) and the conversation's own part are scored
 apart and normalised together, so the prefix is neither copied per row nor
 concatenated per layer. The gradient is written out over both parts with the maximum,
 the sum and the output of the whole (as in FlashAttention, arXiv 2205.14135): the

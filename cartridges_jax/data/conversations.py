@@ -5,7 +5,7 @@ so that either side reads the other's; `metadata` carries more in ours.
 
 The teacher's log-probabilities are nearly all of a shard's bytes, and of the many hosts of
 a job each trains on a part of the conversations. So they stay in the file until they are
-asked for, conversation by conversation: a row of the table is a row group of its own.
+asked for, and a table has small row groups, which can be read one by one.
 """
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cartridges_jax.errors import UserError
+from cartridges_jax.errors import PassingFailure, UserError, one_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ class TopLogprobs:
 
 @dataclasses.dataclass(frozen=True)
 class StoredTopLogprobs:
-    """`TopLogprobs` that lie in a shard: read when they are asked for, and not kept.
+    """`TopLogprobs` that lie in a shard: read whenever they are asked for, and not kept.
 
     Attributes:
       path: of the shard.
@@ -85,7 +85,9 @@ class StoredTopLogprobs:
     def read(self) -> TopLogprobs:
         """Raises UserError if the shard is gone or damaged."""
         with _damage_named(self.path):
-            stored = _opened(self.path, self.path.stat().st_mtime_ns).entries(self.row)[self.message]["top_logprobs"]
+            status = self.path.stat()
+            shard = _opened(self.path, (status.st_ino, status.st_mtime_ns))
+            stored = shard.entries(self.row)[self.message]["top_logprobs"]
             return TopLogprobs(
                 token_idx=np.asarray(stored["token_idx"].values, np.int32),
                 token_id=np.asarray(stored["token_id"].values, np.int32),
@@ -95,7 +97,8 @@ class StoredTopLogprobs:
 
     def dense(self) -> tuple[np.ndarray, np.ndarray]:
         """As `TopLogprobs.dense`; raises as `read`."""
-        return self.read().dense()
+        with _damage_named(self.path):
+            return self.read().dense()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +128,9 @@ class Conversation:
     system_prompt: str = ""
     type: str = "self_study"
 
+
+# Fewer would make the list of groups, which is read whole, as large as what it spares.
+_ROWS_PER_GROUP = 8
 
 _TOP = pa.struct([
     ("token_idx", pa.list_(pa.int32())),
@@ -203,9 +209,10 @@ def write_shard(path: Path, conversations: Iterable[Conversation]) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            # For groups of one row, statistics and dictionaries would be half of the file.
+            # In groups so small, statistics and dictionaries would be half of the file.
             pq.write_table(
-                pa.table(columns), file, compression="zstd", row_group_size=1, write_statistics=False, use_dictionary=False
+                pa.table(columns), file, compression="zstd", row_group_size=_ROWS_PER_GROUP, write_statistics=False,
+                use_dictionary=False,
             )
             file.flush()
             os.fsync(file.fileno())
@@ -260,8 +267,9 @@ class _OpenShard:
             return self._rows[row - first].values
 
 
-@functools.lru_cache(maxsize=32)
-def _opened(path: Path, modified_ns: int) -> _OpenShard:
+# A batch takes conversations from many shards; as many files stay open.
+@functools.lru_cache(maxsize=256)
+def _opened(path: Path, version: tuple[int, int]) -> _OpenShard:
     return _OpenShard(path)
 
 
@@ -270,8 +278,10 @@ def _damage_named(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, KeyError, TypeError, AttributeError, IndexError) as error:
-        reason = str(error).splitlines()[0]
+        # What is wrong with the file has no number; that it is not there is known for good.
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
+            raise PassingFailure(f"{path} cannot be read now ({one_line(error)}): look at its disk, then run again") from error
         raise UserError(
-            f"{path} is not a readable conversation shard ({reason}): "
+            f"{path} is not a readable conversation shard ({one_line(error)}): "
             "delete this file and run again, it alone is made anew"
         ) from error

@@ -29,8 +29,8 @@ _TARGETS_STEP = 32
 class Example:
     """One conversation, rendered to stand behind a prefix, with its targets.
 
-    The targets are read when a batch is first made of them, so that of a job's hosts each
-    reads those that its devices train on.
+    The targets are read when a batch is first made of them, and kept from then on: of a
+    job's hosts each reads and holds those that its devices train on.
 
     Attributes:
       tokens: [T] int32.
@@ -152,6 +152,15 @@ BATCH_AXES = TrainBatch(
 )
 
 
+BATCH_DTYPES = TrainBatch(np.int32, np.int32, np.int32, np.int32, np.int32, np.float32, np.float32)
+
+
+def batch_shapes(micro_batches: int, num_rows: int, row_tokens: int, num_targets: int, k: int) -> TrainBatch:
+    """A, B, T, M and k to the shapes of a batch's arrays."""
+    tokens, targets = (micro_batches, num_rows, row_tokens), (micro_batches, num_targets)
+    return TrainBatch(tokens, tokens, tokens, targets, (*targets, k), (*targets, k), targets)
+
+
 @dataclasses.dataclass(frozen=True)
 class PackingPlan:
     """Which example goes where, for every step of a run.
@@ -180,9 +189,7 @@ class PackingPlan:
     def shapes(self) -> TrainBatch:
         """Of a step's batch."""
         per_micro, k = len(self.steps[0]) // self.micro_batches, max(example.num_entries for example in self.examples)
-        tokens = self.micro_batches, per_micro, self.row_tokens
-        targets = self.micro_batches, self.row_parts * self.num_targets
-        return TrainBatch(tokens, tokens, tokens, targets, (*targets, k), (*targets, k), targets)
+        return batch_shapes(self.micro_batches, per_micro, self.row_tokens, self.row_parts * self.num_targets, k)
 
     def batch(self, step: int) -> TrainBatch:
         """The batch of one step."""

@@ -42,6 +42,12 @@ class SharedCheckpoints:
             self._own.save(step, state, extra)
         self.latest = step
 
+    def complete(self) -> None:
+        """Returns when what was saved is complete: in all processes, so that none ends the job before."""
+        if self._own is not None:
+            self._own.wait()
+        self._job.wait_for_all()
+
     def restore(self, state: Any) -> tuple[Any, dict]:
         """The newest intact state, lying as the given one does, and its `extra`.
 

@@ -199,7 +199,7 @@ def train(
       should_stop: asked after every step; says the same in every process.
 
     Returns:
-      The same result, bit for bit, however often the run was interrupted.
+      The same result, on the same mesh bit for bit, however often the run was interrupted.
 
     Raises:
       StopRequested: `should_stop` said so; the state is saved.
@@ -270,6 +270,7 @@ class _Training:
                     self.checkpoints.save(step, self._state, {"history": self._history})
                 self._end_if_refused(refused_in_a_row, step)
                 if stopping and not last:
+                    self.checkpoints.complete()
                     raise StopRequested
 
     def result(self) -> TrainResult:
@@ -304,6 +305,7 @@ class _Training:
     def _end_if_refused(self, refused_in_a_row: int, step: int) -> None:
         settings = self._settings
         if refused_in_a_row >= settings.max_refused_in_a_row:
+            self.checkpoints.complete()
             raise UserError(
                 f"training stopped at step {step}: {refused_in_a_row} steps in a row had a loss or gradient "
                 f"that was not finite; lower train.learning_rate={settings.learning_rate} "

@@ -6,13 +6,12 @@ Without one, every function here leaves the program as it was written.
 from __future__ import annotations
 
 import contextlib
-import math
 from typing import Any
 
 import jax
 from jax import Array
 
-from cartridges_jax.parallel.rules import RULES, dividing, partition
+from cartridges_jax.parallel.rules import partition, parts_on
 
 
 def on_mesh_of(params: Any) -> contextlib.AbstractContextManager:
@@ -40,4 +39,4 @@ def num_parts(axis: str, size: int) -> int:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return 1
-    return math.prod(mesh.shape[name] for name in dividing(mesh, RULES[axis].in_use, size))
+    return parts_on(mesh, axis, size)

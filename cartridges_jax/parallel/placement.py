@@ -54,11 +54,16 @@ def place_prefix(prefix: KVPrefix, mesh: Mesh | None, *, in_use: bool = False) -
     """
     if mesh is None:
         return prefix
+    shardings = prefix_shardings(mesh, prefix, in_use=in_use)
+    return prefix.replace(**{name: _place(getattr(prefix, name), where) for name, where in shardings.items()})
+
+
+def prefix_shardings(mesh: Mesh, prefix: KVPrefix, *, in_use: bool = False) -> dict[str, NamedSharding]:
+    """Field to where it lies, of the fields that a prefix has."""
     parts = {name: getattr(prefix, name) for name in PREFIX_AXES}
-    return prefix.replace(**{
-        name: _place(part, sharding(mesh, PREFIX_AXES[name], part.shape, in_use=in_use))
-        for name, part in parts.items() if part is not None
-    })
+    return {
+        name: sharding(mesh, PREFIX_AXES[name], part.shape, in_use=in_use) for name, part in parts.items() if part is not None
+    }
 
 
 def fetch(value: Array) -> np.ndarray:

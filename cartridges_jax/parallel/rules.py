@@ -97,6 +97,12 @@ def dividing(mesh: Mesh | AbstractMesh, rule: Sequence[str], size: int) -> tuple
     return tuple(kept)
 
 
+def parts_on(mesh: Mesh | AbstractMesh, axis: str, size: int, *, in_use: bool = True) -> int:
+    """Into how many parts a mesh splits a logical axis of this length."""
+    rule = RULES[axis].in_use if in_use else RULES[axis].at_rest
+    return math.prod(mesh.shape[name] for name in dividing(mesh, rule, size))
+
+
 def row_parts(mesh: Mesh | None) -> int:
     """Into how many parts a mesh splits the rows of a batch that all its axes for rows divide."""
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES["rows"].in_use)

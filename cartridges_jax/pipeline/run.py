@@ -41,7 +41,8 @@ from cartridges_jax.selfstudy.synthesis import synthesise
 
 # The source files that a stage's outcome depends on.
 _MODEL_CODE = (
-    "cartridge.py", "rope.py", "quantized.py", "parallel", "attention", "models", "formats", "text", "sampling",
+    "cartridge.py", "rope.py", "quantized.py", "parallel/constraints.py", "parallel/mesh.py", "parallel/placement.py",
+    "parallel/rules.py", "attention", "models", "formats", "text", "sampling",
 )
 _STUDY_CODE = (*_MODEL_CODE, "corpus", "data", "selfstudy")
 _TRAIN_CODE = (*_STUDY_CODE, "distill", "checkpoint")
@@ -242,8 +243,6 @@ class _Run:
                     on_step=on_step, should_stop=self.signals.requested,
                 )
             except StopRequested:
-                # Nobody leaves before the first process has saved the state.
-                self.job.wait_for_all()
                 self.signals.check()
                 raise
         metadata = CartridgeMetadata.of(

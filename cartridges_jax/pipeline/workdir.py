@@ -20,7 +20,7 @@ from cartridges_jax.parallel import ALONE, Job
 _RECORD = "run.json"
 _LOCK = ".lock"
 # How long a network's disk may take to show one host what another wrote.
-_SHARED_SECONDS = 30.0
+_SHARED_SECONDS = 60.0
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -201,10 +201,17 @@ class Workdir:
                 raise UserError(
                     f"another run is working in {self.path}: wait for it, or choose another --workdir"
                 ) from None
+            except OSError as error:
+                raise UserError(
+                    f"workdir {self.path} is on a disk that cannot lock files ({error.strerror}): mount it with locks "
+                    "(Lustre: -o flock), or choose another --workdir"
+                ) from None
             token = secrets.token_hex(8)
             file.truncate(0)
             file.write(token)
             file.flush()
+            # The file stays open: a network's disk would show it to other hosts only after its cache's time.
+            os.fsync(file.fileno())
             self._save()
             yield token
 

@@ -30,6 +30,9 @@ from cartridges_jax.sampling.prefill import check_token_ids
 from cartridges_jax.sampling.programs import Front, as_front
 from cartridges_jax.sampling.request import Event, Generation, Live, PrefixHandle, Request
 
+# Decode steps of a dispatch, and about how many tokens of prompts are read in one.
+STEPS_PER_DISPATCH, TOKENS_PER_READ = 8, 1024
+
 
 @dataclasses.dataclass
 class _Resident:
@@ -53,8 +56,8 @@ class Engine:
         *,
         num_slots: int = 64,
         max_tokens_per_slot: int | None = None,
-        steps_per_dispatch: int = 8,
-        tokens_per_read: int = 1024,
+        steps_per_dispatch: int = STEPS_PER_DISPATCH,
+        tokens_per_read: int = TOKENS_PER_READ,
         lookahead: int | None = None,
     ):
         """

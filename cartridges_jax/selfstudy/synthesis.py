@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -193,14 +193,19 @@ def synthesise(
         if len(conversations) >= settings.conversations:
             break
         numbers = range(first, min(first + len(parts), len(batches)))
-        missing = job.from_first(lambda: [n for n in numbers if not shard_path(directory, n).exists()])  # noqa: B023
-        if first + mine in missing:
-            on_progress(len(conversations), settings.conversations)
-            made = studio.converse(batches[first + mine], first + mine, asked)
-            if writes:
-                write_shard(shard_path(directory, first + mine), made)
-        job.wait_for_all()
+        missing = job.from_first(lambda: _missing(directory, numbers))  # noqa: B023
+        # All of the group are asked with the same in mind, whichever of them an earlier attempt has made.
+        before = asked if missing[:1] == [first] else frozenset(asked)
         for number in numbers:
+            if len(conversations) >= settings.conversations:
+                break
+            if missing[:1] == [number]:
+                if first + mine in missing:
+                    on_progress(len(conversations), settings.conversations)
+                    made = studio.converse(batches[first + mine], first + mine, before)
+                    if writes:
+                        write_shard(shard_path(directory, first + mine), made)
+                job.wait_for_all()
             for conversation in read_shard(shard_path(directory, number)):
                 message = normalise(conversation.messages[0].content)
                 if message not in asked:
@@ -214,6 +219,13 @@ def synthesise(
             "writes too few usable messages; try another study.writer or raise study.writer_temperature"
         )
     return conversations
+
+
+def _missing(directory: Path, numbers: Sequence[int]) -> list[int]:
+    """Of these batches, those without a shard."""
+    # Listed: a network's disk may go on to say that a file which was looked up once is not there.
+    present = {path.name for path in directory.glob("shard-*.parquet")}
+    return [number for number in numbers if shard_path(directory, number).name not in present]
 
 
 def _processes(part: Mesh) -> set[int]:
@@ -252,7 +264,7 @@ class _Studio:
             heartbeat=heartbeat,
         )
 
-    def converse(self, batch: BatchPlan, number: int, asked: set[str]) -> list[Conversation]:
+    def converse(self, batch: BatchPlan, number: int, asked: Set[str]) -> list[Conversation]:
         """One batch of conversations; `asked` are the messages of earlier batches."""
         settings = self._settings
         seed = self._seed * 100_003 + number
@@ -288,7 +300,7 @@ class _Studio:
             if not degenerates(answer.token_ids)
         ]
 
-    def _written(self, batch: BatchPlan, chunk_prefix: KVPrefix | None, asked: set[str], seed: int) -> list[_Turn]:
+    def _written(self, batch: BatchPlan, chunk_prefix: KVPrefix | None, asked: Set[str], seed: int) -> list[_Turn]:
         """What A asks: to the point, nothing twice, and no longer than it may be."""
         settings = self._settings
         written = self._writer.write(batch.requests, chunk_prefix, seed=seed)

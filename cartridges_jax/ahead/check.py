@@ -11,7 +11,7 @@ from cartridges_jax.ahead import hlo
 from cartridges_jax.ahead.draft import Draft
 from cartridges_jax.ahead.programs import compile_program, mesh_of_program
 from cartridges_jax.ahead.roofline import Roofline, flops_per_device, roofline
-from cartridges_jax.ahead.topology import Topology
+from cartridges_jax.ahead.topology import Topology, as_own_slice
 from cartridges_jax.errors import UserError
 from cartridges_jax.parallel import make_mesh
 from cartridges_jax.sampling.engine import STEPS_PER_DISPATCH
@@ -85,7 +85,7 @@ def check(program: str, draft: Draft, topology: Topology, mesh: Mesh) -> Check:
       UserError: rows that the mesh does not divide, or a mesh that divides nothing of the model.
     """
     part = mesh_of_program(program, mesh)
-    compiled = compile_program(program, draft, part)
+    compiled = compile_program(program, draft, as_own_slice(part, topology))
     sent = None
     if compiled.text:
         # A dispatch decodes so many tokens; every other loop says itself how often it runs.

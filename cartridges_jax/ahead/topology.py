@@ -9,7 +9,9 @@ import re
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from cartridges_jax.ahead.hardware import CHIPS, H100, Chip
 from cartridges_jax.errors import UserError, one_line
@@ -113,6 +115,24 @@ def of_size(chip: Chip, number: int) -> Topology:
         name = f"{chip.name}:{number}"
     whole = find(name)
     return dataclasses.replace(whole, devices=whole.devices[:number])
+
+
+def as_own_slice(part: Mesh, topology: Topology) -> Mesh:
+    """A rectangular part of a TPU slice as a slice of its own, which the TPU compiler can be asked about.
+
+    It numbers the devices of a program from 0, and refuses those of a part that are numbered otherwise.
+    """
+    if topology.chip.platform != "tpu" or part.devices.size == len(topology.devices):
+        return part
+    places = np.array([device.coords[: topology.chip.dimensions] for device in part.devices.flat])
+    first = places.min(axis=0)
+    shape = tuple(int(size) for size in places.max(axis=0) - first + 1)
+    if math.prod(shape) != part.devices.size:
+        return part
+    alone = find(f"{topology.chip.name}:{'x'.join(map(str, shape))}").devices
+    by_place = {tuple(device.coords[: len(shape)]): device for device in alone}
+    devices = np.array([by_place[tuple(place)] for place in (places - first).tolist()]).reshape(part.devices.shape)
+    return Mesh(devices, part.axis_names, axis_types=part.axis_types)
 
 
 def _tpu_devices(name: str, shape: tuple[int, ...]) -> Sequence[jax.Device]:

@@ -1,17 +1,25 @@
 """Jobs to compile ahead, and the program that does it, for several tests."""
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 from cartridges_jax.ahead.draft import Draft
 from cartridges_jax.pipeline.config import from_config_dict
 from cartridges_jax.pipeline.pod import draft_of, pod_config
 
 ROOT = Path(__file__).parents[1]
+PODS = sorted((ROOT / "experiments" / "pods").glob("*.py"))
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed: pip install -e '.[tpu]'"
+)
 # Heads as wide as the kernels take them, and all else small.
 TOY = {
     "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "hidden_size": 256, "intermediate_size": 512,
@@ -36,11 +44,19 @@ def toy_draft(directory: Path, *, topology: str = "v5e:2x2", mesh: str = "data:2
     return draft_of(from_config_dict(config))
 
 
-def compile_ahead(config: str, *arguments: str, timeout: int = 600, **environment: str) -> subprocess.CompletedProcess:
-    """Runs the launch program, without compilations of earlier runs."""
+def load_pod(path: Path) -> ModuleType:
+    """A config of `PODS`, as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def compile_ahead(config: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """Runs the launch program."""
     return subprocess.run(
         [sys.executable, str(ROOT / "launch" / "compile_ahead.py"), f"--config={config}", *arguments], cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment}, capture_output=True, text=True, timeout=timeout,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
 
 

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import pickle
-import re
 import subprocess
 import sys
 import tempfile
@@ -92,6 +91,7 @@ def compiled(model, job) -> dict:
     import optax
 
     from cartridges_jax import parallel
+    from cartridges_jax.ahead.hlo import collectives
     from cartridges_jax.data.packing import plan_packing
     from cartridges_jax.distill.sharding import batch_shardings, state_shardings, step_on_mesh
     from cartridges_jax.distill.step import cartridge_trainable, combine_cartridge, init_state, learning_mask
@@ -109,13 +109,8 @@ def compiled(model, job) -> dict:
     )
     batch = parallel.place(plan.batch(0), batch_shardings(mesh))
     program = step.lower(model.params, initial, learning_mask(SLOTS, 1)[:, None], state, batch).compile()
-    found = set()
-    for line in program.as_text().splitlines():
-        sent = re.search(r"= (.*?) (all-gather|all-to-all|reduce-scatter|all-reduce|collective-permute)(?:-start)?\(", line)
-        for kind, shape in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", sent[1]) if sent else ():
-            found.add((sent[2], kind, tuple(int(size) for size in shape.split(",") if size)))
     return {
-        "sent": found,
+        "sent": {(one.kind, dtype, shape) for one in collectives(program.as_text()) for dtype, shape in one.arrays},
         "shards": {
             jax.tree_util.keystr(path): (leaf.shape, leaf.sharding.shard_shape(leaf.shape))
             for path, leaf in jax.tree_util.tree_leaves_with_path(state)

@@ -187,6 +187,13 @@ def test_no_visible_pair_of_tokens_lies_in_a_block_that_is_skipped(rng, window):
     assert not np.triu(found, 1).any()
 
 
+@pytest.mark.parametrize(("window", "blocks"), [(40, 2), (129, 2), (130, 3)])
+def test_blocks_that_the_window_has_passed_are_not_computed(window, blocks):
+    plan = tpu_blocks.Plan(BLOCK, 4, 0, 0, 1, window, 0.0, True)
+    found = np.asarray(tpu_blocks.visible_blocks(plan, jnp.ones((1, 1, 4 * BLOCK), jnp.int32))).reshape(4, 4)
+    np.testing.assert_array_equal(found, np.tril(np.triu(np.ones((4, 4)), 1 - blocks)))
+
+
 def test_what_packing_leaves_empty_is_not_computed():
     segment_ids = np.repeat([[1, 2, 3, 4]], BLOCK, axis=1)[:, None]
     plan = tpu_blocks.Plan(BLOCK, 4, 0, 0, 1, 0, 0.0, True)
@@ -278,11 +285,10 @@ def test_a_decoder_with_windows_and_a_prefix_computes_and_learns_alike_with_the_
 # On a mesh
 
 
-def test_rows_and_heads_on_a_mesh_of_eight_devices_give_the_same_output_and_gradients():
+def test_rows_and_heads_on_a_mesh_of_eight_devices_give_the_same_output_and_gradients(rng):
     """In a process of its own: the number of devices is fixed when JAX starts."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "programs" / "attention_on_a_mesh.py")],
-        env=environment, capture_output=True, text=True, timeout=900,
+        [sys.executable, str(Path(__file__).parent / "programs" / "attention_on_a_mesh.py"), str(rng.integers(2**31))],
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

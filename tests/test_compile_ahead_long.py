@@ -3,12 +3,10 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 from pathlib import Path
 
 import pytest
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+from ahead_drafts import PODS, ROOT, load_pod, needs_libtpu
 
 from cartridges_jax.ahead.check import check, mesh_of
 from cartridges_jax.ahead.draft import Draft
@@ -19,24 +17,14 @@ from cartridges_jax.pipeline.pod import draft_of, pod_config
 pytestmark = pytest.mark.long
 GiB = 2**30
 MODEL = "meta-llama/Llama-3.1-8B-Instruct"
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed: pip install -e '.[tpu]'"
-)
 needs_cuda = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda12_plugin") is None, reason="the GPU compiler is not installed: pip install -e '.[cuda]'"
 )
 
 
-PODS = sorted((Path(__file__).parents[1] / "experiments" / "pods").glob("*.py"))
-
-
-def pod(name: str) -> Draft:
+def pod(path: Path) -> Draft:
     """What a config of `experiments/pods` compiles."""
-    (path,) = (path for path in PODS if path.stem == name)
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return draft_of(from_config_dict(module.get_config()))
+    return draft_of(from_config_dict(load_pod(path).get_config()))
 
 
 def step_of(draft: Draft):
@@ -56,7 +44,7 @@ def smallest_weight(tensor: int) -> int:
 
 @pytest.fixture(scope="module")
 def v5e():
-    return step_of(pod("llama31_8b_v5e16"))
+    return step_of(pod(ROOT / "experiments" / "pods" / "llama31_8b_v5e16.py"))
 
 
 @needs_libtpu
@@ -86,8 +74,8 @@ def test_on_other_meshes_of_16_a_step_fits(topology, mesh, micro_batches):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(path.stem, marks=needs_cuda if "_h100" in path.stem else needs_libtpu) for path in PODS]
+    "path", [pytest.param(path, id=path.stem, marks=needs_cuda if "_h100" in path.stem else needs_libtpu) for path in PODS]
 )
-def test_the_step_of_every_pod_fits(name):
-    found = step_of(pod(name))
+def test_the_step_of_every_pod_fits(path):
+    found = step_of(pod(path))
     assert found.fits and not found.topology.stand_in, f"{found.bytes_per_device / GiB:.2f} GiB"

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cartridges_jax.data.conversations import Conversation, Message, StoredTopLogprobs, TopLogprobs, read_shard, write_shard
-from cartridges_jax.errors import UserError
+from cartridges_jax.errors import PassingFailure, UserError
 
 
 def ragged_top(rng, num_tokens, k=5):
@@ -25,10 +25,11 @@ def ragged_top(rng, num_tokens, k=5):
 
 
 def random_conversation(rng, index):
-    answer = rng.integers(0, 50_000, int(rng.integers(1, 12))).tolist()
+    question, answer = (rng.integers(0, 50_000, size).tolist() for size in (4, int(rng.integers(1, 12))))
     return Conversation(
         messages=[
-            Message("user", f"Wo liegt Område {index}? 👩‍🔬", rng.integers(0, 50_000, 4).tolist()),
+            # Every other user turn has entries too: those of a wrong message would show.
+            Message("user", f"Wo liegt Område {index}? 👩‍🔬", question, ragged_top(rng, 4) if index % 2 else None),
             Message("assistant", "In the north.\n\x00", answer, ragged_top(rng, len(answer))),
         ],
         system_prompt="You read: “…”",
@@ -74,11 +75,23 @@ def test_log_probabilities_stay_in_the_file_until_they_are_asked_for(tmp_path, r
         found[3].read()
 
 
+def test_a_disk_that_fails_for_a_while_does_not_condemn_the_shard(tmp_path, rng):
+    path = tmp_path / "shard.parquet"
+    write_shard(path, [random_conversation(rng, 0)])
+    (found,) = read_shard(path)
+    path.unlink()
+    path.symlink_to(path)
+    with pytest.raises(PassingFailure, match="cannot be read now") as caught:
+        found.messages[1].top_logprobs.read()
+    assert "delete" not in str(caught.value) and caught.value.exit_code == 75
+
+
 def test_a_file_that_was_written_anew_is_read_anew(tmp_path, rng):
     path = tmp_path / "shard.parquet"
     for _ in range(2):
         (written,) = conversations = [random_conversation(rng, 0)]
         write_shard(path, conversations)
+        os.utime(path, ns=(0, 0))  # within one tick of the file system's clock
         (found,) = read_shard(path)
         assert_same(found, written)
 
@@ -150,6 +163,21 @@ def test_damaged_data_pages_are_named(tmp_path, rng):
     path.write_bytes(damaged)
     with pytest.raises(UserError, match="shard.parquet"):
         read_shard(path)
+
+
+def test_damage_among_the_log_probabilities_is_named_when_they_are_read(tmp_path, rng):
+    path = tmp_path / "shard.parquet"
+    write_shard(path, [random_conversation(rng, index) for index in range(17)])
+    group = pq.ParquetFile(path).metadata.row_group(2)
+    columns = [group.column(number) for number in range(group.num_columns)]
+    (column,) = [one for one in columns if ".top_logprobs.logprobs." in one.path_in_schema]
+    data, begin = bytearray(path.read_bytes()), column.data_page_offset
+    data[begin : begin + column.total_compressed_size] = bytes(column.total_compressed_size)
+    path.write_bytes(data)
+    found = [conversation.messages[1].top_logprobs for conversation in read_shard(path)]
+    found[0].read()
+    with pytest.raises(UserError, match="shard.parquet"):
+        found[-1].read()
 
 
 def test_a_parquet_file_of_something_else_is_named(tmp_path):

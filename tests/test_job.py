@@ -3,9 +3,9 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,19 +18,20 @@ from cartridges_jax.parallel.start import _local_devices, scheduler
 
 ROOT = Path(__file__).parents[1]
 SCENES = ROOT / "tests" / "programs" / "job.py"
+LAUNCHER = ROOT / "launch" / "local_multiprocess.py"
 
 
-def together(program, *arguments, processes=2, devices=1, timeout=120, **options):
-    """Runs a program as several processes; its output without colour, and how long it took."""
-    flags = [f"--{name}={value}" for name, value in {"processes": processes, "devices": devices, **options}.items()]
-    begin = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "launch" / "local_multiprocess.py"), *flags, "--", str(program), *map(str, arguments)],
+def together(program, *arguments, processes=2, timeout=300, **options):
+    """Runs a program as several processes of one device each.
+
+    With `grace_seconds` above `timeout`, those that the launcher would have to end never end.
+    """
+    flags = [f"--{name}={value}" for name, value in {"processes": processes, "devices": 1, **options}.items()]
+    return subprocess.run(
+        [sys.executable, str(LAUNCHER), *flags, "--", str(program), *map(str, arguments)],
         capture_output=True, text=True, timeout=timeout, cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    done.seconds = time.monotonic() - begin
-    return done
 
 
 def lines_of(process, text):
@@ -51,6 +52,17 @@ def complaint(done, process):
 
 
 # Finding each other
+
+
+@pytest.fixture(autouse=True)
+def nowhere(monkeypatch):
+    """Not on a Cloud TPU VM, and started by no scheduler."""
+    monkeypatch.setattr("jax._src.cloud_tpu_init.running_in_cloud_tpu_vm", False)
+    for name in (
+        "SLURM_STEP_NODELIST", "TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES", "JOB_COMPLETION_INDEX",
+    ):  # fmt: skip
+        monkeypatch.delenv(name, raising=False)
+
 
 SLURM = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7", "SLURM_PROCID": "0"}
 
@@ -79,6 +91,13 @@ SLURM = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "4", "SLURM_JOB_ID"
 )
 def test_a_scheduler_is_known_by_what_it_sets_for_one_of_several_processes(environ, expected):
     assert scheduler(environ) == expected
+
+
+def test_a_cloud_tpu_vm_is_known_by_what_jax_found(monkeypatch):
+    monkeypatch.setattr("jax._src.cloud_tpu_init.running_in_cloud_tpu_vm", True)
+    assert scheduler({}) == "gcetpu"
+    assert scheduler({"TPU_SKIP_MDS_QUERY": "1"}) == ""
+    assert scheduler({"TPU_WORKER_HOSTNAMES": "localhost"}) == ""
 
 
 def test_one_task_a_node_has_all_gpus_of_the_node():
@@ -137,9 +156,15 @@ def test_all_have_what_the_first_one_says_and_wait_for_each_other():
         lines = said(done, process)
         assert lines[0] == "from the first: {'process': 0, 'pi': 3.14}"
         assert lines[1] == f"arrays: {[[7.0] * 3] * 2} 0"
-        assert lines[-1] == "after all"
-    order = done.stdout.splitlines()
-    assert order.index("[1] late") < order.index("[0] after all")
+    came, went = zip(*([float(word) for word in said(done, process)[-1].split()[-2:]] for process in range(2)))
+    assert min(went) >= max(came) > min(came) + 0.5
+
+
+def test_what_the_first_process_saved_all_restore_as_it_lay():
+    done = together(SCENES, "--scene=restored")
+    assert done.returncode == 0, done.stderr
+    for process in range(2):
+        assert said(done, process) == ["3 {'rows': 5} [0.0, 1.0, 2.0, 3.0] True"]
 
 
 def test_a_signal_to_one_stops_all_after_the_same_step():
@@ -155,7 +180,7 @@ def test_a_signal_to_one_stops_all_after_the_same_step():
 ])
 @pytest.mark.parametrize("who", [0, 1])
 def test_an_error_in_one_ends_the_others_with_its_reason(scene, code, why, who):
-    done = together(SCENES, f"--scene={scene}", f"--who={who}", timeout=60)
+    done = together(SCENES, f"--scene={scene}", f"--who={who}")
     assert done.returncode == code, done.stderr
     other = complaint(done, 1 - who)
     assert re.fullmatch(rf"error: process {who} on \S+ ended: {why}", other)
@@ -163,7 +188,7 @@ def test_an_error_in_one_ends_the_others_with_its_reason(scene, code, why, who):
 
 
 def test_processes_that_were_started_unlike_each_other_end_at_the_first_stage_that_differs():
-    done = together(SCENES, "--scene=unlike", timeout=60)
+    done = together(SCENES, "--scene=unlike")
     assert done.returncode == 2, done.stderr
     assert said(done, 1) == ["with 0.1"]
     assert complaint(done, 1).startswith("error: train: train.learning_rate differ between this host and the first")
@@ -171,22 +196,20 @@ def test_processes_that_were_started_unlike_each_other_end_at_the_first_stage_th
 
 @pytest.mark.parametrize("scene", ["killed", "killed_in_program"])
 def test_a_process_that_vanishes_ends_the_others_with_a_plain_line(scene):
-    done = together(SCENES, f"--scene={scene}", "--peer_seconds=6", timeout=60, grace_seconds=30)
+    done = together(SCENES, f"--scene={scene}", "--peer_seconds=6", grace_seconds=600)
     assert done.returncode == 137
     assert re.fullmatch(r"error: lost process 1 on \S+: no sign of life for 6 s", complaint(done, 0))
-    assert done.seconds < 40
 
 
 def test_a_first_process_that_vanishes_ends_the_others():
     """In JAX's words, mostly: its client ends the process as soon as the coordination service is gone."""
-    done = together(SCENES, "--scene=killed", "--who=0", "--peer_seconds=6", timeout=60, grace_seconds=30)
+    done = together(SCENES, "--scene=killed", "--who=0", "--peer_seconds=6", grace_seconds=600)
     assert done.returncode == 137
     assert re.search("error: lost the first process|the leader task was preempted/died", done.stderr), done.stderr
-    assert done.seconds < 40
 
 
 def test_a_process_that_stalls_is_named_and_ends_the_job():
-    done = together(SCENES, "--scene=stall", "--stall_seconds=6", timeout=60, grace_seconds=30)
+    done = together(SCENES, "--scene=stall", "--stall_seconds=6", grace_seconds=600)
     assert done.returncode == 75
     for process in range(2):
         assert re.fullmatch(r"error: no process has got on for 6 s; process 1 on \S+ got least far .*--stall_seconds\)", complaint(done, process))
@@ -220,6 +243,18 @@ def test_lines_come_out_with_the_number_of_their_process(hello):
 
 
 def test_one_that_fails_takes_the_others_with_it(hello):
-    done = together(hello, "there", 1, 60, processes=3, grace_seconds=0.5)
+    done = together(hello, "there", 1, 3600, processes=3, grace_seconds=0.5)
     assert done.returncode == 3
-    assert done.seconds < 30
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_launcher_reaches_all(hello, signum):
+    process = subprocess.Popen(
+        [sys.executable, str(LAUNCHER), "--processes=2", "--devices=1", "--", str(hello), "there", "-1", "3600"],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for _ in range(2):
+        assert "hello" in process.stdout.readline()
+    process.send_signal(signum)
+    process.communicate(timeout=100)  # of the launcher's own grace of 120
+    assert process.returncode == 128 + signum

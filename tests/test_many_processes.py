@@ -8,12 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_runs import ROOT, command, environment, finish, settings, talker_gguf, write_inputs  # noqa: F401
+from tiny_runs import ROOT, command, finish, settings, start, talker_gguf, wait_until, write_inputs  # noqa: F401
 
 from cartridges_jax.checkpoint import load_cartridge
 
@@ -83,15 +82,9 @@ def child(process, number) -> int:
 
 def stop_one(arguments, workdir, number, cache, *, after: int) -> subprocess.CompletedProcess:
     """Starts a run and sends SIGTERM to one of its processes once a step above `after` is saved."""
-    process = subprocess.Popen(
-        arguments, env=environment(cache), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True,
-    )
-    end = time.monotonic() + 200
-    while time.monotonic() < end and process.poll() is None and max(saved_steps(workdir), default=-1) <= after:
-        time.sleep(0.01)
-    if process.poll() is None:
-        os.kill(child(process, number), signal.SIGTERM)
+    process = start(arguments, cache)
+    wait_until(process, lambda: max(saved_steps(workdir), default=-1) > after)
+    os.kill(child(process, number), signal.SIGTERM)
     out, errors = process.communicate(timeout=120)
     return subprocess.CompletedProcess(arguments, process.returncode, out, errors)
 
@@ -129,7 +122,7 @@ def test_sigterm_to_one_stops_all_and_other_meshes_and_hosts_go_on_to_the_same_e
         assert np.linalg.norm(ours - theirs) < 1e-5 * np.linalg.norm(theirs)
 
 
-def test_a_run_of_two_processes_speaks_once_and_is_kept_by_one(values, inputs, tmp_path, cache):
+def test_a_run_of_two_processes_speaks_once_and_is_kept_by_one(values, tmp_path, cache):
     run = tmp_path / "run"
     done = finish(by_several(values | {"train.steps": 6}, run, "data:4", processes=2, devices=2), cache=cache, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -148,13 +141,8 @@ def test_a_run_of_two_processes_speaks_once_and_is_kept_by_one(values, inputs, t
 @pytest.mark.long
 def test_a_process_that_is_killed_ends_the_run_with_one_line_and_the_same_command_goes_on(values, studied, cache):
     arguments = by_several(values, studied, "data:8", processes=2, devices=4, more=["--peer_seconds=6"])
-    process = subprocess.Popen(
-        arguments, env=environment(cache), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True,
-    )
-    end = time.monotonic() + 200
-    while time.monotonic() < end and process.poll() is None and not saved_steps(studied):
-        time.sleep(0.01)
+    process = start(arguments, cache)
+    wait_until(process, lambda: bool(saved_steps(studied)))
     os.kill(child(process, 1), signal.SIGKILL)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGKILL

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import re
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from ahead_drafts import toy_flags
+from ahead_drafts import needs_libtpu, toy_flags
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
@@ -91,9 +90,8 @@ def test_the_quickstart_notebook_trains_looks_and_asks(tmp_path):
     assert answer.strip()
 
 
+@needs_libtpu
 def test_the_tpu_notebook_compiles_ahead(tmp_path):
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("the TPU compiler is not installed: pip install -e '.[tpu]'")
     flags = " ".join(toy_flags(tmp_path / "toy", "v5e:2x2", "data:2,tensor:2"))
     config = 'CONFIG = "experiments/pods/llama31_8b_v5e16.py"'
     (fit,) = run(

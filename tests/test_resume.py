@@ -4,13 +4,12 @@ from __future__ import annotations
 import json
 import re
 import signal
-import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
-from tiny_runs import ROOT, command, contents, environment, finish, settings, talker_gguf, write_inputs  # noqa: F401
+from tiny_runs import command, contents, finish, settings, start, talker_gguf, wait_until, write_inputs  # noqa: F401
 
 from cartridges_jax.checkpoint import TrainCheckpoints, load_cartridge
 from cartridges_jax.pipeline.workdir import Workdir
@@ -43,21 +42,9 @@ def uninterrupted(values, inputs, cache):
     return inputs / "whole", done
 
 
-def start(arguments, cache) -> subprocess.Popen:
-    return subprocess.Popen(
-        arguments, env=environment(cache), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True,
-    )
-
-
-def wait_for(process, workdir, pattern, seconds=120):
-    """Until a file appears in the workdir, or the process ends."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and process.poll() is None:
-        if next(workdir.glob(pattern), None):
-            return
-        time.sleep(0.005)
-    assert process.poll() is None, process.communicate()[1][-2000:]
+def wait_for(process, workdir, pattern):
+    """Until a file appears in the workdir."""
+    wait_until(process, lambda: any(workdir.glob(pattern)))
 
 
 def outcome(workdir):

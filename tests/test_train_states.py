@@ -1,4 +1,5 @@
 """A train state that is saved comes back bit for bit, or the intact one before it does."""
+import errno
 import logging
 import os
 import shutil
@@ -182,6 +183,39 @@ def test_a_full_disk_leaves_the_checkpoints_before_it(tmp_path, checkpoints, mon
     assert_same(checkpoints.restore(state)[0], state)
     checkpoints.save(2, state, {})
     assert checkpoints.latest_step() == 2
+
+
+def test_a_disk_that_fills_up_midway_leaves_the_checkpoints_before_it_and_nothing_else(tmp_path, checkpoints, monkeypatch):
+    state = {"x": jnp.arange(1000.0)}
+    checkpoints.save(1, state, {})
+
+    def full(step, **_):
+        (tmp_path / "train" / f"{step}.orbax-checkpoint-tmp").mkdir()
+        raise ValueError("RESOURCE_EXHAUSTED: Failed to write: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints._manager, "save", full)
+        with pytest.raises(UserError, match="free some space"):
+            checkpoints.save(2, state, {})
+    assert os.listdir(tmp_path / "train") == ["1"]
+    checkpoints.save(2, state, {})
+    assert checkpoints.latest_step() == 2
+
+
+def test_a_disk_that_fills_up_behind_the_arrays_leaves_a_checkpoint_that_can_be_restored(tmp_path, checkpoints, rng, monkeypatch):
+    states = {step: {"x": jnp.asarray(rng.standard_normal(500))} for step in (1, 2)}
+    checkpoints.save(1, states[1], {})
+
+    def full(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("cartridges_jax.checkpoint.train_state.file_checksums", full)
+    with pytest.raises(UserError, match="free some space"):
+        checkpoints.save(2, states[2], {})
+    assert sorted(os.listdir(tmp_path / "train")) == ["1", "2"]
+    resumed = reopened(tmp_path)
+    assert_same(resumed.restore(abstract(states[2]))[0], states[2])
+    assert resumed.latest_step() == 2
 
 
 def test_a_state_may_be_donated_as_soon_as_an_asynchronous_save_returns(tmp_path, rng):

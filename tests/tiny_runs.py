@@ -11,6 +11,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +163,25 @@ def finish(arguments: list[str], *, cache: Path | None = None, timeout: float = 
         arguments, env=environment(cache), cwd=ROOT, capture_output=True, text=True, timeout=timeout,
         stdin=subprocess.DEVNULL,
     )
+
+
+def start(arguments: list[str], cache: Path | None = None) -> subprocess.Popen:
+    """Starts a program, to be disturbed."""
+    return subprocess.Popen(
+        arguments, env=environment(cache), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )
+
+
+def wait_until(process: subprocess.Popen, true: Callable[[], bool], seconds: float = 200) -> None:
+    """Raises AssertionError, with what the program wrote on stderr, if it ends first or takes longer."""
+    end = time.monotonic() + seconds
+    while not true():
+        if process.poll() is not None or time.monotonic() > end:
+            # Not killed: a launcher has to end its processes.
+            process.terminate()
+            raise AssertionError(process.communicate(timeout=200)[1][-2000:])
+        time.sleep(0.005)
 
 
 def contents(directory: Path, *names: str) -> dict[str, str]:

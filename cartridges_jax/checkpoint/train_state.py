@@ -233,7 +233,11 @@ class TrainCheckpoints:
 
     @contextlib.contextmanager
     def _failing_cleanly(self, num_bytes: int) -> Iterator[None]:
-        """A failed save leaves nothing behind; the disk may be full of what it wrote."""
+        """A failed save leaves nothing unfinished behind; the disk may be full of what it wrote.
+
+        A checkpoint that lacks only its list of files stays: it can be restored, and retention
+        may have taken an older one for it.
+        """
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self._manager.reload)
             on_failure.callback(self._remove_unfinished)

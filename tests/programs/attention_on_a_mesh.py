@@ -1,11 +1,14 @@
 """Compares attention on meshes of eight devices with one device; exits with an error where they differ.
 
+    python tests/programs/attention_on_a_mesh.py SEED
+
 Run by tests/test_attention_kernels.py. The mesh is in context only while the forward pass is
 traced, so that the backward pass has to remember it.
 """
 from __future__ import annotations
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +35,7 @@ def program(mesh, queries, keys, values, prefix, rows, upstream):
 
 def main() -> None:
     assert jax.device_count() == 8
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(int(sys.argv[1]))
 
     def normal(*shape):
         return jnp.asarray(rng.standard_normal(shape), jnp.float32)

@@ -1,6 +1,8 @@
 """Processes of one job that meet, stop, fail, vanish or stall; run by tests/test_job.py through launch/local_multiprocess.py.
 
-    python tests/programs/job.py --scene=values|stop|error|crash|unlike|killed|killed_in_program|stall FLAGS_OF_A_JOB
+    python tests/programs/job.py --scene=SCENE FLAGS_OF_A_JOB
+
+SCENE is values, restored, stop, error, crash, interrupted, unlike, killed, killed_in_program or stall.
 """
 from __future__ import annotations
 
@@ -26,9 +28,33 @@ def values(job):
     print("arrays:", arrays["a"].tolist(), int(arrays["b"]))
     if job.process == _WHO.value:
         time.sleep(1)
-        print("late", flush=True)
+    # What a process prints comes out when it ends, behind a wait for all: only clocks tell who waited.
+    came = time.monotonic()
     job.wait_for_all()
-    print("after all")
+    print("came and went:", came, time.monotonic())
+
+
+def restored(job):
+    import tempfile
+    from pathlib import Path
+
+    import numpy as np
+
+    from cartridges_jax import parallel
+    from cartridges_jax.distill.checkpoints import SharedCheckpoints
+
+    where = parallel.sharding(parallel.make_mesh("fsdp:-1"), ("slots",), (4,))
+    with tempfile.TemporaryDirectory() as directory:
+        shared = Path(job.from_first(lambda: directory))
+        for number in range(2):
+            checkpoints = SharedCheckpoints(shared, 2, job)
+            if number == 0:
+                checkpoints.save(3, {"x": parallel.place(np.arange(4, dtype=np.float32), where)}, {"rows": 5})
+            else:
+                found, extra = checkpoints.restore({"x": parallel.place(np.zeros(4, np.float32), where)})
+                print(checkpoints.latest, extra, parallel.fetch(found["x"]).tolist(), found["x"].sharding == where)
+            checkpoints.close()
+            job.wait_for_all()
 
 
 def stop(job):

@@ -160,6 +160,7 @@ def test_two_processes_measure_the_numbers_of_one_device(tiny_gguf, tmp_path):
 # Self-study
 
 
+@pytest.mark.long
 def test_two_processes_study_side_by_side_in_shards_of_their_own(talker_gguf, tmp_path):
     # Each has all of the model on its four devices.
     (study,) = results_of("study", talker_gguf, ["data:2,tensor:4"], tmp_path, processes=2).values()
@@ -190,6 +191,7 @@ def eight_devices(monkeypatch):
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "8")
 
 
+@pytest.mark.long
 def test_a_run_on_a_mesh_is_finished_and_kept_on_another(talker_gguf, tmp_path, eight_devices):
     write_inputs(tmp_path)
     values = settings(talker_gguf, tmp_path, train__rows_per_step=4)

@@ -58,6 +58,29 @@ def test_an_unknown_tensor_is_named(tmp_path):
         GGUFFile(tmp_path / "a.gguf").read("blk.7.nothing")
 
 
+def test_every_type_is_read_that_the_gguf_package_dequantises_and_the_others_are_refused(tmp_path):
+    path, blocks = tmp_path / "all.gguf", {}
+    writer = gguf.GGUFWriter(path, "llama")
+    for kind in gguf.GGMLQuantizationType:
+        blocks[kind] = np.zeros((2, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8)
+        writer.add_tensor(kind.name, blocks[kind], raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file, refused = GGUFFile(path), 0
+    for kind, block in blocks.items():
+        try:
+            expected = gguf.quants.dequantize(block, kind)
+        except NotImplementedError:
+            refused += 1
+            with pytest.raises(UserError, match=f"stored as {kind.name}, which cannot be dequantised"):
+                file.read(kind.name)
+        else:
+            np.testing.assert_array_equal(file.read(kind.name), expected)
+    assert 0 < refused < len(blocks)
+
+
 def test_an_unsupported_tensor_type_is_named(tmp_path):
     write_gguf(tmp_path / "a.gguf")
     with pytest.raises(UserError, match="'integers' is stored as I32"):

@@ -18,6 +18,14 @@ from cartridges_jax.formats.tensors import Index, full_index, sha256_of_file, te
 _MAGIC = b"GGUF"
 # What GGUFReader raises on damaged input; it has no exception type of its own.
 _DAMAGE = (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError)
+# What gguf.quants.dequantize knows, which it does not tell (tests/test_formats.py holds the two together).
+_DEQUANTISED = frozenset(
+    gguf.GGMLQuantizationType[name]
+    for name in (
+        "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0", "TQ2_0",
+        "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4",
+    )
+)  # fmt: skip
 
 
 class GGUFFile:
@@ -61,13 +69,12 @@ class GGUFFile:
         """
         tensor = tensor_named(name, self._tensors, self.path)
         *rows, columns = full_index(index, self.shape(name))
-        try:
-            values = gguf.quants.dequantize(np.asarray(tensor.data)[tuple(rows)], tensor.tensor_type)
-        except NotImplementedError as error:
+        if tensor.tensor_type not in _DEQUANTISED:
             raise UserError(
                 f"{self.path}: tensor {name!r} is stored as {tensor.tensor_type.name}, which cannot be "
                 "dequantised; use a file in F32, F16, BF16, Q8_0 or another common quantisation"
-            ) from error
+            )
+        values = gguf.quants.dequantize(np.asarray(tensor.data)[tuple(rows)], tensor.tensor_type)
         # A copy even for float32, so that no array keeps the file mapped.
         return np.array(values[..., columns], dtype=np.float32)
 

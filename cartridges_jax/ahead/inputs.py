@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from cartridges_jax import parallel
 from cartridges_jax.ahead.draft import Draft
@@ -47,11 +47,11 @@ def _prefix(draft: Draft, num_slots: int) -> KVPrefix:
 
 
 def _placed_prefix(prefix: KVPrefix, mesh: Mesh, *, in_use: bool) -> KVPrefix:
+    def placed(part: Shape, where: NamedSharding) -> Shape:
+        return Shape(part.shape, part.dtype, sharding=where)
+
     shardings = parallel.prefix_shardings(mesh, prefix, in_use=in_use)
-    parts = {name: getattr(prefix, name) for name in shardings}
-    return prefix.replace(**{
-        name: Shape(part.shape, part.dtype, sharding=shardings[name]) for name, part in parts.items()
-    })
+    return prefix.replace(**{name: placed(getattr(prefix, name), where) for name, where in shardings.items()})
 
 
 def frozen(draft: Draft, mesh: Mesh) -> KVPrefix:

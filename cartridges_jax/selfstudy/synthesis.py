@@ -237,13 +237,16 @@ class _Turn(NamedTuple):
 
     Attributes:
       rendered: as B reads it.
-      span: of its tokens in it.
     """
 
     request: Request
     message: str
     rendered: Rendered
-    span: tuple[int, int]
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """Of the message's tokens in the rendering."""
+        return self.rendered.spans[0]
 
 
 class _Studio:
@@ -311,7 +314,7 @@ class _Studio:
             key = normalise(message)
             if key not in asked and key not in kept:
                 rendered = self._model.chat.render_continuation([{"role": "user", "content": message}])
-                kept[key] = _Turn(request, message, rendered, rendered.spans[0])
+                kept[key] = _Turn(request, message, rendered)
         # A forced opening may make a message longer than A's limit, by which training rows are sized.
         return [turn for turn in kept.values() if turn.span[1] - turn.span[0] <= settings.writer_max_tokens]
 

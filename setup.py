@@ -1,4 +1,5 @@
 """Package metadata. Pins and the reasons for them are in BUILD.md."""
+
 from setuptools import find_packages, setup
 
 # What the benchmarks measure against and the tests compare with.

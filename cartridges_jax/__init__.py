@@ -1,10 +1,11 @@
 """Cartridges in JAX: small trained KV caches that stand in for a long text.
 
-    import cartridges_jax as cj
-    model = cj.load_model("smollm2-135m-instruct")
-    cartridge = cj.load_cartridge("runs/quickstart/cartridge")
-    cj.generate(model, ["How many steps does the tower have?"], prefix=cartridge, max_tokens=64)
+import cartridges_jax as cj
+model = cj.load_model("smollm2-135m-instruct")
+cartridge = cj.load_cartridge("runs/quickstart/cartridge")
+cj.generate(model, ["How many steps does the tower have?"], prefix=cartridge, max_tokens=64)
 """
+
 import importlib
 
 __version__ = "0.1.0"

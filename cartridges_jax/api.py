@@ -1,4 +1,5 @@
 """The few calls that most users need; stable, and re-exported by the package."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -66,8 +67,12 @@ def generate(
     else:
         rendered = [model.chat.render_continuation(turns) for turns in conversations]
     generations = sampling.generate_tokens(
-        model, [r.token_ids for r in rendered], front, max_tokens=max_tokens,
-        sampling=sampling.Sampling(temperature, top_k, top_p), seed=seed,
+        model,
+        [r.token_ids for r in rendered],
+        front,
+        max_tokens=max_tokens,
+        sampling=sampling.Sampling(temperature, top_k, top_p),
+        seed=seed,
     )
     return [model.tokenizer.decode(generation.token_ids).strip() for generation in generations]
 

@@ -9,6 +9,7 @@ Axis legend of the whole package: B rows, T tokens, P prefix slots, S cache slot
 L layers, D model width, N query heads, K key/value heads, G = N / K, H head width,
 V vocabulary, M target rows, k teacher entries.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -92,8 +93,7 @@ def slice_slots(prefix: KVPrefix, start: int, stop: int) -> KVPrefix:
     """Slots start..stop-1, with their positions and `next_position` kept."""
     if not 0 <= start < stop <= prefix.num_slots:
         raise ValueError(
-            f"slots {start}..{stop} of a prefix of {prefix.num_slots}: "
-            "need 0 <= start < stop <= the number of slots"
+            f"slots {start}..{stop} of a prefix of {prefix.num_slots}: need 0 <= start < stop <= the number of slots"
         )
     return prefix.replace(
         keys=prefix.keys[:, :, start:stop],

@@ -1,4 +1,5 @@
 """What users read when something is wrong: `UserError`, and other libraries' exceptions in one line."""
+
 import signal
 
 

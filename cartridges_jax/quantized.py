@@ -6,6 +6,7 @@ narrow one holds bfloat16 under a float32 model, for CPUs with instructions for 
 weights of a cartridge's model are never trained, so the rounding happens once; gradients
 flow through the products to the activations.
 """
+
 from __future__ import annotations
 
 from typing import Any

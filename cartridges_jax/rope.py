@@ -3,6 +3,7 @@
 The first and second half of a head form the rotated pairs, as in Hugging Face's
 checkpoints; GGUF files store Llama's rows interleaved and are un-permuted on import.
 """
+
 from __future__ import annotations
 
 import dataclasses

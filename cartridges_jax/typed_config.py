@@ -1,4 +1,5 @@
 """The values of a config file to typed dataclasses."""
+
 from __future__ import annotations
 
 import dataclasses

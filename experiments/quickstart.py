@@ -1,7 +1,8 @@
 """The shipped handbook (or your own text) with SmolLM2-135M, in minutes on two cores.
 
-    python launch/train.py --config=experiments/quickstart.py --workdir=runs/quickstart
+python launch/train.py --config=experiments/quickstart.py --workdir=runs/quickstart
 """
+
 from cartridges_jax.pipeline.config import default_config
 
 

@@ -3,6 +3,7 @@
     python launch/train.py --config=experiments/squad.py --config.corpus=dev-v2.0.json \
         --config.article=Normans --workdir=runs/normans
 """
+
 from cartridges_jax.pipeline.config import default_config
 
 

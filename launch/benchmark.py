@@ -5,6 +5,7 @@
 
 The last line is the result as JSON; the workdir keeps it, with a figure.
 """
+
 from pathlib import Path
 
 from absl import flags

@@ -1,8 +1,9 @@
 """A terminal chat with a cartridge in front, or one answer.
 
-    python launch/chat.py --cartridge=runs/quickstart/cartridge
-    python launch/chat.py --cartridge=runs/quickstart/cartridge --prompt="How many steps does the tower have?"
+python launch/chat.py --cartridge=runs/quickstart/cartridge
+python launch/chat.py --cartridge=runs/quickstart/cartridge --prompt="How many steps does the tower have?"
 """
+
 import sys
 
 from absl import flags

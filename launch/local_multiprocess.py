@@ -5,6 +5,7 @@
 
 Every line comes out with its process's number in front. When one process fails, all end. --dry_run prints the commands.
 """
+
 import sys
 
 from absl import app, flags
@@ -12,7 +13,9 @@ from absl import app, flags
 from cartridges_jax.parallel.local import dry_run, run_locally
 
 _PROCESSES = flags.DEFINE_integer("processes", 2, "How many.", lower_bound=1)
-_DEVICES = flags.DEFINE_integer("devices", 4, "CPU devices of each process; 0 leaves them what they have.", lower_bound=0)
+_DEVICES = flags.DEFINE_integer(
+    "devices", 4, "CPU devices of each process; 0 leaves them what they have.", lower_bound=0
+)
 _GRACE = flags.DEFINE_float(
     "grace_seconds", 120.0, "For the others to end by themselves when one has failed: more than their --peer_seconds."
 )
@@ -25,9 +28,9 @@ def main(argv: list[str]) -> None:
     if _DRY_RUN.value:
         print(dry_run(argv[1:], num_processes=_PROCESSES.value, num_devices=_DEVICES.value))
         return
-    sys.exit(run_locally(
-        argv[1:], num_processes=_PROCESSES.value, num_devices=_DEVICES.value, grace_seconds=_GRACE.value
-    ))
+    sys.exit(
+        run_locally(argv[1:], num_processes=_PROCESSES.value, num_devices=_DEVICES.value, grace_seconds=_GRACE.value)
+    )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ each, under SLURM, on Cloud TPU pods and in Kubernetes jobs as it is, elsewhere 
 
         --coordinator=HOST:PORT --num_processes=4 --process_id=0        # … 3; HOST is that of process 0
 """
+
 from pathlib import Path
 
 from absl import flags

@@ -4,6 +4,7 @@ As published, as far as memory goes: LLAMA2, LLAMA3, GEMMA2, GEMMA3 (text only),
 Shortened by tools and images, with the rest kept in the published form: LLAMA31, LLAMA32, QWEN25, QWEN3,
 MISTRAL_V2, MISTRAL_V3, GRANITE3. SMOLLM3 has the published frame with a shorter default system message.
 """
+
 from __future__ import annotations
 
 LLAMA2 = (

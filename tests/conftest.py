@@ -1,4 +1,5 @@
 """Fixtures that several files share. Torch computes on one thread: the tests run in parallel processes."""
+
 from __future__ import annotations
 
 import os

@@ -5,6 +5,7 @@
 OUT holds {mesh: results}; the mesh "" is one device. Results are those of the first process; the other ones must
 take part.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -71,10 +72,18 @@ def trained(model, job) -> dict:
     PackingPlan.part = lambda plan, step, number: (made.add(number), part(plan, step, number))[1]
     initial, examples = task(model)
     settings = dataclasses.replace(
-        SETTINGS, steps=STEPS, learning_rate=1e-2, rows_per_step=16, micro_batches=2, eval_every=STEPS, checkpoint_every=STEPS
+        SETTINGS,
+        steps=STEPS,
+        learning_rate=1e-2,
+        rows_per_step=16,
+        micro_batches=2,
+        eval_every=STEPS,
+        checkpoint_every=STEPS,
     )
     with tempfile.TemporaryDirectory() as directory:
-        result = train(model, initial, examples[:50], examples[50:], settings, Path(directory), num_frozen=1, seed=7, job=job)
+        result = train(
+            model, initial, examples[:50], examples[50:], settings, Path(directory), num_frozen=1, seed=7, job=job
+        )
     PackingPlan.part = part
     return {
         "keys": np.asarray(result.prefix.keys),
@@ -91,7 +100,7 @@ def compiled(model, job) -> dict:
     import optax
 
     from cartridges_jax import parallel
-    from cartridges_jax.ahead.hlo import collectives
+    from cartridges_jax.aot.hlo import collectives
     from cartridges_jax.data.packing import plan_packing
     from cartridges_jax.distill.sharding import batch_shardings, state_shardings, step_on_mesh
     from cartridges_jax.distill.step import cartridge_trainable, combine_cartridge, init_state, learning_mask
@@ -182,7 +191,9 @@ def everyone(job, value) -> list:
         shared = Path(job.from_first(lambda: directory))
         (shared / str(job.process)).write_text(json.dumps(value))
         job.wait_for_all()
-        found = [json.loads((shared / str(process)).read_text()) for process in range(job.num_processes) if job.is_first]
+        found = [
+            json.loads((shared / str(process)).read_text()) for process in range(job.num_processes) if job.is_first
+        ]
         job.wait_for_all()
     return found
 

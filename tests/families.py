@@ -2,6 +2,7 @@
 
 A new family is a line in `FAMILIES`: the tests of test_families.py then run for it.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -214,7 +215,10 @@ def write_gguf(twin: transformers.PreTrainedModel, architecture: str, path: Path
             "residual_scale": config.residual_multiplier, "logit_scale": config.logits_scaling,
         }  # fmt: skip
     if architecture == "gemma3":
-        metadata |= {"sliding_window": config.sliding_window, "rope_freq_base_swa": rope["sliding_attention"]["rope_theta"]}
+        metadata |= {
+            "sliding_window": config.sliding_window,
+            "rope_freq_base_swa": rope["sliding_attention"]["rope_theta"],
+        }
         rope = rope["full_attention"]
         metadata |= {"rope_scaling_type": gguf.RopeScalingType.LINEAR, "rope_scaling_factor": rope["factor"]}
     metadata["rope_freq_base"] = rope["rope_theta"]

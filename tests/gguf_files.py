@@ -1,4 +1,5 @@
 """GGUF files as llama.cpp's converter writes them."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping

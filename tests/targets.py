@@ -1,4 +1,5 @@
 """Random teachers, as the tests of the loss and of the step draw them."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -1,4 +1,5 @@
 """The public calls, as the README uses them. The model is a tiny one."""
+
 from __future__ import annotations
 
 import subprocess
@@ -17,8 +18,13 @@ from cartridges_jax.errors import UserError
 
 def saved(model, prefix, directory):
     metadata = CartridgeMetadata.of(
-        prefix, model_name=model.name, model_fingerprint=model.fingerprint,
-        learning_mask=np.arange(prefix.num_slots) >= 1, corpus=CorpusSource("text", "0" * 64, 99), step=1, config={},
+        prefix,
+        model_name=model.name,
+        model_fingerprint=model.fingerprint,
+        learning_mask=np.arange(prefix.num_slots) >= 1,
+        corpus=CorpusSource("text", "0" * 64, 99),
+        step=1,
+        config={},
     )
     save_cartridge(directory, prefix, metadata)
     return cj.load_cartridge(directory)
@@ -106,7 +112,10 @@ def test_logits_are_those_of_a_plain_forward_pass(tiny_model, cartridge, rng):
 
 
 def test_a_prefilled_text_stands_for_its_tokens(tiny_model, cartridge, rng):
-    first, second = random_tokens(rng, tiny_model.config, 13).tolist(), random_tokens(rng, tiny_model.config, 9).tolist()
+    first, second = (
+        random_tokens(rng, tiny_model.config, 13).tolist(),
+        random_tokens(rng, tiny_model.config, 9).tolist(),
+    )
     whole = cj.logits(tiny_model, first + second)
     prefix = cj.prefill(tiny_model, first)
     assert isinstance(prefix, KVPrefix) and prefix.num_slots == 13

@@ -1,4 +1,5 @@
 """The TPU kernels in Pallas' interpreter, against one dense softmax in float64."""
+
 from __future__ import annotations
 
 import os
@@ -11,9 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import tiny_config
 
 from cartridges_jax.attention import (
-    LayerPrefix, PackedRows, attention_implementation, packed_causal_mask, packed_view, prefix_mask, tpu, tpu_blocks,
+    LayerPrefix,
+    PackedRows,
+    attention_implementation,
+    packed_causal_mask,
+    packed_view,
+    prefix_mask,
+    tpu,
+    tpu_blocks,
 )  # fmt: skip
 from cartridges_jax.attention.reference import dense_attention
 from cartridges_jax.cartridge import from_plain_tokens
@@ -21,7 +30,6 @@ from cartridges_jax.errors import UserError
 from cartridges_jax.models.config import LayerKind
 from cartridges_jax.models.decoder import Decoder
 from cartridges_jax.rope import Rope
-from tiny import tiny_config
 
 BLOCK = 128
 NAMES = ("queries", "keys", "values", "prefix keys", "prefix values", "bias")

@@ -2,6 +2,7 @@
 
 Needs the TPU compiler, which `jax[tpu]` brings as libtpu (BUILD.md, "Testing").
 """
+
 from __future__ import annotations
 
 import math
@@ -18,8 +19,8 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cartridges_jax.ahead.hlo import collectives
-from cartridges_jax.ahead.programs import compilation_cache_off
+from cartridges_jax.aot.hlo import collectives
+from cartridges_jax.aot.programs import compilation_cache_off
 from cartridges_jax.attention import LayerPrefix, attend, attention_implementation, packed_view
 
 MiB = 2**20

@@ -2,6 +2,7 @@
 
 A wrong wheel hash, and a disk too full for the model itself, are in test_formats.py.
 """
+
 from __future__ import annotations
 
 import json
@@ -11,14 +12,23 @@ import sys
 import numpy as np
 import pytest
 from tiny_runs import (  # noqa: F401
-    DOCUMENT, ROOT, command, config_of, contents, copied, finish, finished, settings, talker_gguf, write_inputs,
+    DOCUMENT,
+    ROOT,
+    command,
+    config_of,
+    contents,
+    copied,
+    finish,
+    finished,
+    settings,
+    talker_gguf,
+    write_inputs,
 )
 
 from cartridges_jax.checkpoint import load_cartridge
 from cartridges_jax.data.conversations import read_shard
 from cartridges_jax.errors import UserError
 from cartridges_jax.pipeline.run import run
-
 
 # A model that does not exist: whatever is refused instead of it is refused before a model is loaded.
 NO_MODEL = "no-such-model"
@@ -110,7 +120,9 @@ def test_questions_that_cannot_be_read_are_refused_before_the_model_is_loaded(in
 
 
 def test_an_article_of_a_file_that_does_not_exist_is_refused_before_the_model_is_loaded(inputs):
-    message = refusal(settings(NO_MODEL, inputs, corpus=str(inputs / "no.json"), article="X", questions=""), inputs / "run")
+    message = refusal(
+        settings(NO_MODEL, inputs, corpus=str(inputs / "no.json"), article="X", questions=""), inputs / "run"
+    )
     assert "no.json does not exist" in message
 
 
@@ -137,7 +149,9 @@ def test_a_document_shorter_than_the_cartridge_is_refused_with_a_size_that_works
 @pytest.mark.parametrize(("num_slots", "num_frozen"), [(4, 4), (1, 1), (3, 8)])
 def test_a_cartridge_without_a_slot_to_train_is_refused_before_the_model_is_loaded(inputs, num_slots, num_frozen):
     changes = {"cartridge__num_slots": num_slots, "cartridge__num_frozen": num_frozen}
-    with pytest.raises(UserError, match=f"num_slots={num_slots} with cartridge.num_frozen={num_frozen}.*raise num_slots"):
+    with pytest.raises(
+        UserError, match=f"num_slots={num_slots} with cartridge.num_frozen={num_frozen}.*raise num_slots"
+    ):
         config_of(settings(NO_MODEL, inputs, **changes))
 
 
@@ -267,7 +281,9 @@ def test_a_damaged_run_record_costs_nothing(talker_gguf, finished, copied):
     (copied / "run.json").write_text('{"stages": ')
     said = []
     run(config_of(settings(talker_gguf, finished)), copied, say=said.append)
-    assert [line for line in said if "kept" in line] == [f"{stage}: nothing changed, kept" for stage in ("study", "train", "evaluate")]
+    assert [line for line in said if "kept" in line] == [
+        f"{stage}: nothing changed, kept" for stage in ("study", "train", "evaluate")
+    ]
 
 
 # Earlier work
@@ -322,9 +338,7 @@ def damage(checkpoint):
             file.write_bytes(data)
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_training_ends_as_it_would_have(
-    talker_gguf, finished, copied, caplog
-):
+def test_a_damaged_checkpoint_is_passed_over_and_training_ends_as_it_would_have(talker_gguf, finished, copied, caplog):
     *_, newest = unfinished_training(copied)
     damage(newest)
     run(config_of(settings(talker_gguf, finished)), copied, say=lambda text: None)

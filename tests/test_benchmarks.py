@@ -2,6 +2,7 @@
 
 Nothing here asserts a speed.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -93,7 +94,9 @@ def random_conversations(model, count, k, rng):
 
 def test_the_train_step_runs_on_the_conversations_of_a_finished_run(talker_gguf, rng, tmp_path, capsys):
     (tmp_path / "study").mkdir()
-    write_shard(tmp_path / "study" / "shard-00000.parquet", random_conversations(load_model(str(talker_gguf)), 9, 5, rng))
+    write_shard(
+        tmp_path / "study" / "shard-00000.parquet", random_conversations(load_model(str(talker_gguf)), 9, 5, rng)
+    )
     config = config_of(
         "train_step", talker_gguf, tmp_path, slots=(16,), peer_dtypes=("float32",), train__rows_per_step=2,
         train__row_tokens=96, conversations=str(tmp_path / "study"),
@@ -208,7 +211,9 @@ def test_peft_s_loss_and_gradient_are_ours(tiny_model, exported, rng):
     )  # fmt: skip
 
     frozen = transformers_peft.load(exported, "float32")
-    wrapped = transformers_peft.with_cartridge(frozen, np.asarray(prefix.keys), np.asarray(prefix.values), 1, trained=True)
+    wrapped = transformers_peft.with_cartridge(
+        frozen, np.asarray(prefix.keys), np.asarray(prefix.values), 1, trained=True
+    )
     trainer = transformers_peft.Trainer(wrapped, learning_rate=1e-2, clip_norm=0.0)
     (members,) = train_step.members(plan)
     loss = trainer.loss(members)
@@ -228,7 +233,9 @@ def test_peft_s_loss_and_gradient_are_ours(tiny_model, exported, rng):
     assert all(not p.requires_grad for p in frozen.parameters())
 
 
-def test_peft_generates_our_greedy_tokens_behind_a_cartridge_and_transformers_behind_a_document(tiny_model, exported, rng):
+def test_peft_generates_our_greedy_tokens_behind_a_cartridge_and_transformers_behind_a_document(
+    tiny_model, exported, rng
+):
     from cartridges_jax.benchmarks.peers import transformers_peft
 
     document = random_tokens(rng, tiny_model.config, 24).tolist()

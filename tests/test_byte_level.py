@@ -1,4 +1,5 @@
 """Byte-level BPE of GGUF files, split before merging as llama.cpp splits."""
+
 from __future__ import annotations
 
 import pytest
@@ -18,7 +19,13 @@ def test_a_splitter_splits_as_llama_cpp_does(vocabulary, tmp_path, pre):
     pytest.importorskip("xllamacpp", reason="xllamacpp, the tokenization oracle, is not installed")
     tokens, merges = vocabulary
     types = [3] * len(CONTROL) + [1] * (len(tokens) - len(CONTROL))
-    parts = {"tokenizer_model": "gpt2", "tokenizer_pre": pre, "token_list": tokens, "token_types": types, "token_merges": merges}
+    parts = {
+        "tokenizer_model": "gpt2",
+        "tokenizer_pre": pre,
+        "token_list": tokens,
+        "token_types": types,
+        "token_merges": merges,
+    }
     file = gguf_file(tmp_path / "tiny.gguf", len(tokens), {**parts, "bos_token_id": 0, "eos_token_id": 1})
     tokenizer, llama = tokenizer_from_gguf(file), LlamaServer(file.path)
     for text in SPLIT_TEXTS:

@@ -1,4 +1,5 @@
 """The KV prefix: composing, slicing and counting its bytes."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,9 +44,7 @@ def test_composing_puts_slots_in_a_row_and_leaves_keys_as_they_were_rotated(rng)
 
 
 def test_next_position_of_a_composition_is_the_sum_of_the_parts_and_not_their_slots(rng):
-    thinned = random_prefix(rng, 4).replace(
-        positions=jnp.array([0, 7, 8, 30], jnp.int32), next_position=31
-    )
+    thinned = random_prefix(rng, 4).replace(positions=jnp.array([0, 7, 8, 30], jnp.int32), next_position=31)
     assert cartridge.compose(thinned, random_prefix(rng, 5)).next_position == 36
 
 
@@ -68,9 +67,7 @@ def test_a_part_without_a_bias_gets_zeros_beside_one_that_has_it(rng):
     assert cartridge.compose(plain, plain).bias is None
 
 
-@pytest.mark.parametrize(
-    "other", [{"dtype": jnp.bfloat16}, {"layers": 4}, {"heads": 1}, {"width": 8}], ids=str
-)
+@pytest.mark.parametrize("other", [{"dtype": jnp.bfloat16}, {"layers": 4}, {"heads": 1}, {"width": 8}], ids=str)
 def test_prefixes_of_different_models_are_not_composed(rng, other):
     with pytest.raises(ValueError, match="different models"):
         cartridge.compose(random_prefix(rng), random_prefix(rng, **other))

@@ -1,4 +1,5 @@
 """A cartridge that is saved comes back bit for bit, or an error in words says why not."""
+
 import json
 import os
 import shutil
@@ -8,7 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_cartridges import (
-    CONFIG, CORPUS, H, K, L, P, assert_same, data_file, flip_byte, in_one_line, metadata_of, random_prefix, save,
+    CONFIG,
+    CORPUS,
+    H,
+    K,
+    L,
+    P,
+    assert_same,
+    data_file,
+    flip_byte,
+    in_one_line,
+    metadata_of,
+    random_prefix,
+    save,
 )  # fmt: skip
 
 from cartridges_jax import checkpoint
@@ -52,9 +65,7 @@ def test_a_learning_mask_of_another_length_is_refused(rng):
 
 def test_metadata_of_another_prefix_is_refused(tmp_path, rng):
     with pytest.raises(ValueError, match="CartridgeMetadata.of"):
-        checkpoint.save_cartridge(
-            tmp_path / "c", random_prefix(rng, 4), metadata_of(random_prefix(rng, 5))
-        )
+        checkpoint.save_cartridge(tmp_path / "c", random_prefix(rng, 4), metadata_of(random_prefix(rng, 5)))
 
 
 def test_the_record_tells_a_reader_what_the_cartridge_is(tmp_path, rng):
@@ -76,9 +87,7 @@ def test_positions_that_are_not_plain_are_said_to_be_explicit(rng):
 
 def test_a_cartridge_fits_its_own_model_even_renamed(rng):
     metadata = metadata_of(random_prefix(rng))
-    checkpoint.check_compatible(
-        metadata, model_name="moved", model_fingerprint="f" * 64, shape=(L, K, H)
-    )
+    checkpoint.check_compatible(metadata, model_name="moved", model_fingerprint="f" * 64, shape=(L, K, H))
 
 
 @pytest.mark.parametrize(
@@ -114,9 +123,7 @@ def test_a_byte_flipped_in_any_file_is_an_error_and_never_garbage(tmp_path, rng)
     checkpoint.load_cartridge(tmp_path / "c")
 
 
-def test_a_byte_that_orbax_lets_through_is_found_by_the_arrays_own_checksum(
-    tmp_path, rng, monkeypatch
-):
+def test_a_byte_that_orbax_lets_through_is_found_by_the_arrays_own_checksum(tmp_path, rng, monkeypatch):
     save(tmp_path / "c", random_prefix(rng))
     path = data_file(tmp_path / "c")
     flip_byte(path, path.stat().st_size // 2)

@@ -1,4 +1,5 @@
 """Chat templates of the families against transformers' `apply_chat_template`."""
+
 from __future__ import annotations
 
 import json
@@ -19,7 +20,6 @@ from cartridges_jax.errors import UserError
 from cartridges_jax.text.chat import ChatTemplate
 from cartridges_jax.text.tokenizer import tokenizer_from_directory
 
-
 # Where the continuation is not what the template itself writes: its system message is refused, or moves to
 # the last turn.
 FOLDED = {"mistral-v1", "mistral-v3", "gemma2"}
@@ -30,7 +30,12 @@ def random_conversations(count: int, seed: int) -> list[list[dict[str, str]]]:
     rng = random.Random(seed)
 
     def content() -> str:
-        return rng.choice(EDGES) + rng.choice("aZ9é") + "".join(rng.choices(WORDS, k=rng.randint(0, 6))) + rng.choice(EDGES)
+        return (
+            rng.choice(EDGES)
+            + rng.choice("aZ9é")
+            + "".join(rng.choices(WORDS, k=rng.randint(0, 6)))
+            + rng.choice(EDGES)
+        )
 
     conversations = []
     for number in range(count):
@@ -143,7 +148,9 @@ def test_a_prefix_and_a_continuation_are_the_whole_text(name):
         assert pair.text(prefix.token_ids + rest.token_ids) == whole, messages
         assert pair.text(prefix.token_ids[slice(*prefix.spans[0])]).strip() == messages[0]["content"].strip()
         for (start, end), message in zip(rest.spans, messages[1:], strict=True):
-            found = pair.text(prefix.token_ids + rest.token_ids[:end])[len(pair.text(prefix.token_ids + rest.token_ids[:start])) :]
+            found = pair.text(prefix.token_ids + rest.token_ids[:end])[
+                len(pair.text(prefix.token_ids + rest.token_ids[:start])) :
+            ]
             assert found.strip() == message["content"].strip(), messages
 
 
@@ -177,7 +184,13 @@ def test_the_system_prefix_ends_where_the_users_content_starts(name, head):
 
 @pytest.mark.parametrize(
     "name, ends",
-    [("llama2", "</s>"), ("llama3", "<|eot_id|>"), ("mistral-v3", "</s>"), ("gemma3", "<end_of_turn>"), ("qwen3", "<|im_end|>")],
+    [
+        ("llama2", "</s>"),
+        ("llama3", "<|eot_id|>"),
+        ("mistral-v3", "</s>"),
+        ("gemma3", "<end_of_turn>"),
+        ("qwen3", "<|im_end|>"),
+    ],
 )
 def test_an_answer_ends_with_the_familys_token(name, ends):
     chat = pair_of(name).chat
@@ -205,7 +218,11 @@ def test_thinking_of_earlier_answers_is_dropped():
     for name in ("qwen3", "qwen3-thinking"):
         pair = pair_of(name)
         answer = "<think>\nhm <|im_end|>\n</think>\n\nFour."
-        messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": answer}, {"role": "user", "content": "Sure?"}]
+        messages = [
+            {"role": "user", "content": "2+2?"},
+            {"role": "assistant", "content": answer},
+            {"role": "user", "content": "Sure?"},
+        ]
         rendered = pair.chat.render(messages, add_generation_prompt=True)
         assert pair.text(rendered.token_ids) == pair.reference(messages, True, tokenize=False)
         assert pair.text(rendered.token_ids[slice(*rendered.spans[1])]) == "Four."
@@ -246,7 +263,11 @@ def test_a_model_without_a_template_gets_plain_turns(plain):
     text = "Question: Which\nisland?\nAnswer: The\n\nfirst.\nQuestion: Sure?\nAnswer:"
     assert plain.is_plain
     assert tokenizer.decode(prefix.token_ids + rest.token_ids, skip_control=False) == "<bos>The text.\n\n\n" + text
-    assert [tokenizer.decode(rest.token_ids[a:b]).strip() for a, b in rest.spans] == ["Which\nisland?", "The\n\nfirst.", "Sure?"]
+    assert [tokenizer.decode(rest.token_ids[a:b]).strip() for a, b in rest.spans] == [
+        "Which\nisland?",
+        "The\n\nfirst.",
+        "Sure?",
+    ]
     assert tokenizer.decode(plain.default_head(), skip_control=False) == "<bos>"
     assert tokenizer.decode([plain.end_of_turn_id]) == "\n"
     assert plain.stop_ids >= {plain.end_of_turn_id, tokenizer.eos_id}

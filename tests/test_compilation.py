@@ -1,4 +1,5 @@
 """The cache of compiled programs: a second start reads them, and nothing in it can stop a start."""
+
 from __future__ import annotations
 
 import os
@@ -34,10 +35,17 @@ run_program(main)
 def start(tmp_path, **environment):
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, "--config=experiments/quickstart.py"], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        [sys.executable, "-c", PROGRAM, "--config=experiments/quickstart.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
         env={
-            **inherited, "PYTHONPATH": str(ROOT), "CARTRIDGES_JAX_CACHE": str(tmp_path),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **environment,
+            **inherited,
+            "PYTHONPATH": str(ROOT),
+            "CARTRIDGES_JAX_CACHE": str(tmp_path),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            **environment,
         },
     )
     assert done.returncode == 0, done.stderr
@@ -61,7 +69,9 @@ def test_the_users_directory_counts_and_an_empty_one_is_none(tmp_path):
     assert not (tmp_path / "xla").exists()
 
 
-@pytest.mark.parametrize(("change", "same"), [("cpu MHz\t: 2000", True), ("flags\t: sse avx avx512f", False), ("model\t: 85", False)])
+@pytest.mark.parametrize(
+    ("change", "same"), [("cpu MHz\t: 2000", True), ("flags\t: sse avx avx512f", False), ("model\t: 85", False)]
+)
 def test_processors_of_unlike_instructions_share_nothing(tmp_path, change, same):
     cpuinfo = tmp_path / "cpuinfo"
     lines = ["model\t: 79", "cpu MHz\t: 1000", "flags\t: sse avx"]

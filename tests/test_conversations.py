@@ -1,4 +1,5 @@
 """Conversation shards: what is written comes back, and damage is named."""
+
 from __future__ import annotations
 
 import os
@@ -8,7 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cartridges_jax.data.conversations import Conversation, Message, StoredTopLogprobs, TopLogprobs, read_shard, write_shard
+from cartridges_jax.data.conversations import (
+    Conversation,
+    Message,
+    StoredTopLogprobs,
+    TopLogprobs,
+    read_shard,
+    write_shard,
+)
 from cartridges_jax.errors import PassingFailure, UserError
 
 
@@ -42,7 +50,11 @@ def entries(top: TopLogprobs | StoredTopLogprobs) -> TopLogprobs:
 
 
 def assert_same(found: Conversation, expected: Conversation):
-    assert (found.metadata, found.system_prompt, found.type) == (expected.metadata, expected.system_prompt, expected.type)
+    assert (found.metadata, found.system_prompt, found.type) == (
+        expected.metadata,
+        expected.system_prompt,
+        expected.type,
+    )
     assert len(found.messages) == len(expected.messages)
     for one, other in zip(found.messages, expected.messages):
         assert (one.role, one.content, one.token_ids) == (other.role, other.content, other.token_ids)
@@ -258,7 +270,12 @@ def test_rows_without_any_metadata_column_content_load(tmp_path, rng):
     table = pa.table(
         {
             "messages": pa.array(
-                [[{"role": "user", "content": "a", "token_ids": [1]}, {"role": "assistant", "content": "b", "token_ids": [2]}]]
+                [
+                    [
+                        {"role": "user", "content": "a", "token_ids": [1]},
+                        {"role": "assistant", "content": "b", "token_ids": [2]},
+                    ]
+                ]
             ),
             "system_prompt": pa.array([None], pa.string()),
             "metadata": pa.array([None], pa.struct([("id", pa.string())])),

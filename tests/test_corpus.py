@@ -73,7 +73,10 @@ def test_a_missing_file_and_a_directory_are_refused(tmp_path):
 
 
 def test_questions_are_read_with_distinct_answers_and_blank_lines_skipped(tmp_path):
-    path = write(tmp_path / "q.jsonl", '{"question": "Who? ", "answers": ["A", "B", "A"], "evidence": "A."}\n\n{"question": "When?", "answers": ["now"]}\n')
+    path = write(
+        tmp_path / "q.jsonl",
+        '{"question": "Who? ", "answers": ["A", "B", "A"], "evidence": "A."}\n\n{"question": "When?", "answers": ["now"]}\n',
+    )
     assert read_questions(path) == [Question("Who?", ("A", "B"), "A."), Question("When?", ("now",))]
 
 
@@ -111,7 +114,11 @@ def squad_file(tmp_path: Path) -> Path:
     first, second = "Rollo came first. He was a duke.", "Later came William. William was a king."
 
     def item(question, context, *answers, **more):
-        return {"question": question, "answers": [{"text": a, "answer_start": context.index(a)} for a in answers], **more}
+        return {
+            "question": question,
+            "answers": [{"text": a, "answer_start": context.index(a)} for a in answers],
+            **more,
+        }
 
     paragraphs = [
         {"context": first, "qas": [item("Who came first?", first, "Rollo", "Rollo"), item("What was he?", first, "a duke", "duke")]},
@@ -125,7 +132,9 @@ def squad_file(tmp_path: Path) -> Path:
 
 
 def test_a_squad_article_is_cut_at_a_sentence_end_and_keeps_the_questions_it_answers(tmp_path):
-    document, questions = read_squad_article(squad_file(tmp_path), "dukes of n", max_tokens=12, tokenizer=WordTokenizer())
+    document, questions = read_squad_article(
+        squad_file(tmp_path), "dukes of n", max_tokens=12, tokenizer=WordTokenizer()
+    )
     assert document == Document("Dukes of N", "Rollo came first. He was a duke.\n\nLater came William.")
     assert questions == [
         Question("Who came first?", ("Rollo",), "Rollo came first."),
@@ -135,7 +144,9 @@ def test_a_squad_article_is_cut_at_a_sentence_end_and_keeps_the_questions_it_ans
 
 
 def test_a_squad_article_within_the_budget_is_kept_whole_without_unanswerable_questions(tmp_path):
-    document, questions = read_squad_article(squad_file(tmp_path), "Dukes_of_N", max_tokens=14, tokenizer=WordTokenizer())
+    document, questions = read_squad_article(
+        squad_file(tmp_path), "Dukes_of_N", max_tokens=14, tokenizer=WordTokenizer()
+    )
     assert document.text.endswith("William was a king.")
     assert [question.answers for question in questions] == [("Rollo",), ("a duke", "duke"), ("William",), ("a king",)]
 
@@ -202,11 +213,21 @@ def test_prose_is_split_at_sentence_ends_only(sentences):
 
 
 def test_sentences_of_scripts_without_spaces_are_split_at_their_full_stops():
-    assert texts("今日は晴れです。明日は雨？「はい。」そう言った。") == ["今日は晴れです。", "明日は雨？", "「はい。」", "そう言った。"]
+    assert texts("今日は晴れです。明日は雨？「はい。」そう言った。") == [
+        "今日は晴れです。",
+        "明日は雨？",
+        "「はい。」",
+        "そう言った。",
+    ]
 
 
 def test_a_sentence_runs_over_hard_line_breaks_but_not_over_blank_lines():
-    assert texts("It came in\n1998. It\nleft\n\nNo full stop here\n\nEnd") == ["It came in\n1998.", "It\nleft", "No full stop here", "End"]
+    assert texts("It came in\n1998. It\nleft\n\nNo full stop here\n\nEnd") == [
+        "It came in\n1998.",
+        "It\nleft",
+        "No full stop here",
+        "End",
+    ]
 
 
 def test_list_items_table_rows_and_code_lines_are_units_of_their_own():
@@ -232,11 +253,35 @@ def test_headings_are_sentences_of_their_own_and_name_what_stands_under_them():
 
 
 def test_a_line_of_markup_alone_has_no_words():
-    assert [sentence.has_words for sentence in split_sentences("A.\n\n---\n\n| x |\n|---|")] == [True, False, True, False]
+    assert [sentence.has_words for sentence in split_sentences("A.\n\n---\n\n| x |\n|---|")] == [
+        True,
+        False,
+        True,
+        False,
+    ]
 
 
 def test_every_visible_character_is_in_exactly_one_sentence():
-    pieces = ["# H", "a. B", "- x", "1. y", "| t |", "---", "===", "", " ", "```", "c", "„Ja.“ Nein!", "晴れ。雨", "\u2028", "e.g. X", "...", "Mr. A", "\t"]
+    pieces = [
+        "# H",
+        "a. B",
+        "- x",
+        "1. y",
+        "| t |",
+        "---",
+        "===",
+        "",
+        " ",
+        "```",
+        "c",
+        "„Ja.“ Nein!",
+        "晴れ。雨",
+        "\u2028",
+        "e.g. X",
+        "...",
+        "Mr. A",
+        "\t",
+    ]
     random = np.random.default_rng(0)
     for _ in range(300):
         text = "\n".join(random.choice(pieces, size=random.integers(1, 12)))

@@ -1,6 +1,5 @@
 """Training questions that resemble evaluation questions are found, others are not."""
 
-
 import numpy as np
 import pytest
 
@@ -51,7 +50,12 @@ def test_the_threshold_decides_what_counts_as_near():
 
 
 def test_contaminated_questions_are_split_off_by_index():
-    questions = ["Who keeps the keys?", "who keeps lost property", "How many beds are there?", "How many beds are there??"]
+    questions = [
+        "Who keeps the keys?",
+        "who keeps lost property",
+        "How many beds are there?",
+        "How many beds are there??",
+    ]
     assert split_contaminated(questions, [ASKED, "How many beds are there?"]) == ([0], [1, 2, 3])
     assert split_contaminated(questions, []) == ([0, 1, 2, 3], [])
     assert split_contaminated([], questions) == ([], [])

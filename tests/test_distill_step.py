@@ -3,6 +3,7 @@
 The torch side runs every conversation by itself, unpacked, in float64, behind leaf tensors in
 `past_key_values`, with a loss of its own; ours runs packed rows in micro-batches.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -58,9 +59,7 @@ def examples(tiny_pair, rng):
 
 def packed(examples, micro_batches):
     """All examples in one step of four rows, two and more to a row."""
-    plan = plan_packing(
-        examples, num_steps=1, rows_per_step=4, row_tokens=80, micro_batches=micro_batches, seed=0
-    )
+    plan = plan_packing(examples, num_steps=1, rows_per_step=4, row_tokens=80, micro_batches=micro_batches, seed=0)
     members = [index for row in plan.steps[0] for index in row]
     batch = plan.batch(0)
     assert all(len(row) >= 2 for row in plan.steps[0])
@@ -159,7 +158,9 @@ def test_padding_targets_and_padding_tokens_count_for_nothing(tiny_pair, rng, ex
     unused = batch.weight == 0
     assert unused.any() and (batch.segment_ids == 0).any()
     other = batch._replace(
-        tokens=jnp.where(batch.segment_ids == 0, random_tokens(rng, tiny_pair.model.config, *batch.tokens.shape), batch.tokens),
+        tokens=jnp.where(
+            batch.segment_ids == 0, random_tokens(rng, tiny_pair.model.config, *batch.tokens.shape), batch.tokens
+        ),
         rows=jnp.where(unused, rng.integers(0, 4 * 80, unused.shape), batch.rows),
         ids=jnp.where(unused[..., None], 7, batch.ids),
     )

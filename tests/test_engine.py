@@ -1,11 +1,11 @@
 """The engine against one full forward pass per request, whatever else it does at the same time."""
+
 from __future__ import annotations
 
 import dataclasses
 import gc
 import weakref
 
-import jax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,7 +44,9 @@ def assert_ended_rightly(request, token_ids, stop_reason):
     if stop_reason == "stop":
         assert token_ids[-1] in request.stop_ids
     else:
-        assert stop_reason == "length" and len(token_ids) == request.max_tokens and token_ids[-1] not in request.stop_ids
+        assert (
+            stop_reason == "length" and len(token_ids) == request.max_tokens and token_ids[-1] not in request.stop_ids
+        )
 
 
 def random_request(rng, config, prefix=None, **fields):
@@ -84,9 +86,11 @@ def test_every_request_is_answered_as_if_it_were_alone_in_any_interleaving(tiny_
     engine = Engine(tiny_model, num_slots=8, lookahead=lookahead, steps_per_dispatch=4, tokens_per_read=64)
     # Two that are padded, one that is not, one whose positions run ahead of its slots.
     prefixes = [random_prefix(rng, config, size) for size in (5, 40, 64)]
-    prefixes.append(random_prefix(rng, config, 20).replace(
-        positions=jnp.asarray(np.sort(rng.choice(90, 20, replace=False)), jnp.int32), next_position=90
-    ))
+    prefixes.append(
+        random_prefix(rng, config, 20).replace(
+            positions=jnp.asarray(np.sort(rng.choice(90, 20, replace=False)), jnp.int32), next_position=90
+        )
+    )
     handles = [None, *(engine.add_prefix(prefix) for prefix in prefixes)]
     served, asked, cancelled = Served(engine), {}, set()
     while len(asked) < 200 or engine.busy:
@@ -133,7 +137,9 @@ def test_padding_a_prefix_changes_nothing_but_rounding(tiny_model, rng):
     prompt = random_tokens(rng, tiny_model.config, 9).tolist()
     np.testing.assert_allclose(
         sampling.logits(tiny_model, prompt, padded.replace(next_position=37)),
-        sampling.logits(tiny_model, prompt, prefix), rtol=0, atol=2e-5,
+        sampling.logits(tiny_model, prompt, prefix),
+        rtol=0,
+        atol=2e-5,
     )
 
 
@@ -228,8 +234,13 @@ def test_new_prefixes_prompts_and_settings_of_like_size_compile_nothing(tiny_mod
             prompts = [random_tokens(rng, config, int(rng.integers(1, 17))).tolist() for _ in range(4)]
             requests = [
                 Request(
-                    prompt, 8, handle, sampling=Sampling(float(rng.uniform(0.5, 2))), seed=int(rng.integers(99)),
-                    stop_ids=[288 + int(rng.integers(9))], top_logprobs=int(rng.integers(1, 6)),
+                    prompt,
+                    8,
+                    handle,
+                    sampling=Sampling(float(rng.uniform(0.5, 2))),
+                    seed=int(rng.integers(99)),
+                    stop_ids=[288 + int(rng.integers(9))],
+                    top_logprobs=int(rng.integers(1, 6)),
                 )
                 for prompt in prompts
             ]

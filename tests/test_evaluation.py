@@ -1,4 +1,5 @@
 """The measures, against float64 on full logits, and what they must be by definition. The model is a tiny one."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -48,7 +49,12 @@ def heldout(tiny_model):
     made = []
     for number, text in enumerate(("Tell me of shed 1.", "And what of shed 2?", "Paint, where?")):
         (answer,) = sampling.generate_tokens(
-            tiny_model, [prompt_of(tiny_model, text)], whole, max_tokens=9, seed=number, top_logprobs=3,
+            tiny_model,
+            [prompt_of(tiny_model, text)],
+            whole,
+            max_tokens=9,
+            seed=number,
+            top_logprobs=3,
             sampling=sampling.Sampling(1.0),
         )
         top = TopLogprobs.from_dense(answer.top_ids, answer.top_logprobs)
@@ -110,7 +116,9 @@ def test_the_kl_of_every_token_is_that_of_full_logits_in_float64(tiny_model, rng
 def test_many_items_are_scored_as_each_is_alone(tiny_model, rng):
     """More than a batch, of lengths that are sorted inside."""
     items = [
-        Scored(random_tokens(rng, tiny_model.config, int(m)).tolist(), random_tokens(rng, tiny_model.config, 3).tolist())
+        Scored(
+            random_tokens(rng, tiny_model.config, int(m)).tolist(), random_tokens(rng, tiny_model.config, 3).tolist()
+        )
         for m in rng.integers(1, 40, 21)
     ]
     together = answer_hidden(tiny_model, None, items)
@@ -169,12 +177,12 @@ def test_the_divergence_is_measured_on_the_judges_greedy_answers_and_on_held_out
 
 
 def test_the_reference_answers_likelihood_is_a_mean_over_their_tokens(tiny_model, fronts, measured):
-    items = [
-        Scored(prompt_of(tiny_model, q.question), tiny_model.tokenizer.encode(q.answers[0])) for q in QUESTIONS
-    ]
+    items = [Scored(prompt_of(tiny_model, q.question), tiny_model.tokenizer.encode(q.answers[0])) for q in QUESTIONS]
     for name in ("icl", "none"):
         expected = [
-            -answer_logprobs(tiny_model, prefix_of(fronts, name), item)[np.arange(len(item.answer_ids)), item.answer_ids]
+            -answer_logprobs(tiny_model, prefix_of(fronts, name), item)[
+                np.arange(len(item.answer_ids)), item.answer_ids
+            ]
             for item in items
         ]
         assert measured.conditions[name]["answer_nll"] == pytest.approx(np.concatenate(expected).mean(), rel=1e-3)

@@ -1,4 +1,5 @@
 """Every family against transformers: a random model saved to disk, logits of every position to 1e-4."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -14,7 +15,7 @@ from tiny import random_prefix, random_tokens, run, twin_run
 from cartridges_jax.data.packing import TrainBatch
 from cartridges_jax.distill.step import batch_loss
 from cartridges_jax.models import empty_cache
-from cartridges_jax.models.apart import layers_apart
+from cartridges_jax.models.unstacked import unstack_layers
 
 torch.set_num_threads(1)
 
@@ -78,18 +79,18 @@ def test_packed_segments_behind_a_prefix_have_the_logits_each_has_alone(pair, rn
     close(found[0, 17:], twin_run(twin, segments[1], keys=prefix.keys, values=prefix.values))
 
 
-@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("unstacked", [False, True])
 @pytest.mark.parametrize("with_prefix", [False, True])
-def test_prefill_then_decode_gives_the_logits_of_one_forward(pair, rng, with_prefix, apart):
+def test_prefill_then_decode_gives_the_logits_of_one_forward(pair, rng, with_prefix, unstacked):
     """Also with the layers of parameters, prefix and cache in arrays of their own."""
     model, twin = pair
     prefix = front = random_prefix(rng, model.config, 6) if with_prefix else None
     tokens = random_tokens(rng, model.config, 1, 20)
-    if apart:
-        model = dataclasses.replace(model, params=layers_apart(model.params, model.config))
+    if unstacked:
+        model = dataclasses.replace(model, params=unstack_layers(model.params, model.config))
         if with_prefix:
             front = prefix.replace(keys=tuple(prefix.keys), values=tuple(prefix.values))
-    empty = empty_cache(model.config, 1, 24, jnp.float32, apart=apart)
+    empty = empty_cache(model.config, 1, 24, jnp.float32, unstacked=unstacked)
     found, cache, _ = run(model, tokens[:, :14], prefix=front, cache=empty)
     parts = [found]
     for at in range(14, 20):

@@ -1,4 +1,5 @@
 """config.json files as their publishers wrote them, and those that must be refused by name."""
+
 from __future__ import annotations
 
 import pytest
@@ -179,7 +180,10 @@ def test_the_shortest_period_may_be_cut_at_the_end():
         ({"architectures": None}, "architecture None"),
         (LLAMA31_8B | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'"),
         (LLAMA31_8B | {"rope_scaling": {**LLAMA31_8B["rope_scaling"], "beta_fast": 32}}, "beta_fast"),
-        (LLAMA31_8B | {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        (
+            LLAMA31_8B | {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor=0.5",
+        ),
         (LLAMA31_8B | {"mlp_bias": True}, "mlp_bias=True"),
         (LLAMA31_8B | {"hidden_act": "relu"}, "hidden_act='relu'"),
         (LLAMA31_8B | {"residual_multiplier": 0.22}, "residual_multiplier=0.22"),

@@ -1,4 +1,5 @@
 """GGUF files, on small ones that the tests write."""
+
 from __future__ import annotations
 
 import hashlib

@@ -1,4 +1,5 @@
 """What a compiled program sends, as it is read from HLO: hand-written programs, and one of this machine's compiler."""
+
 from __future__ import annotations
 
 import itertools
@@ -10,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from cartridges_jax.ahead.hardware import H100, V5E, V5P
-from cartridges_jax.ahead.hlo import collectives
-from cartridges_jax.ahead.network import Links, network_seconds
+from cartridges_jax.aot.hardware import H100, V5E, V5P
+from cartridges_jax.aot.hlo import collectives
+from cartridges_jax.aot.network import Links, network_seconds
 
 ADD = """\
 %add (a: f32[], b: f32[]) -> f32[] {
@@ -24,7 +25,14 @@ ADD = """\
 
 
 def program(entry: str, *computations: str, devices: int = 8) -> str:
-    return "\n".join([f"HloModule step, num_partitions={devices}", "", *computations, f"ENTRY %main (x: f32[8]) -> f32[8] {{\n{entry}\n}}"])
+    return "\n".join(
+        [
+            f"HloModule step, num_partitions={devices}",
+            "",
+            *computations,
+            f"ENTRY %main (x: f32[8]) -> f32[8] {{\n{entry}\n}}",
+        ]
+    )
 
 
 def only(text, **options):
@@ -36,14 +44,34 @@ def only(text, **options):
     ("instruction", "kind", "sent"),
     [
         # Of N bytes among g devices a ring sends N (g - 1) / g to gather or to scatter, and both to reduce everywhere.
-        ("f32[8,16]{1,0:T(8,128)} all-gather(%x), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}", "all-gather", 512 * 3 / 4),
+        (
+            "f32[8,16]{1,0:T(8,128)} all-gather(%x), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}",
+            "all-gather",
+            512 * 3 / 4,
+        ),
         ("bf16[64]{0} all-reduce(%x), replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add", "all-reduce", 128),
-        ("f32[16]{0} reduce-scatter(%x), replica_groups=[2,4]<=[8], dimensions={0}, to_apply=%add", "reduce-scatter", 64 * 3),
+        (
+            "f32[16]{0} reduce-scatter(%x), replica_groups=[2,4]<=[8], dimensions={0}, to_apply=%add",
+            "reduce-scatter",
+            64 * 3,
+        ),
         ("f32[16]{0} all-to-all(%x), replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}", "all-to-all", 64 * 7 / 8),
         ("s8[100]{0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}", "collective-permute", 100),
-        ("(f32[4]{0}, f32[16]{0}) all-gather-start(%x), replica_groups=[2,4]<=[8], dimensions={0}", "all-gather", 64 * 3 / 4),
-        ("(f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,1}}", "collective-permute", 16),
-        ("(f32[4]{0}, bf16[4]{0}) all-reduce(%x, %y), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add", "all-reduce", 2 * 24 * 7 / 8),
+        (
+            "(f32[4]{0}, f32[16]{0}) all-gather-start(%x), replica_groups=[2,4]<=[8], dimensions={0}",
+            "all-gather",
+            64 * 3 / 4,
+        ),
+        (
+            "(f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,1}}",
+            "collective-permute",
+            16,
+        ),
+        (
+            "(f32[4]{0}, bf16[4]{0}) all-reduce(%x, %y), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add",
+            "all-reduce",
+            2 * 24 * 7 / 8,
+        ),
     ],
 )
 def test_a_ring_sends_what_the_operation_needs(instruction, kind, sent):
@@ -58,7 +86,9 @@ def test_a_loop_inside_a_loop_multiplies():
         "%outer (p: (s32[], f32[4])) -> (s32[], f32[4]) {\n  %h = f32[8]{0} all-gather(%p), replica_groups={}, dimensions={0}\n"
         "  %w = (s32[], f32[4]) while(%p), condition=%less, body=%inner\n}\n"
     )
-    entry = '  %w = (s32[], f32[4]) while(%x), condition=%less, body=%outer, backend_config={"known_trip_count":{"n":"5"}}'
+    entry = (
+        '  %w = (s32[], f32[4]) while(%x), condition=%less, body=%outer, backend_config={"known_trip_count":{"n":"5"}}'
+    )
     found = {one.kind: one for one in collectives(program(entry, ADD, inner, count, outer))}
     assert (found["all-gather"].times, found["all-gather"].depth) == (5, 1)
     assert (found["all-reduce"].times, found["all-reduce"].depth) == (15, 2)
@@ -75,7 +105,9 @@ def test_a_loop_that_says_nothing_runs_as_often_as_the_caller_says():
 
 def test_groups_are_read_in_every_notation():
     def groups(written):
-        return only(program(f"  ROOT %out = f32[4]{{0}} all-reduce(%x), replica_groups={written}, to_apply=%add", ADD)).groups
+        return only(
+            program(f"  ROOT %out = f32[4]{{0}} all-reduce(%x), replica_groups={written}, to_apply=%add", ADD)
+        ).groups
 
     assert groups("{{0,2},{1,3}}") == ((0, 2), (1, 3))
     assert groups("[2,4]<=[8]") == ((0, 1, 2, 3), (4, 5, 6, 7))
@@ -97,7 +129,9 @@ def test_what_a_tpu_makes_of_a_reduce_scatter_is_one():
 def seconds(groups, chip, *shape):
     """Of a sum of 1 GB on every device, the devices in the order of their places."""
     text = program(
-        f"  ROOT %o = f32[250000000]{{0}} all-reduce(%x), replica_groups={groups}, to_apply=%add", ADD, devices=math.prod(shape)
+        f"  ROOT %o = f32[250000000]{{0}} all-reduce(%x), replica_groups={groups}, to_apply=%add",
+        ADD,
+        devices=math.prod(shape),
     )
     places = list(itertools.product(*map(range, shape)))
     return network_seconds(collectives(text), Links(chip, shape, places))
@@ -129,7 +163,13 @@ def test_between_nodes_a_group_has_the_network_cards_of_its_members():
     ],
 )
 def test_a_group_has_the_links_of_its_worst_connected_chip(groups, chip, shape, links):
-    (found,) = collectives(program(f"  ROOT %o = f32[250000000]{{0}} all-reduce(%x), replica_groups={groups}, to_apply=%add", ADD, devices=math.prod(shape)))
+    (found,) = collectives(
+        program(
+            f"  ROOT %o = f32[250000000]{{0}} all-reduce(%x), replica_groups={groups}, to_apply=%add",
+            ADD,
+            devices=math.prod(shape),
+        )
+    )
     one_link = {"v5e": 50e9, "v5p": 100e9}[chip.name]
     assert seconds(groups, chip, *shape) == pytest.approx(found.sent / (links * one_link))
 
@@ -138,7 +178,7 @@ def test_a_scan_that_was_compiled_here_is_counted_by_its_length():
     code = """
 import jax, jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from cartridges_jax.ahead.hlo import collectives
+from cartridges_jax.aot.hlo import collectives
 mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 rows, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
 def f(w, x):
@@ -146,7 +186,12 @@ def f(w, x):
 text = jax.jit(f).lower(jax.ShapeDtypeStruct((32, 16), jnp.float32, sharding=whole), jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=rows)).compile().as_text()
 print([(c.kind, c.times, c.depth, c.sent, len(c.groups[0])) for c in collectives(text)])
 """
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {
+        **os.environ,
+        "JAX_NUM_CPU_DEVICES": "8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str([("all-reduce", 7, 1, 2 * 32 * 16 * 4 * 7 / 8, 8)])

@@ -1,4 +1,5 @@
 """Models by hub id, from a small server on this machine that answers as the Hugging Face hub does."""
+
 from __future__ import annotations
 
 import hashlib
@@ -74,9 +75,7 @@ class _Hub(http.server.BaseHTTPRequestHandler):
 
 def point_at(monkeypatch, endpoint: str) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    )
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
 
 
 @pytest.fixture

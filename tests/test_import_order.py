@@ -1,4 +1,5 @@
 """A part of the package imports only parts below it (the architecture section of the README)."""
+
 from __future__ import annotations
 
 import ast
@@ -11,7 +12,7 @@ PACKAGE = Path(cartridges_jax.__file__).parent
 ORDER = [
     {"__init__", "__main__", "api"},
     {"pipeline"},
-    {"benchmarks", "ahead"},
+    {"benchmarks", "aot"},
     {"serving"},
     {"evaluation"},
     {"selfstudy"},

@@ -1,6 +1,6 @@
 """Where a cartridge starts from: the first p tokens, against transformers' cache."""
-from __future__ import annotations
 
+from __future__ import annotations
 
 import numpy as np
 import pytest

@@ -1,4 +1,5 @@
 """Several processes of one job, on this machine: how they find each other, agree, and end together."""
+
 from __future__ import annotations
 
 import os
@@ -175,9 +176,14 @@ def test_a_signal_to_one_stops_all_after_the_same_step():
     assert 20 <= int(found[1]) < 10_000
 
 
-@pytest.mark.parametrize(("scene", "code", "why"), [
-    ("error", 2, "there is no such thing"), ("crash", 1, "division by zero"), ("interrupted", 143, "stopped by SIGTERM"),
-])
+@pytest.mark.parametrize(
+    ("scene", "code", "why"),
+    [
+        ("error", 2, "there is no such thing"),
+        ("crash", 1, "division by zero"),
+        ("interrupted", 143, "stopped by SIGTERM"),
+    ],
+)
 @pytest.mark.parametrize("who", [0, 1])
 def test_an_error_in_one_ends_the_others_with_its_reason(scene, code, why, who):
     done = together(SCENES, f"--scene={scene}", f"--who={who}")
@@ -212,7 +218,10 @@ def test_a_process_that_stalls_is_named_and_ends_the_job():
     done = together(SCENES, "--scene=stall", "--stall_seconds=6", grace_seconds=600)
     assert done.returncode == 75
     for process in range(2):
-        assert re.fullmatch(r"error: no process has got on for 6 s; process 1 on \S+ got least far .*--stall_seconds\)", complaint(done, process))
+        assert re.fullmatch(
+            r"error: no process has got on for 6 s; process 1 on \S+ got least far .*--stall_seconds\)",
+            complaint(done, process),
+        )
 
 
 # The launcher

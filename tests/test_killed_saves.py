@@ -1,4 +1,5 @@
 """A save that ends in the middle leaves what was there before, whole."""
+
 import os
 import pathlib
 import shutil
@@ -66,9 +67,7 @@ def test_a_process_killed_while_saving_leaves_a_whole_cartridge_and_checkpoint(t
 
 
 @pytest.mark.parametrize("rename", [1, 2])
-def test_a_crash_at_either_rename_leaves_a_cartridge_that_loads_and_can_be_replaced(
-    tmp_path, rng, monkeypatch, rename
-):
+def test_a_crash_at_either_rename_leaves_a_cartridge_that_loads_and_can_be_replaced(tmp_path, rng, monkeypatch, rename):
     first, second = random_prefix(rng), random_prefix(rng)
     save(tmp_path / "c", first)
     calls, real = [], os.rename

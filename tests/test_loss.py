@@ -1,6 +1,6 @@
 """The distillation loss against KL in float64."""
-from __future__ import annotations
 
+from __future__ import annotations
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,5 @@
 """Whole runs of several processes: launch/train.py under launch/local_multiprocess.py, with a tiny model."""
+
 from __future__ import annotations
 
 import json
@@ -124,7 +125,9 @@ def test_sigterm_to_one_stops_all_and_other_meshes_and_hosts_go_on_to_the_same_e
 
 def test_a_run_of_two_processes_speaks_once_and_is_kept_by_one(values, tmp_path, cache):
     run = tmp_path / "run"
-    done = finish(by_several(values | {"train.steps": 6}, run, "data:4", processes=2, devices=2), cache=cache, timeout=300)
+    done = finish(
+        by_several(values | {"train.steps": 6}, run, "data:4", processes=2, devices=2), cache=cache, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "[0] 2 processes" in done.stdout
     # But for what gloo tells of its connections, whose ends of lines may come late.

@@ -1,4 +1,5 @@
 """The decoder against transformers' Llama: the same weights, float32 logits to 1e-4."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -75,9 +76,7 @@ def test_logits_behind_a_prefix_equal_past_key_values(tiny_pair, rng, next_posit
     tokens = random_tokens(rng, tiny_pair.model.config, 2, 25)
     found, _, _ = run(tiny_pair.model, tokens, prefix=prefix)
     for row in range(2):
-        expected = twin_run(
-            tiny_pair.twin, tokens[row], keys=prefix.keys, values=prefix.values, start=next_position
-        )
+        expected = twin_run(tiny_pair.twin, tokens[row], keys=prefix.keys, values=prefix.values, start=next_position)
         close(found[row], expected)
 
 
@@ -193,7 +192,11 @@ def test_rematerialisation_changes_no_gradient(tiny_pair, rng):
     def gradient(remat):
         def total(keys, values):
             hidden, _, _ = Decoder(model.config, remat=remat).apply(
-                {"params": model.params}, tokens, positions, segment_ids, prefix=prefix.replace(keys=keys, values=values)
+                {"params": model.params},
+                tokens,
+                positions,
+                segment_ids,
+                prefix=prefix.replace(keys=keys, values=values),
             )
             return jnp.sum(jax.nn.log_softmax(lm_logits(model.params, model.config, hidden)) * weight)
 
@@ -248,7 +251,11 @@ def test_every_config_field_moves_the_logits_as_in_transformers(tiny_pair, tmp_p
 
 @pytest.mark.parametrize(
     "overrides",
-    [{"period": tiny_config(rope_base=5000.0).period}, {"norm_eps": 0.1}, {"num_heads": 2, "num_kv_heads": 1, "head_dim": 32}],
+    [
+        {"period": tiny_config(rope_base=5000.0).period},
+        {"norm_eps": 0.1},
+        {"num_heads": 2, "num_kv_heads": 1, "head_dim": 32},
+    ],
 )
 def test_with_the_same_weights_a_constant_alone_moves_the_logits_as_in_transformers(tiny_pair, rng, overrides):
     """The weights' shapes stay, so nothing but the constant can be the reason."""

@@ -1,4 +1,5 @@
 """The notebooks in shrunk form: every cell but those that install or need a TPU, with smaller sizes."""
+
 from __future__ import annotations
 
 import copy
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from ahead_drafts import needs_libtpu, toy_flags
+from aot_workloads import needs_libtpu, toy_flags
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
@@ -81,7 +82,10 @@ def test_the_quickstart_notebook_trains_looks_and_asks(tmp_path):
     }  # fmt: skip
     flags = " ".join(f"--config.{name}={value}" for name, value in settings.items())
     train, look, report, ask = run(
-        ROOT / "experiments" / "colab" / "quickstart.ipynb", tmp_path, ("install",), {'SETTINGS = ""': f'SETTINGS = "{flags}"'}
+        ROOT / "experiments" / "colab" / "quickstart.ipynb",
+        tmp_path,
+        ("install",),
+        {'SETTINGS = ""': f'SETTINGS = "{flags}"'},
     )
     assert (tmp_path / "runs" / "quickstart" / "report.json").is_file(), printed(train)
     assert "cartridge" in printed(look) and "KL" in printed(look)
@@ -95,7 +99,9 @@ def test_the_tpu_notebook_compiles_ahead(tmp_path):
     flags = " ".join(toy_flags(tmp_path / "toy", "v5e:2x2", "data:2,tensor:2"))
     config = 'CONFIG = "experiments/pods/llama31_8b_v5e16.py"'
     (fit,) = run(
-        ROOT / "experiments" / "colab" / "train_on_tpu.ipynb", tmp_path, ("install", "slow", "needs-tpu"),
+        ROOT / "experiments" / "colab" / "train_on_tpu.ipynb",
+        tmp_path,
+        ("install", "slow", "needs-tpu"),
         {config: f'{config[:-1]} {flags}"'},
     )
     lines = [json.loads(line) for line in printed(fit).splitlines() if line.startswith("{")]

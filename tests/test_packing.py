@@ -1,4 +1,5 @@
 """Conversations to batches: nothing lost, nothing doubled, targets where they belong."""
+
 from __future__ import annotations
 
 import itertools
@@ -62,7 +63,9 @@ def test_one_step_that_holds_all_examples_holds_each_once_in_the_first_epoch(rng
 
 def test_an_epoch_is_shuffled_anew(rng):
     examples = random_examples(rng, 30, longest=3)
-    order = [index for step in plan(examples, steps=30, rows=1, row_tokens=3, micro=1).steps for row in step for index in row]
+    order = [
+        index for step in plan(examples, steps=30, rows=1, row_tokens=3, micro=1).steps for row in step for index in row
+    ]
     again = plan(examples, steps=60, rows=1, row_tokens=3, micro=1).steps
     second = [row[0] for step in again[30:] for row in step]
     assert sorted(order) == sorted(second) == list(range(30))
@@ -107,9 +110,7 @@ def test_a_target_points_to_the_token_before_the_predicted_one(rng):
 
 def test_logprobs_stay_with_their_target(rng):
     examples = random_examples(rng, 30)
-    expected = {
-        int(ids[0]): logprobs for example in examples for ids, logprobs in zip(example.ids, example.logprobs)
-    }
+    expected = {int(ids[0]): logprobs for example in examples for ids, logprobs in zip(example.ids, example.logprobs)}
     batch = plan(examples).batch(3)
     for a in range(2):
         for ids, logprobs in zip(batch.ids[a][batch.weight[a] > 0], batch.logprobs[a][batch.weight[a] > 0]):
@@ -246,7 +247,10 @@ def assert_targets_predict_the_first_stored_id(example):
 
 
 def test_a_conversation_is_rendered_as_the_template_continues_a_prefix(tiny_model):
-    user, assistant = message(tiny_model, "user", "the cat?", top=False), message(tiny_model, "assistant", " and the hat.")
+    user, assistant = (
+        message(tiny_model, "user", "the cat?", top=False),
+        message(tiny_model, "assistant", " and the hat."),
+    )
     example = render_example(Conversation([user, assistant], {}), tiny_model.chat)
     whole = tiny_model.chat.render_continuation(
         [{"role": "user", "content": user.content}, {"role": "assistant", "content": assistant.content}],
@@ -262,7 +266,10 @@ def test_a_conversation_is_rendered_as_the_template_continues_a_prefix(tiny_mode
 
 
 def test_a_conversation_of_two_rounds_is_rendered_as_the_template_does(tiny_model):
-    turns = [message(tiny_model, *turn) for turn in (("user", "the cat?"), ("assistant", "one."), ("user", "and?"), ("assistant", "two."))]
+    turns = [
+        message(tiny_model, *turn)
+        for turn in (("user", "the cat?"), ("assistant", "one."), ("user", "and?"), ("assistant", "two."))
+    ]
     example = render_example(Conversation(turns, {}), tiny_model.chat)
     whole = tiny_model.chat.render_continuation(
         [{"role": turn.role, "content": turn.content} for turn in turns], add_generation_prompt=False
@@ -273,7 +280,10 @@ def test_a_conversation_of_two_rounds_is_rendered_as_the_template_does(tiny_mode
 
 @pytest.mark.parametrize("end", [True, False])
 def test_all_targets_take_the_users_tokens_too(tiny_model, end):
-    turns = [message(tiny_model, "user", "where is the cat of the hat", end=end), message(tiny_model, "assistant", "in the hat", end=end)]
+    turns = [
+        message(tiny_model, "user", "where is the cat of the hat", end=end),
+        message(tiny_model, "assistant", "in the hat", end=end),
+    ]
     conversation = Conversation(turns, {})
     example = render_example(conversation, tiny_model.chat, targets="all")
     assert len(example.rows) == sum(len(turn.token_ids) for turn in turns)

@@ -1,4 +1,5 @@
 """The mesh from its line, and the table from logical axes to mesh axes."""
+
 from __future__ import annotations
 
 import re
@@ -136,7 +137,9 @@ def test_heads_that_tensor_does_not_divide_are_replicated_and_never_cut():
     specs = shardings(config, mesh)
     assert all(specs[name] == PartitionSpec() for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
     assert specs["gate_proj"] == PartitionSpec(None, None, "tensor")
-    assert undivided(config, mesh) == ["tensor:2 does not divide the model's 9 query and 3 key/value heads: every device has all of it"]
+    assert undivided(config, mesh) == [
+        "tensor:2 does not divide the model's 9 query and 3 key/value heads: every device has all of it"
+    ]
 
 
 def test_query_heads_stay_with_their_key_value_head():

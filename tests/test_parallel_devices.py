@@ -1,4 +1,5 @@
 """Eight devices, of one process or two, do the work of one: training, tokens, measures, whole runs. The models are tiny."""
+
 from __future__ import annotations
 
 import json
@@ -36,7 +37,9 @@ def assert_same_measures(found, expected):
         # Undefined ones, such as F1 without reference answers, are undefined in both.
         defined = {name: value for name, value in measures.items() if value is not None}
         assert defined and {name for name, value in found[condition].items() if value is not None} == set(defined)
-        assert {name: found[condition][name] for name in defined} == pytest.approx(defined, rel=1e-4, abs=1e-6), condition
+        assert {name: found[condition][name] for name in defined} == pytest.approx(defined, rel=1e-4, abs=1e-6), (
+            condition
+        )
 
 
 # Training
@@ -88,7 +91,9 @@ def compiled(tiny_gguf, tmp_path_factory):
 
 def gathered(program):
     """Sizes of the numbers, not indices, that are gathered."""
-    return [math.prod(shape) for operation, kind, shape in program["sent"] if operation == "all-gather" and kind[0] == "f"]
+    return [
+        math.prod(shape) for operation, kind, shape in program["sent"] if operation == "all-gather" and kind[0] == "f"
+    ]
 
 
 def test_without_fsdp_neither_weights_nor_activations_are_gathered(compiled):
@@ -212,5 +217,7 @@ def test_rows_that_the_mesh_does_not_divide_are_refused_at_once(tiny_gguf, tmp_p
     write_inputs(tmp_path)
     values = settings(tiny_gguf, tmp_path, train__rows_per_step=4)
     done = finish(command(values, tmp_path / "run", "--config.mesh=data:-1"))
-    assert done.returncode == 2 and done.stderr.startswith("error: the 4 rows of a micro-batch cannot be split into the 8 parts")
+    assert done.returncode == 2 and done.stderr.startswith(
+        "error: the 4 rows of a micro-batch cannot be split into the 8 parts"
+    )
     assert "loading" not in done.stdout

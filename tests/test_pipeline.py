@@ -1,4 +1,5 @@
 """A run as stages: what is kept, what runs again and why, and what a report holds. The model is a tiny one."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -23,7 +24,6 @@ from cartridges_jax.models.model import fastest_weights
 from cartridges_jax.pipeline import run as pipeline
 from cartridges_jax.pipeline.config import default_config, from_config_dict
 from cartridges_jax.pipeline.workdir import Workdir, read_json, write_json
-
 
 STAGES = ("study", "train", "evaluate")
 
@@ -152,7 +152,9 @@ def test_a_changed_seed_reruns_everything(talker_gguf, finished, copied):
 
 def test_changed_code_reruns_the_stages_that_depend_on_it(talker_gguf, finished, copied, monkeypatch):
     real = pipeline.code_hash
-    monkeypatch.setattr(pipeline, "code_hash", lambda *parts: real(*parts)[::-1] if "distill" in parts else real(*parts))
+    monkeypatch.setattr(
+        pipeline, "code_hash", lambda *parts: real(*parts)[::-1] if "distill" in parts else real(*parts)
+    )
     before = load_cartridge(copied / "cartridge")
     said, _ = again(talker_gguf, finished, copied)
     assert kept(said) == ["study"]
@@ -176,9 +178,11 @@ def test_going_back_to_an_earlier_setting_finds_its_stages(talker_gguf, finished
 def test_every_source_file_of_the_package_belongs_to_a_stage_or_cannot_change_its_outcome():
     """A new part that a stage uses must be added to its list, or stale results would be kept."""
     root = Path(cartridges_jax.__file__).parent
-    outside = {"__init__.py", "api.py", "errors.py", "typed_config.py"} | {
-        f"evaluation/{name}" for name in ("__init__.py", "report.py", "figures.py")
-    } | {f"parallel/{name}" for name in ("__init__.py", "job.py", "local.py", "start.py")}
+    outside = (
+        {"__init__.py", "api.py", "errors.py", "typed_config.py"}
+        | {f"evaluation/{name}" for name in ("__init__.py", "report.py", "figures.py")}
+        | {f"parallel/{name}" for name in ("__init__.py", "job.py", "local.py", "start.py")}
+    )
     for file in root.rglob("*.py"):
         name = file.relative_to(root).as_posix()
         if name in outside or name.startswith(("pipeline/", "serving/", "benchmarks/", "ahead/", "interop/")):

@@ -1,4 +1,5 @@
 """Products with matrices that are kept small, against float64."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,5 @@
 """The quickstart from end to end on the real model, with as little of everything as still learns something."""
+
 from __future__ import annotations
 
 import json
@@ -9,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-
 ROOT = Path(__file__).parents[1]
 CONDITIONS = ("none", "truncated", "icl", "cartridge")
 MEASURES = ("answer_nll", "teacher_kl", "heldout_kl", "own_nll", "f1", "exact_match", "prefix_tokens", "kv_bytes")
@@ -17,8 +17,12 @@ MEASURES = ("answer_nll", "teacher_kl", "heldout_kl", "own_nll", "f1", "exact_ma
 
 def program(name, *arguments):
     return subprocess.run(
-        [sys.executable, str(ROOT / "launch" / name), *arguments], cwd=ROOT, capture_output=True, text=True,
-        stdin=subprocess.DEVNULL, timeout=600,
+        [sys.executable, str(ROOT / "launch" / name), *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=600,
     )
 
 
@@ -33,7 +37,9 @@ def workdir(tmp_path_factory):
         "evaluation.max_answer_tokens": 16, "train.row_tokens": 96,
     }  # fmt: skip
     done = program(
-        "train.py", "--config=experiments/quickstart.py", f"--workdir={workdir}",
+        "train.py",
+        "--config=experiments/quickstart.py",
+        f"--workdir={workdir}",
         *(f"--config.{name}={value}" for name, value in settings.items()),
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,4 +1,5 @@
 """Gemma-3-270M, for those who accepted its terms: our logits against transformers' and llama.cpp's of the same file."""
+
 from __future__ import annotations
 
 import os
@@ -32,7 +33,9 @@ HF_NAMES = {
 @pytest.fixture(scope="session")
 def model():
     if not os.environ.get("CARTRIDGES_JAX_ACCEPT_GEMMA_TERMS"):
-        pytest.skip("set CARTRIDGES_JAX_ACCEPT_GEMMA_TERMS=1 to accept https://ai.google.dev/gemma/terms and test with Gemma")
+        pytest.skip(
+            "set CARTRIDGES_JAX_ACCEPT_GEMMA_TERMS=1 to accept https://ai.google.dev/gemma/terms and test with Gemma"
+        )
     try:
         return load_model(NAME)
     except UserError as error:
@@ -54,9 +57,18 @@ def twin(model):
     local, everywhere = config.period[0], config.period[-1]
     twin = transformers.Gemma3ForCausalLM(
         transformers.Gemma3TextConfig(
-            num_hidden_layers=18, hidden_size=640, intermediate_size=2048, num_attention_heads=4, num_key_value_heads=1,
-            head_dim=256, vocab_size=262_144, max_position_embeddings=32_768, sliding_window=512, rms_norm_eps=1e-6,
-            query_pre_attn_scalar=256, attn_implementation="eager",
+            num_hidden_layers=18,
+            hidden_size=640,
+            intermediate_size=2048,
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            head_dim=256,
+            vocab_size=262_144,
+            max_position_embeddings=32_768,
+            sliding_window=512,
+            rms_norm_eps=1e-6,
+            query_pre_attn_scalar=256,
+            attn_implementation="eager",
             rope_parameters={
                 "full_attention": {"rope_type": "default", "rope_theta": everywhere.rope.base},
                 "sliding_attention": {"rope_type": "default", "rope_theta": local.rope.base},
@@ -64,7 +76,8 @@ def twin(model):
         )
     )
     state = {
-        "model.embed_tokens.weight": params["embedding"], "lm_head.weight": params["embedding"],
+        "model.embed_tokens.weight": params["embedding"],
+        "lm_head.weight": params["embedding"],
         "model.norm.weight": params["final_norm"] - 1,
     }
     for layer in range(config.num_layers):
@@ -81,7 +94,13 @@ def twin(model):
 
 def test_the_config_is_the_published_one(model):
     config = model.config
-    assert (config.num_layers, config.d_model, config.num_heads, config.num_kv_heads, config.head_dim) == (18, 640, 4, 1, 256)
+    assert (config.num_layers, config.d_model, config.num_heads, config.num_kv_heads, config.head_dim) == (
+        18,
+        640,
+        4,
+        1,
+        256,
+    )
     assert [kind.window for kind in config.period] == [512] * 5 + [0]
     assert [kind.rope.base for kind in config.period] == [1e4] * 5 + [1e6]
 

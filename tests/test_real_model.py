@@ -2,6 +2,7 @@
 
 With `-n`, all tests here run in one process (see conftest.py), so that the model is loaded once.
 """
+
 from __future__ import annotations
 
 import json

@@ -75,16 +75,29 @@ def fake_report() -> dict:
         },
         "history": {
             "train": [
-                {"step": step, "loss": 0.36 + 0.9 * math.exp(-step / 30) + 0.09 * math.sin(step * 2.3) * math.cos(step * 0.7)}
+                {
+                    "step": step,
+                    "loss": 0.36 + 0.9 * math.exp(-step / 30) + 0.09 * math.sin(step * 2.3) * math.cos(step * 0.7),
+                }
                 for step in range(160)
             ],
             "heldout": [{"step": step, "loss": 0.42 + 0.78 * math.exp(-step / 34)} for step in range(0, 161, 20)],
         },
         "answers": [
-            {"question": question, "references": references, "none": none, "truncated": truncated, "cartridge": cartridge, "icl": icl}
+            {
+                "question": question,
+                "references": references,
+                "none": none,
+                "truncated": truncated,
+                "cartridge": cartridge,
+                "icl": icl,
+            }
             for question, references, none, truncated, cartridge, icl in answers * 4
         ],
-        "config": {"cartridge": {"slots": 128, "frozen": 1}, "train": {"learning_rate": 0.02, "steps": 160, "pack": [8, 128]}},
+        "config": {
+            "cartridge": {"slots": 128, "frozen": 1},
+            "train": {"learning_rate": 0.02, "steps": 160, "pack": [8, 128]},
+        },
     }
 
 
@@ -116,7 +129,18 @@ def write_and_read(tmp_path, report) -> tuple[dict, str]:
 def test_what_is_written_is_what_was_measured(tmp_path):
     written, page = write_and_read(tmp_path, fake_report())
     assert written == fake_report()
-    for shown in ("Fjordside Hostel handbook", "73 %", "47 %", "66 %", "6.3×", "128", "811", "0.387", "1.327", "9 min 44 s"):
+    for shown in (
+        "Fjordside Hostel handbook",
+        "73 %",
+        "47 %",
+        "66 %",
+        "6.3×",
+        "128",
+        "811",
+        "0.387",
+        "1.327",
+        "9 min 44 s",
+    ):
         assert shown in page, shown
 
 
@@ -212,7 +236,9 @@ def test_a_cartridge_that_is_worse_than_nothing_is_said_to_be(tmp_path):
 def test_the_summary_shows_conditions_answers_and_where_the_page_is(capsys):
     summary = print_summary(fake_report(), "run/report.html")
     assert capsys.readouterr().out == summary + "\n"
-    rows = [line for line in summary.splitlines() if line.startswith(("No document", "First 128", "Cartridge", "Whole"))]
+    rows = [
+        line for line in summary.splitlines() if line.startswith(("No document", "First 128", "Cartridge", "Whole"))
+    ]
     assert [re.split(r"\s{2,}", row)[1] for row in rows] == ["1.441", "0.757", "0.387", "0.000"]
     assert "closes 73 % of the gap" in summary and "Who keeps the lost property?" in summary
     assert summary.endswith("Report: run/report.html")

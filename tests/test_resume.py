@@ -1,4 +1,5 @@
 """Killed, stopped and started again: real processes of launch/train.py with a tiny model."""
+
 from __future__ import annotations
 
 import json
@@ -13,7 +14,6 @@ from tiny_runs import command, contents, finish, settings, start, talker_gguf, w
 
 from cartridges_jax.checkpoint import TrainCheckpoints, load_cartridge
 from cartridges_jax.pipeline.workdir import Workdir
-
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
 """Rotary positions, masks and the attention function against float64 references."""
+
 from __future__ import annotations
 
 import jax
@@ -106,7 +107,9 @@ def test_gradients_equal_those_of_one_dense_softmax(rng, scale, softcap, with_pr
     found = jax.grad(ours, argnums=range(6))(queries, keys, values, *prefix)
 
     leaves = [torch.from_numpy(x).double().requires_grad_() for x in (queries, keys, values, *prefix)]
-    (dense_in_torch(*leaves, mask, prefix_mask=prefix_mask, softcap=softcap) * torch.from_numpy(upstream)).sum().backward()
+    (
+        dense_in_torch(*leaves, mask, prefix_mask=prefix_mask, softcap=softcap) * torch.from_numpy(upstream)
+    ).sum().backward()
     names = ("queries", "keys", "values", "prefix keys", "prefix values", "bias")
     for name, ours_grad, leaf in zip(names, found, leaves, strict=True):
         expected = leaf.grad.numpy()
@@ -142,7 +145,7 @@ def test_a_peaked_cache_gives_finite_values_and_gradients(rng, dtype, where):
 
 
 def test_bfloat16_is_close_to_float64(rng):
-    queries, keys, values, prefix = (jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), random_case(rng)))
+    queries, keys, values, prefix = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), random_case(rng))
     mask = random_mask(rng)
     wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (queries, keys, values, mask, prefix))
     found = np.asarray(attend(queries, keys, values, mask, prefix), np.float64)
@@ -177,7 +180,9 @@ def test_packed_segments_attend_as_each_does_alone(rng):
     for b, start, stop in [(0, 0, 3), (0, 3, 5), (1, 0, 1), (1, 1, 5), (1, 5, 7)]:
         own = slice(start, stop)
         causal = np.tril(np.ones((1, stop - start, stop - start), bool))
-        alone = dense_attention(queries[b : b + 1, own], keys[b : b + 1, :, own], values[b : b + 1, :, own], causal, prefix)
+        alone = dense_attention(
+            queries[b : b + 1, own], keys[b : b + 1, :, own], values[b : b + 1, :, own], causal, prefix
+        )
         np.testing.assert_allclose(packed[b : b + 1, own], alone, rtol=1e-4, atol=1e-5)
 
 

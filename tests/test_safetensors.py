@@ -1,4 +1,5 @@
 """Hugging Face directories: safetensors in one file or in shards, whole or damaged; the files are the tests' own."""
+
 from __future__ import annotations
 
 import json
@@ -63,7 +64,12 @@ def test_tensors_come_back_in_the_dtype_they_are_stored_in(directory, rng):
     save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
     opened = SafetensorsDirectory(directory)
     assert opened.tensor_names == ["brain", "full", "half", "scalar"]
-    for name, dtype in {"full": np.float32, "half": np.float16, "brain": ml_dtypes.bfloat16, "scalar": np.float32}.items():
+    for name, dtype in {
+        "full": np.float32,
+        "half": np.float16,
+        "brain": ml_dtypes.bfloat16,
+        "scalar": np.float32,
+    }.items():
         found = opened.read(name)
         assert found.dtype == dtype
         assert found.shape == opened.shape(name) == tuple(stored[name].shape)

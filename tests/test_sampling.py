@@ -1,4 +1,5 @@
 """Prefill, decoding and token selection against transformers and plain NumPy."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -279,7 +280,9 @@ def nucleus(logits, top_p):
     return order[:size]
 
 
-@pytest.mark.parametrize(("vocab_size", "scale", "top_p"), [(60, 2.0, 0.9), (3000, 4.0, 0.9), (1500, 0.3, 0.9), (700, 0.05, 0.97)])
+@pytest.mark.parametrize(
+    ("vocab_size", "scale", "top_p"), [(60, 2.0, 0.9), (3000, 4.0, 0.9), (1500, 0.3, 0.9), (700, 0.05, 0.97)]
+)
 def test_the_nucleus_is_that_of_a_full_sort(rng, vocab_size, scale, top_p):
     """The last two are flat: their nucleus does not fit the candidates that are looked at first."""
     logits = (scale * rng.standard_normal(vocab_size)).astype(np.float32)
@@ -316,7 +319,9 @@ def test_greedy_takes_the_first_of_the_most_likely_tokens(rng):
     assert 0 <= choose(jnp.asarray(logits), keys, GREEDY)[3] < 30
 
 
-@pytest.mark.parametrize("settings", [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}])
+@pytest.mark.parametrize(
+    "settings", [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}]
+)
 def test_settings_without_meaning_are_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         Sampling(**settings)

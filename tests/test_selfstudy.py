@@ -1,4 +1,5 @@
 """Self-study: the plan, A's messages, B's answers with their log-probabilities, the shards."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -20,7 +21,6 @@ from cartridges_jax.selfstudy.plan import askable_sentences, family_sequence, pl
 from cartridges_jax.selfstudy.seeds import FAMILIES
 from cartridges_jax.selfstudy.synthesis import degenerates, is_about, synthesise
 from cartridges_jax.selfstudy.writer import Request, Writer, is_usable
-
 
 NAMES = list(FAMILIES)
 DOCUMENT_ITSELF = Document("doc", DOCUMENT.strip())
@@ -145,8 +145,11 @@ def test_fragments_essays_and_echoes_of_the_examples_are_not_used(text, family, 
 @pytest.mark.parametrize(
     ("message", "about"),
     [
-        ("When is the hostel open in April?", True), ("Where do I buy cheese?", False), ("Which hostel?", True),
-        ("When does the hostel close and who has the key to its cellar?", False), ("Is it?", False),
+        ("When is the hostel open in April?", True),
+        ("Where do I buy cheese?", False),
+        ("Which hostel?", True),
+        ("When does the hostel close and who has the key to its cellar?", False),
+        ("Is it?", False),
         ("Does the HOSTEL'S season run to Octobers?", True),
     ],
 )
@@ -181,7 +184,8 @@ def test_the_chat_style_reads_the_chunk(talker):
     requests = [Request("generic", i, "x", 0) for i in range(8)]
     author = Writer(talker, style="chat", max_tokens=12, sampling_settings=sampling.Sampling(1.0))
     prefixes = [
-        sampling.prefill(talker, talker.chat.system_prefix(text).token_ids) for text in (DOCUMENT[:60], DOCUMENT[60:120])
+        sampling.prefill(talker, talker.chat.system_prefix(text).token_ids)
+        for text in (DOCUMENT[:60], DOCUMENT[60:120])
     ]
     one, other = (author.write(requests, prefix, seed=0) for prefix in prefixes)
     assert one != other
@@ -241,9 +245,7 @@ def test_every_conversation_says_where_it_came_from(talker, studied):
     assert [c.metadata["id"] for c in on_disk[:14]] == [c.metadata["id"] for c in conversations]
 
 
-def test_the_same_seed_gives_the_same_shards_and_missing_ones_are_made_anew_the_same(
-    talker, studied, tmp_path
-):
+def test_the_same_seed_gives_the_same_shards_and_missing_ones_are_made_anew_the_same(talker, studied, tmp_path):
     _, directory, chosen = studied
     before = contents(directory)
     assert len(before) > 1
@@ -254,9 +256,7 @@ def test_the_same_seed_gives_the_same_shards_and_missing_ones_are_made_anew_the_
     assert contents(tmp_path) == before
 
 
-def test_with_the_whole_document_in_context_the_teacher_answers_otherwise_than_with_a_chunk(
-    talker, studied, tmp_path
-):
+def test_with_the_whole_document_in_context_the_teacher_answers_otherwise_than_with_a_chunk(talker, studied, tmp_path):
     _, _, chosen = studied
     whole = dataclasses.replace(chosen, teacher_context="document", conversations=4)
     (conversation, *_) = synthesise(talker, DOCUMENT_ITSELF, tmp_path, whole, seed=5)
@@ -296,7 +296,8 @@ def test_no_evaluation_question_reaches_what_a_or_b_read(talker_gguf, tmp_path, 
         return record
 
     spied = types.SimpleNamespace(
-        generate_tokens=recording(sampling.generate_tokens), prefill=recording(sampling.prefill),
+        generate_tokens=recording(sampling.generate_tokens),
+        prefill=recording(sampling.prefill),
         Sampling=sampling.Sampling,
     )
     monkeypatch.setattr(writer, "sampling", spied)

@@ -1,4 +1,5 @@
 """SentencePiece models of GGUF files and of directories, against llama.cpp and sentencepiece itself."""
+
 from __future__ import annotations
 
 import json
@@ -45,7 +46,9 @@ def test_sentence_piece_ids_are_those_of_its_own_package(sentence_piece_model, t
 def test_the_space_in_front_stands_at_the_start_and_behind_control_tokens_only(sentence_piece_model, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(sentence_piece_model)
     tokenizer = tokenizer_from_directory(tmp_path)
-    start, control, text = (tokenizer.encode_with_offsets("xa", after=after)[0] for after in ("start", "control", "text"))
+    start, control, text = (
+        tokenizer.encode_with_offsets("xa", after=after)[0] for after in ("start", "control", "text")
+    )
     assert start == control != text
     assert tokenizer.decode(start) == "xa"
     assert tokenizer.decode([2, *start]) == "xa" and tokenizer.decode([*start, *text]) == "xaxa"
@@ -61,7 +64,10 @@ def test_user_defined_runs_of_spaces_are_found_though_a_gguf_file_writes_them_pl
 def test_tokens_added_to_a_sentence_piece_model_are_found(sentence_piece_model, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(sentence_piece_model)
     size = tokenizer_from_directory(tmp_path).vocab_size
-    added = {str(size): {"content": "<|turn|>", "special": True}, str(size + 1): {"content": "<tool>", "special": False}}
+    added = {
+        str(size): {"content": "<|turn|>", "special": True},
+        str(size + 1): {"content": "<tool>", "special": False},
+    }
     config = {"added_tokens_decoder": added, "bos_token": "<s>", "eos_token": "<|turn|>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = tokenizer_from_directory(tmp_path)
@@ -89,7 +95,10 @@ def test_gemma_is_tokenized_as_by_llama_cpp(gemma):
     for text in HAND_PICKED:
         offsets = tokenizer.encode_with_offsets(text)[1]
         assert {i for start, end in offsets for i in range(start, end)} == set(range(len(text)))
-    messages = [{"role": r, "content": c} for r, c in zip(["system", "user", "assistant", "user"], ["S.\n", " a <h1>", "é\n\n", "日"])]
+    messages = [
+        {"role": r, "content": c}
+        for r, c in zip(["system", "user", "assistant", "user"], ["S.\n", " a <h1>", "é\n\n", "日"])
+    ]
     rendered = ChatTemplate(GEMMA3, tokenizer).render(messages, add_generation_prompt=True)
     text = jinja2.Template(GEMMA3, trim_blocks=True, lstrip_blocks=True).render(
         messages=messages, bos_token="<bos>", add_generation_prompt=True

@@ -1,13 +1,14 @@
 """What a name or path means: files, directories, known names and their terms."""
+
 from __future__ import annotations
 
 import shutil
 
 import pytest
+from test_wheels import fake, parts, pretend_pip  # noqa: F401
 
 from cartridges_jax.errors import UserError
 from cartridges_jax.formats.sources import locate
-from test_wheels import fake, parts, pretend_pip  # noqa: F401
 
 
 def test_a_path_means_itself_and_a_directory_its_only_file(fake, tmp_path):

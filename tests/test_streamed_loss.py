@@ -1,4 +1,5 @@
 """The streamed loss against the full computation in float64, and what a step holds in memory."""
+
 from __future__ import annotations
 
 import jax
@@ -118,7 +119,9 @@ def test_a_bfloat16_model_has_its_logits_summed_in_float32(case, tail):
     gradient = jax.grad(weighted)(*narrow, ids, logprobs, weight, tail, block=64)
     assert gradient.dtype == jnp.bfloat16
     expected = slopes * weight[:, None]
-    np.testing.assert_allclose(np.asarray(gradient, np.float32), expected, rtol=0.02, atol=0.01 * np.abs(expected).max())
+    np.testing.assert_allclose(
+        np.asarray(gradient, np.float32), expected, rtol=0.02, atol=0.01 * np.abs(expected).max()
+    )
 
 
 @pytest.mark.parametrize("scale", [30.0, 300.0])
@@ -175,7 +178,9 @@ def step_memory(vocab_size):
 
 def test_a_steps_memory_does_not_grow_with_the_vocabulary():
     (small, small_head), (large, large_head) = step_memory(32_064), step_memory(128_256)
-    print(f"step {small / 2**20:.2f} -> {large / 2**20:.2f} MiB, head {small_head / 2**20:.2f} -> {large_head / 2**20:.2f} MiB")
+    print(
+        f"step {small / 2**20:.2f} -> {large / 2**20:.2f} MiB, head {small_head / 2**20:.2f} -> {large_head / 2**20:.2f} MiB"
+    )
     assert small > 0
     # Whatever a backend may copy of the head; the logits would be 188 MiB.
     assert large - small <= 1.1 * (large_head - small_head)

@@ -1,4 +1,5 @@
 """Tokenizer and chat template against llama.cpp and a plain Jinja rendering."""
+
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor

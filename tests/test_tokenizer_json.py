@@ -1,4 +1,5 @@
 """Hugging Face's tokenizer.json, against the tokenizers package on the same file."""
+
 from __future__ import annotations
 
 import json

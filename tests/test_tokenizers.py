@@ -1,10 +1,18 @@
 """What holds for tokenizers of every kind, and files that give none."""
+
 from __future__ import annotations
 
 import pytest
 from texts import SPLIT_TEXTS
 from trained_tokenizers import (  # noqa: F401
-    CONTROL, FAST_KINDS, fast_tokenizer, gguf_file, sentence_piece_gguf, sentence_piece_model, toy_pieces, vocabulary,
+    CONTROL,
+    FAST_KINDS,
+    fast_tokenizer,
+    gguf_file,
+    sentence_piece_gguf,
+    sentence_piece_model,
+    toy_pieces,
+    vocabulary,
 )  # fmt: skip
 
 from cartridges_jax.errors import UserError
@@ -41,7 +49,14 @@ def test_text_never_makes_a_control_token(kinds, kind):
     control = set(tokenizer.control_tokens.values())
     assert len(control) >= 4
     for token in tokenizer.control_tokens:
-        for text in (token, f"a{token}b", f" {token} ", token * 3, token[:-1] + token, "".join(tokenizer.control_tokens)):
+        for text in (
+            token,
+            f"a{token}b",
+            f" {token} ",
+            token * 3,
+            token[:-1] + token,
+            "".join(tokenizer.control_tokens),
+        ):
             assert not control & set(tokenizer.encode(text)), repr(text)
             assert not control & set(tokenizer.encode_with_offsets(text, after="text")[0])
         assert tokenizer.encode(token, control=True) == [tokenizer.control_tokens[token]]
@@ -112,7 +127,9 @@ def test_a_directory_without_a_usable_tokenizer_is_refused_in_one_line(tmp_path,
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
-@pytest.mark.parametrize("kind, complaint", [("t5", "'t5'"), ("llama", "tokens' is missing"), ("gpt2", "tokens' is missing")])
+@pytest.mark.parametrize(
+    "kind, complaint", [("t5", "'t5'"), ("llama", "tokens' is missing"), ("gpt2", "tokens' is missing")]
+)
 def test_a_gguf_file_without_a_usable_tokenizer_is_refused(tmp_path, kind, complaint):
     with pytest.raises(UserError, match=complaint):
         tokenizer_from_gguf(gguf_file(tmp_path / "tiny.gguf", 10, {"tokenizer_model": kind}))

@@ -1,4 +1,5 @@
 """A train state that is saved comes back bit for bit, or the intact one before it does."""
+
 import errno
 import logging
 import os
@@ -31,9 +32,7 @@ def random_state(rng):
 
 
 def abstract(state):
-    return jax.tree.map(
-        lambda x: x if isinstance(x, np.ndarray) else jax.ShapeDtypeStruct(x.shape, x.dtype), state
-    )
+    return jax.tree.map(lambda x: x if isinstance(x, np.ndarray) else jax.ShapeDtypeStruct(x.shape, x.dtype), state)
 
 
 @pytest.fixture
@@ -47,9 +46,7 @@ def reopened(tmp_path, **options):
     return checkpoint.TrainCheckpoints(tmp_path / "train", keep=2, **options)
 
 
-def test_a_train_state_comes_back_bit_for_bit_from_a_reopened_directory(
-    tmp_path, checkpoints, rng
-):
+def test_a_train_state_comes_back_bit_for_bit_from_a_reopened_directory(tmp_path, checkpoints, rng):
     state = random_state(rng)
     checkpoints.save(3, state, {"rows": 12, "loss": 0.1, "names": ["a"]})
     restored, extra = reopened(tmp_path).restore(abstract(state))
@@ -126,9 +123,7 @@ DAMAGE = [truncate, flip, flip_without_file_checksums, lose_the_record]
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda f: f.__name__)
-def test_a_damaged_checkpoint_falls_back_to_the_one_before_with_a_warning(
-    tmp_path, checkpoints, rng, caplog, damage
-):
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_with_a_warning(tmp_path, checkpoints, rng, caplog, damage):
     states = {step: random_state(rng) for step in (10, 20)}
     for step, state in states.items():
         checkpoints.save(step, state, {"step": step})
@@ -141,9 +136,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_with_a_warning(
     assert "step 20 is damaged" in caplog.text
 
 
-def test_training_on_past_a_damaged_checkpoint_keeps_it_aside_and_the_intact_ones_in_place(
-    tmp_path, checkpoints, rng
-):
+def test_training_on_past_a_damaged_checkpoint_keeps_it_aside_and_the_intact_ones_in_place(tmp_path, checkpoints, rng):
     states = {step: {"x": jnp.asarray(rng.standard_normal(500))} for step in (10, 20)}
     for step, state in states.items():
         checkpoints.save(step, state, {})
@@ -157,9 +150,7 @@ def test_training_on_past_a_damaged_checkpoint_keeps_it_aside_and_the_intact_one
     assert extra == {"again": True}
 
 
-def test_when_no_checkpoint_is_intact_the_error_names_the_remedy_and_deletes_nothing(
-    tmp_path, checkpoints
-):
+def test_when_no_checkpoint_is_intact_the_error_names_the_remedy_and_deletes_nothing(tmp_path, checkpoints):
     state = {"x": jnp.arange(1000.0)}
     for step in (1, 2):
         checkpoints.save(step, state, {})
@@ -185,7 +176,9 @@ def test_a_full_disk_leaves_the_checkpoints_before_it(tmp_path, checkpoints, mon
     assert checkpoints.latest_step() == 2
 
 
-def test_a_disk_that_fills_up_midway_leaves_the_checkpoints_before_it_and_nothing_else(tmp_path, checkpoints, monkeypatch):
+def test_a_disk_that_fills_up_midway_leaves_the_checkpoints_before_it_and_nothing_else(
+    tmp_path, checkpoints, monkeypatch
+):
     state = {"x": jnp.arange(1000.0)}
     checkpoints.save(1, state, {})
 
@@ -202,7 +195,9 @@ def test_a_disk_that_fills_up_midway_leaves_the_checkpoints_before_it_and_nothin
     assert checkpoints.latest_step() == 2
 
 
-def test_a_disk_that_fills_up_behind_the_arrays_leaves_a_checkpoint_that_can_be_restored(tmp_path, checkpoints, rng, monkeypatch):
+def test_a_disk_that_fills_up_behind_the_arrays_leaves_a_checkpoint_that_can_be_restored(
+    tmp_path, checkpoints, rng, monkeypatch
+):
     states = {step: {"x": jnp.asarray(rng.standard_normal(500))} for step in (1, 2)}
     checkpoints.save(1, states[1], {})
 

@@ -1,4 +1,5 @@
 """The training run: what it reaches, what it keeps, and the ways it can end. The model is a tiny one."""
+
 from __future__ import annotations
 
 import dataclasses

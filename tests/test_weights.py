@@ -1,4 +1,5 @@
 """From a file's tensors to parameters: layouts, damaged files, shards, 8 bits."""
+
 from __future__ import annotations
 
 import subprocess
@@ -114,7 +115,11 @@ def test_a_tensor_that_occurs_twice_is_refused_by_name(tensors):
 
 @pytest.mark.parametrize(
     ("name", "complaint"),
-    [("blk.1.ffn_up.weight", "up_proj of layer 1"), ("token_embd.weight", "embedding"), ("output_norm.weight", "final_norm")],
+    [
+        ("blk.1.ffn_up.weight", "up_proj of layer 1"),
+        ("token_embd.weight", "embedding"),
+        ("output_norm.weight", "final_norm"),
+    ],
 )
 def test_a_missing_tensor_is_named(tensors, name, complaint):
     del tensors[name]
@@ -227,7 +232,8 @@ def test_eight_bits_are_within_half_a_step_of_the_weights(tensors):
 def test_narrow_matrices_hold_the_bfloat16_nearest_to_each_weight(tensors):
     exact, found = load(tensors), load(tensors, stored="bfloat16")
     for weight, narrow in (
-        (exact["layers"]["0"]["down_proj"], found["layers"]["0"]["down_proj"]), (exact["embedding"], found["embedding"]),
+        (exact["layers"]["0"]["down_proj"], found["layers"]["0"]["down_proj"]),
+        (exact["embedding"], found["embedding"]),
     ):
         assert narrow.bits.dtype == jnp.uint16 and narrow.shape == weight.shape
         np.testing.assert_array_equal(narrow.values, weight.astype(jnp.bfloat16))
@@ -236,7 +242,9 @@ def test_narrow_matrices_hold_the_bfloat16_nearest_to_each_weight(tensors):
 
 def test_an_eight_bit_model_computes_with_the_rounded_weights(tmp_path, rng):
     """The same logits as transformers' with weights rounded by this test."""
-    path = write_gguf(tmp_path / "tiny.gguf", tiny_config(), gguf_tensors(random_weights(tiny_config(), 5), tiny_config()))
+    path = write_gguf(
+        tmp_path / "tiny.gguf", tiny_config(), gguf_tensors(random_weights(tiny_config(), 5), tiny_config())
+    )
     model = load_model(str(path), weights="int8")
     weights = random_weights(tiny_config(), 5)
     for name, weight in weights.items():
@@ -250,7 +258,9 @@ def test_an_eight_bit_model_computes_with_the_rounded_weights(tmp_path, rng):
 
 
 def test_a_cartridges_gradient_flows_through_eight_bit_weights(tmp_path, rng):
-    path = write_gguf(tmp_path / "tiny.gguf", tiny_config(), gguf_tensors(random_weights(tiny_config(), 5), tiny_config()))
+    path = write_gguf(
+        tmp_path / "tiny.gguf", tiny_config(), gguf_tensors(random_weights(tiny_config(), 5), tiny_config())
+    )
     tokens = random_tokens(rng, tiny_config(), 1, 20)
     prefix = random_prefix(rng, tiny_config(), 6)
     target = rng.standard_normal((1, 20, tiny_config().vocab_size)).astype(np.float32)

@@ -1,4 +1,5 @@
 """Models in wheels: fetched once, checked, kept whole. The wheels are small ones that the tests write."""
+
 from __future__ import annotations
 
 import hashlib
@@ -10,12 +11,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from test_formats import write_gguf
 
 from cartridges_jax.errors import UserError
 from cartridges_jax.formats import sources, wheels
 from cartridges_jax.formats.sources import locate
 from cartridges_jax.formats.wheels import License, Wheel, WheelModel, cache_dir
-from test_formats import write_gguf
 
 
 def sha256(path: Path) -> str:
@@ -168,7 +169,15 @@ def parts(fake, tmp_path, monkeypatch) -> SimpleNamespace:
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr(f"data/part{number}", data[start:stop])
         entries.append(
-            Wheel(f"split-part{number}", "2.0", path.name, path.stat().st_size, sha256(path), f"data/part{number}", stop - start)
+            Wheel(
+                f"split-part{number}",
+                "2.0",
+                path.name,
+                path.stat().st_size,
+                sha256(path),
+                f"data/part{number}",
+                stop - start,
+            )
         )
         wheel_paths.append(path)
     terms = License("Toy Terms", "https://example.org/terms", "TOY_TERMS")

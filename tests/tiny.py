@@ -4,6 +4,7 @@ The weights are drawn under Hugging Face's names and reach each side by its own 
 `state_dict`, ours through a GGUF file whose q/k rows are permuted as llama.cpp's converter permutes them. So
 a comparison of the two also covers the reading of the file.
 """
+
 from __future__ import annotations
 
 import copy
@@ -54,8 +55,17 @@ def vocabulary() -> list[str]:
 def tiny_config(*, rope_base: float = 730.0, **overrides) -> ModelConfig:
     """L=3, D=64, N=4, K=2, H=16, with constants that no library has as its default."""
     config = ModelConfig(
-        num_layers=3, d_model=64, num_heads=4, num_kv_heads=2, head_dim=16, d_ff=96, vocab_size=len(vocabulary()),
-        context_length=512, norm_eps=3e-3, tie_embeddings=True, period=(LayerKind(Rope(rope_base)),),
+        num_layers=3,
+        d_model=64,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        d_ff=96,
+        vocab_size=len(vocabulary()),
+        context_length=512,
+        norm_eps=3e-3,
+        tie_embeddings=True,
+        period=(LayerKind(Rope(rope_base)),),
     )
     return dataclasses.replace(config, **overrides)
 

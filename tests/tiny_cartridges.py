@@ -1,4 +1,5 @@
 """Cartridges of random numbers on disk, what may happen to their files, and equality to the bit."""
+
 from __future__ import annotations
 
 import jax

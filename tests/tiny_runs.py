@@ -4,6 +4,7 @@ The random model of `tiny.py` writes mostly unusable text, so self-study would k
 the same architecture with the same random layers, but its head all but rules out every token except a few words,
 "?" and the ends of a line and a turn, which follow a "?". What it says still depends on all that it has read.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -160,7 +161,12 @@ def environment(cache: Path | None = None) -> dict[str, str]:
 def finish(arguments: list[str], *, cache: Path | None = None, timeout: float = 180) -> subprocess.CompletedProcess:
     """Runs a program to its end."""
     return subprocess.run(
-        arguments, env=environment(cache), cwd=ROOT, capture_output=True, text=True, timeout=timeout,
+        arguments,
+        env=environment(cache),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
         stdin=subprocess.DEVNULL,
     )
 
@@ -168,8 +174,13 @@ def finish(arguments: list[str], *, cache: Path | None = None, timeout: float = 
 def start(arguments: list[str], cache: Path | None = None) -> subprocess.Popen:
     """Starts a program, to be disturbed."""
     return subprocess.Popen(
-        arguments, env=environment(cache), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True,
+        arguments,
+        env=environment(cache),
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -187,5 +198,10 @@ def wait_until(process: subprocess.Popen, true: Callable[[], bool], seconds: flo
 def contents(directory: Path, *names: str) -> dict[str, str]:
     """Every file below a directory (or below these parts of it) by its hash, but for the lock, which every run marks."""
     roots = [directory / name for name in names] if names else [directory]
-    files = sorted(file for root in roots for file in ([root] if root.is_file() else root.rglob("*")) if file.is_file() and file.name != ".lock")
+    files = sorted(
+        file
+        for root in roots
+        for file in ([root] if root.is_file() else root.rglob("*"))
+        if file.is_file() and file.name != ".lock"
+    )
     return {str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}

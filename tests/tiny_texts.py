@@ -1,4 +1,5 @@
 """Tiny tokenizers of every family, with the family's chat template, as directories hold them."""
+
 from __future__ import annotations
 
 import json
@@ -49,7 +50,24 @@ FAMILIES = {
 }
 NEWLINE_RUNS = ["\n\n", "\n\n\n"]
 
-WORDS = ["Hello", "the ", "island", " naïve", "日本語", "🙂", "x = 1", "a\nb", "it's", "…", "  ", "\n\n", "\t", "<b>", "{{ 7 }}", "№ 5"]
+WORDS = [
+    "Hello",
+    "the ",
+    "island",
+    " naïve",
+    "日本語",
+    "🙂",
+    "x = 1",
+    "a\nb",
+    "it's",
+    "…",
+    "  ",
+    "\n\n",
+    "\t",
+    "<b>",
+    "{{ 7 }}",
+    "№ 5",
+]
 
 
 def tiny_tokenizer(kind: str, control: list[str]) -> FastTokenizer:
@@ -59,16 +77,25 @@ def tiny_tokenizer(kind: str, control: list[str]) -> FastTokenizer:
       kind: "bytes" (byte-level), else byte fallback with a space written in front "never", "first" in a text,
         or "always" (after a control token too).
     """
-    texts = [*WORDS, "system user model assistant [INST] [/INST] <<SYS>> Cutting Knowledge Date helpful Instructions"] * 3
+    texts = [
+        *WORDS,
+        "system user model assistant [INST] [/INST] <<SYS>> Cutting Knowledge Date helpful Instructions",
+    ] * 3
     if kind == "bytes":
         tokenizer = FastTokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
+        tokenizer.train_from_iterator(
+            texts, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+        )
     else:
         trained = FastTokenizer(models.BPE())
-        words = [pre_tokenizers.Metaspace(prepend_scheme="never"), pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Punctuation()]
+        words = [
+            pre_tokenizers.Metaspace(prepend_scheme="never"),
+            pre_tokenizers.Split("\n", "isolated"),
+            pre_tokenizers.Punctuation(),
+        ]
         trained.pre_tokenizer = pre_tokenizers.Sequence(words)
         trained.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=150, limit_alphabet=60, show_progress=False))
         model = json.loads(trained.to_str())["model"]
@@ -78,7 +105,9 @@ def tiny_tokenizer(kind: str, control: list[str]) -> FastTokenizer:
             models.BPE(
                 vocab={token: i for i, token in enumerate(vocabulary)},
                 merges=[tuple(merge) for merge in model["merges"]],
-                unk_token="<unk>", byte_fallback=True, fuse_unk=True,
+                unk_token="<unk>",
+                byte_fallback=True,
+                fuse_unk=True,
             )  # fmt: skip
         )
         ends = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]

@@ -1,4 +1,5 @@
 """Tokenizers of every kind, trained in the test: their vocabularies, files and machines."""
+
 from __future__ import annotations
 
 import io
@@ -37,7 +38,9 @@ def vocabulary() -> tuple[list[str], list[str]]:
     machine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, show_progress=False)
-    machine.train_from_iterator([text[:60] for text in SPLIT_TEXTS if "|" not in text] + SPLIT_TEXTS[-5:-1] * 50, trainer)
+    machine.train_from_iterator(
+        [text[:60] for text in SPLIT_TEXTS if "|" not in text] + SPLIT_TEXTS[-5:-1] * 50, trainer
+    )
     model = json.loads(machine.to_str())["model"]
     # A word that no merges make; Llama 3 takes it all the same.
     return [*CONTROL, *model["vocab"], "Ġzebra"], [" ".join(merge) for merge in model["merges"]]
@@ -92,11 +95,22 @@ def fast_tokenizer(kind: str) -> FastTokenizer:
         model = json.loads(trained.to_str())["model"]
         learned = {token.replace(" ", "▁") for token in model["vocab"]} | {"▁"}
         # Control tokens inside the vocabulary, with merges that would make one, as hostile files might have.
-        vocabulary = ["<unk>", *CONTROL, *(f"<0x{b:02X}>" for b in range(256)), *sorted(learned | {"<s", "s>", "<", "s", ">"})]
+        vocabulary = [
+            "<unk>",
+            *CONTROL,
+            *(f"<0x{b:02X}>" for b in range(256)),
+            *sorted(learned | {"<s", "s>", "<", "s", ">"}),
+        ]
         vocabulary = list(dict.fromkeys(vocabulary))
-        merges = [("<", "s"), ("<s", ">"), *(tuple(part.replace(" ", "▁") for part in merge) for merge in model["merges"])]
+        merges = [
+            ("<", "s"),
+            ("<s", ">"),
+            *(tuple(part.replace(" ", "▁") for part in merge) for merge in model["merges"]),
+        ]
         ids = {token: i for i, token in enumerate(vocabulary)}
-        machine = FastTokenizer(models.BPE(vocab=ids, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        machine = FastTokenizer(
+            models.BPE(vocab=ids, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+        )
         ends = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
         if kind == "llama2":
             machine.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])

@@ -1,12 +1,13 @@
 """The one attention function, and what decides how it is computed."""
+
 from __future__ import annotations
 
 from jax import Array
 
 from cartridges_jax.attention import tpu, xla
-from cartridges_jax.attention.choice import current_implementation
+from cartridges_jax.attention.implementation import current_implementation
 from cartridges_jax.attention.masks import packed_causal_mask, prefix_mask
-from cartridges_jax.attention.operands import LayerPrefix, PackedRows
+from cartridges_jax.attention.types import LayerPrefix, PackedRows
 
 
 def attend(

@@ -14,6 +14,7 @@ a sliding window of 2 what remains is W:
 Every token sees at least itself, so no softmax row is ever empty. A prefix is seen by
 all, except where a window has moved past it. A window of 0 sees everything.
 """
+
 from __future__ import annotations
 
 import jax.numpy as jnp

@@ -1,10 +1,13 @@
 """The oracle of the tests: one dense softmax over concatenated keys, in NumPy float64."""
+
 from __future__ import annotations
 
 import numpy as np
 
 
-def dense_attention(queries, keys, values, mask, prefix=None, *, prefix_mask=None, scale=None, softcap=0.0) -> np.ndarray:
+def dense_attention(
+    queries, keys, values, mask, prefix=None, *, prefix_mask=None, scale=None, softcap=0.0
+) -> np.ndarray:
     """Same contract as `attention.attend`, one query at a time in float64.
 
     Args:

@@ -1,4 +1,5 @@
 """What every implementation makes of a raw score."""
+
 from __future__ import annotations
 
 import jax.numpy as jnp

@@ -6,6 +6,7 @@ The rows of a batch and the key/value heads, with their query heads, lie as `par
 says; what its axes do not divide is computed by every device. All devices that have a head
 see the whole prefix of it.
 """
+
 from __future__ import annotations
 
 import dataclasses

@@ -15,6 +15,7 @@ Reads over a cache stay with XLA: a decode step's product with the prefix reads 
 once for all rows, and the compiler keeps its scores on the chip (on a v5e those of 256 rows
 over 2,048 slots, with Llama-3.1-8B's heads); a prefill is read in chunks that bound them.
 """
+
 from __future__ import annotations
 
 import functools
@@ -25,10 +26,10 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from cartridges_jax.attention import tpu_backward, tpu_forward
-from cartridges_jax.attention.operands import LayerPrefix, PackedRows
 from cartridges_jax.attention.scores import MASKED
 from cartridges_jax.attention.sharding import Layout, layout_in_context
 from cartridges_jax.attention.tpu_blocks import LANES, Front, Own, Plan, Tokens, Upstream
+from cartridges_jax.attention.types import LayerPrefix, PackedRows
 
 # At most so many tokens or slots a block. A block of keys is then read for 512 queries, 512
 # operations a byte, about what v5e (240), v5p (166) and v6e (560) need to be bound by their

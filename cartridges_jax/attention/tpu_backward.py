@@ -7,6 +7,7 @@ inside its kernel: a block of slots stays in the chip's memory while all queries
 head pass by, which in XLA's operations would write scores of [K, B*G*T, P] to memory,
 twice.
 """
+
 from __future__ import annotations
 
 import functools

@@ -7,6 +7,7 @@ no product has to transpose a [block, block] operand. `query_axis` says which it
 What belongs to a token or a slot (segment, position, bias, maximum) is kept as a row
 [1, n], which takes 1/128 of the memory of a column on a TPU, and turned where needed.
 """
+
 from __future__ import annotations
 
 import dataclasses

@@ -4,6 +4,7 @@ FlashAttention (arXiv 2205.14135) whose inner loop runs over the blocks of the p
 and then over those of the row, so that maximum, sum and output are those of the whole, and
 nothing is left to be merged.
 """
+
 from __future__ import annotations
 
 import functools

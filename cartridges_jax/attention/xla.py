@@ -12,6 +12,7 @@ tests/test_rope_and_attention.py::test_gradients_equal_those_of_one_dense_softma
 Heads are grouped as [B, K, G*T, H] before the products: XLA's CPU backend turns
 batched products with interleaved batch axes into slow loops.
 """
+
 from __future__ import annotations
 
 import functools
@@ -20,8 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from cartridges_jax.attention.operands import LayerPrefix
 from cartridges_jax.attention.scores import MASKED, capped
+from cartridges_jax.attention.types import LayerPrefix
 
 
 def attend_masked(
@@ -119,7 +120,9 @@ def _own_scores(softcap: float, q: Array, keys: Array, mask: Array) -> tuple[Arr
     return jnp.where(mask[:, None, None], by_group, MASKED).reshape(scores.shape), slope
 
 
-def _front_scores(softcap: float, q: Array, prefix: LayerPrefix, prefix_mask: Array | None) -> tuple[Array, Array | float]:
+def _front_scores(
+    softcap: float, q: Array, prefix: LayerPrefix, prefix_mask: Array | None
+) -> tuple[Array, Array | float]:
     """Scores [K, B*G*T, P] float32 with bias and mask, and the slope of their cap.
 
     The prefix is read once for all rows.

@@ -4,6 +4,7 @@ Two sides: every row with slots of its own (a document per conversation in its c
 and one prefix that all rows share (a cartridge, or a document that everybody asks
 about). The keys are random: how fast they are read does not depend on what they say.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -82,8 +83,12 @@ def greedy_steps(
     def step(carry, _):
         cache, tokens = carry
         hidden, cache, _ = Decoder(config).apply(
-            {"params": params}, tokens[:, None], start + cache.lengths[:, None], jnp.ones_like(tokens)[:, None],
-            prefix=prefix, cache=cache,
+            {"params": params},
+            tokens[:, None],
+            start + cache.lengths[:, None],
+            jnp.ones_like(tokens)[:, None],
+            prefix=prefix,
+            cache=cache,
         )
         return (cache, most_likely(lm_logits(params, config, hidden[:, 0]))), None
 
@@ -98,13 +103,13 @@ class Decoding:
     def __init__(self, model: Model, prefix: KVPrefix | None, num_rows: int, own: int, num_steps: int):
         self._model, self._steps = model, num_steps
         self._prefix = prefix
-        if prefix is not None and model.layers_apart:
+        if prefix is not None and model.decodes_unstacked:
             self._prefix = prefix.replace(keys=tuple(prefix.keys), values=tuple(prefix.values))
         # Small and not constant: nothing may be folded away.
         fill = jnp.linspace(-0.5, 0.5, model.config.head_dim, dtype=model.dtype)
 
         def filled() -> tuple[Cache, Array]:
-            empty = empty_cache(model.config, num_rows, own + num_steps, model.dtype, apart=model.layers_apart)
+            empty = empty_cache(model.config, num_rows, own + num_steps, model.dtype, unstacked=model.decodes_unstacked)
             cache = empty.mapped(lambda part, slot_axis: part + (fill if slot_axis == -2 else fill[:, None]))
             cache = cache.replace(lengths=jnp.full((num_rows,), own, jnp.int32))
             return cache, jnp.arange(num_rows, dtype=jnp.int32) % model.config.vocab_size
@@ -116,7 +121,12 @@ class Decoding:
 
     def __call__(self) -> None:
         self._cache, self._tokens = greedy_steps(
-            self._model.config, self._model.decode_params, self._prefix, self._cache, self._tokens, num_steps=self._steps
+            self._model.config,
+            self._model.decode_params,
+            self._prefix,
+            self._cache,
+            self._tokens,
+            num_steps=self._steps,
         )
         jax.block_until_ready(self._tokens)
 
@@ -216,7 +226,12 @@ def _best_batch(
 
 
 def _single_speed(
-    settings: CacheSweepSettings, model: Model, prefix: KVPrefix, kind: str, size: int, batch: int,
+    settings: CacheSweepSettings,
+    model: Model,
+    prefix: KVPrefix,
+    kind: str,
+    size: int,
+    batch: int,
     tick: Callable[[str], None],
 ) -> float:
     """Tokens a second of one warm round; a function, so that one batch's cache is gone before the next is made."""
@@ -226,7 +241,13 @@ def _single_speed(
 
 
 def _row(
-    settings: CacheSweepSettings, model: Model, kind: str, size: int, batch: int, times: Times, machine: dict[str, Any],
+    settings: CacheSweepSettings,
+    model: Model,
+    kind: str,
+    size: int,
+    batch: int,
+    times: Times,
+    machine: dict[str, Any],
 ) -> dict[str, Any]:
     own = (size if kind == OWN else settings.own_tokens) + settings.steps / 2
     shared = size if kind == SHARED else 0

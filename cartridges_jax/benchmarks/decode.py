@@ -5,6 +5,7 @@ Everybody generates the same number of tokens behind the same prompts, whatever 
 vLLM have no cartridges: the whole document stands in front, its keys and values cached
 from the call before, which is what a server without cartridges does.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -13,7 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from cartridges_jax.benchmarks import figures
-from cartridges_jax.benchmarks.decode_sides import CARTRIDGE, DOCUMENT, LlamaCpp, Ours, Side, TransformersPeft, Vllm, Work
+from cartridges_jax.benchmarks.decode_sides import (
+    CARTRIDGE,
+    DOCUMENT,
+    LlamaCpp,
+    Ours,
+    Side,
+    TransformersPeft,
+    Vllm,
+    Work,
+)
 from cartridges_jax.benchmarks.inputs import (
     COMMON,
     OURS,

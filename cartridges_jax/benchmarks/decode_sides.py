@@ -1,4 +1,5 @@
 """Who takes part in the `decode` benchmark: ourselves and the peers, each as calls that generate tokens."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -100,14 +101,17 @@ class TransformersPeft:
         arrays = [np.asarray(x, np.float32) for x in (work.cartridge.keys, work.cartridge.values)]
         self._plain = {f"{TRANSFORMERS} {dtype}": transformers_peft.load(directory, dtype) for dtype in dtypes}
         self._behind = {
-            name: transformers_peft.with_cartridge(model, *arrays, 1, trained=False) for name, model in self._plain.items()
+            name: transformers_peft.with_cartridge(model, *arrays, 1, trained=False)
+            for name, model in self._plain.items()
         }
 
     def generation(self, num_rows: int) -> dict[str, Call]:
         if num_rows > self._most_rows:
             return {}
         work = self._work
-        return {name: self._call(model, work.prompts[:num_rows], work.new_tokens) for name, model in self._behind.items()}
+        return {
+            name: self._call(model, work.prompts[:num_rows], work.new_tokens) for name, model in self._behind.items()
+        }
 
     def first_token(self) -> dict[tuple[str, str], Call]:
         work = self._work
@@ -147,7 +151,9 @@ class LlamaCpp:
 class Vllm:
     """vLLM with the document in front, once a dtype; its time to the first token is not measured."""
 
-    def __init__(self, python: str, directory: Path, dtypes: Sequence[str], work: Work, *, kv_gib: int, num_threads: int):
+    def __init__(
+        self, python: str, directory: Path, dtypes: Sequence[str], work: Work, *, kv_gib: int, num_threads: int
+    ):
         from cartridges_jax.benchmarks.peers.vllm_cpu import Worker
 
         self._work = work

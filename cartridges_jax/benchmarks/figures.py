@@ -1,4 +1,5 @@
 """One PNG per benchmark."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -144,7 +145,9 @@ def self_study(result: Result, path: Path) -> None:
     """Conversations per second."""
 
     def draw(axes):
-        grouped_bars(axes[0], [f"a chunk of {result.rows[0]['chunk_tokens']} tokens"], _series(result.rows), result.unit)
+        grouped_bars(
+            axes[0], [f"a chunk of {result.rows[0]['chunk_tokens']} tokens"], _series(result.rows), result.unit
+        )
         axes[0].set_title("Self-study")
 
     _drawn(path, (6, 4.2), 1, draw)

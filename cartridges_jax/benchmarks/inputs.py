@@ -1,4 +1,5 @@
 """What the benchmarks have in common: settings, the document, conversations, cartridges."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -93,7 +94,9 @@ def read_conversations(directory: str) -> list[Conversation]:
     """
     found = [c for path in sorted(Path(directory).rglob("shard-*.parquet")) for c in read_shard(path)]
     if not found:
-        raise UserError(f"conversations={directory}: no shard-*.parquet there; give the study directory of a finished run")
+        raise UserError(
+            f"conversations={directory}: no shard-*.parquet there; give the study directory of a finished run"
+        )
     return found
 
 

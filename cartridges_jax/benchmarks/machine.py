@@ -3,6 +3,7 @@
 The ceilings are candidates of `timing.interleaved` like everything else, so that they
 are slowed by the same neighbours as what is measured against them.
 """
+
 from __future__ import annotations
 
 import importlib.metadata
@@ -41,8 +42,7 @@ class Ceilings:
           num_head_rows: rows of the LM head's product.
         """
         self._flops = 2 * (
-            config.num_layers * num_tokens * layer_weights(config)
-            + num_head_rows * config.d_model * config.vocab_size
+            config.num_layers * num_tokens * layer_weights(config) + num_head_rows * config.d_model * config.vocab_size
         )
         rng = np.random.default_rng(0)
 
@@ -50,8 +50,10 @@ class Ceilings:
             return jnp.asarray(rng.standard_normal(shape, np.float32) * shape[-1] ** -0.5)
 
         weights = [normal(*shape) for shape in layer_matmul_shapes(config)]
-        x, rows, table = normal(num_tokens, config.d_model), normal(num_head_rows, config.d_model), normal(
-            config.vocab_size, config.d_model
+        x, rows, table = (
+            normal(num_tokens, config.d_model),
+            normal(num_head_rows, config.d_model),
+            normal(config.vocab_size, config.d_model),
         )
         memory = jnp.ones((_BANDWIDTH_ROWS, _BANDWIDTH_COLUMNS), jnp.float32)
         self._bytes = memory.nbytes

@@ -6,6 +6,7 @@ program included) and not what reading a file or compiling took. It is read from
 `ru_maxrss` of a child also counts what its parent held when it was started
 (tests/test_benchmarks.py::test_peak_memory_is_the_child_s_own). Linux only; elsewhere None.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -28,7 +29,9 @@ def peak_bytes(module: str, task: dict[str, Any]) -> int | None:
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, "-m", module, json.dumps(task)],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
     )
     if done.returncode:
         raise RuntimeError(f"measuring memory failed: {done.stderr[-2000:]}")

@@ -1,4 +1,5 @@
 """What a benchmark hands over: one JSON line, the same as a file, and a figure."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -39,18 +40,20 @@ class Result:
         """As it is printed: value, peers and ratio are the first row's."""
         first = self.rows[0]
         nothing = {peer.name: None for peer in self.absent}
-        return _finite({
-            "benchmark": self.benchmark,
-            "value": first["value"],
-            "unit": self.unit,
-            "peers": {**first["peers"], **nothing},
-            "ratio": {**first["ratio"], **nothing},
-            "fraction_of_limit": first["fraction_of_limit"],
-            "rows": self.rows,
-            "absent": {peer.name: peer.how_to_install for peer in self.absent},
-            "machine": self.machine,
-            **self.more,
-        })
+        return _finite(
+            {
+                "benchmark": self.benchmark,
+                "value": first["value"],
+                "unit": self.unit,
+                "peers": {**first["peers"], **nothing},
+                "ratio": {**first["ratio"], **nothing},
+                "fraction_of_limit": first["fraction_of_limit"],
+                "rows": self.rows,
+                "absent": {peer.name: peer.how_to_install for peer in self.absent},
+                "machine": self.machine,
+                **self.more,
+            }
+        )
 
 
 def write(result: Result, workdir: Path) -> dict[str, Any]:
@@ -102,5 +105,3 @@ def say_absent(absent: list[Absent]) -> None:
     """One line per peer that is not measured."""
     for peer in absent:
         print(f"{peer.name} is absent, not measured: {peer.how_to_install}", file=sys.stderr)
-
-

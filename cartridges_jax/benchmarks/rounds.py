@@ -1,4 +1,5 @@
 """The frame of every benchmark: rounds in which the candidates take turns, and a row of what came of them."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -50,7 +51,10 @@ def compared(times: Mapping[str, Times], rivals: Sequence[str], amount: float) -
 
 
 def compared_variants(
-    times: Mapping[str, Times], variants: Sequence[str], rivals: Sequence[str], amount: float,
+    times: Mapping[str, Times],
+    variants: Sequence[str],
+    rivals: Sequence[str],
+    amount: float,
     fraction_of_limit: Mapping[str, float],
 ) -> dict[str, Any]:
     """The same for the ways of keeping our weights, by name."""

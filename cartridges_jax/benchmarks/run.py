@@ -1,4 +1,5 @@
 """Benchmarks by name."""
+
 from __future__ import annotations
 
 import importlib

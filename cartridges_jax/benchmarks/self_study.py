@@ -7,6 +7,7 @@ batch runs until its longest row ends. It reads the same prompts, generates as m
 messages as A wrote and as many answers as were kept, to the lengths they had; and it
 takes the teacher's top log-probabilities from the same steps.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -157,7 +158,9 @@ def run(settings: SelfStudySettings, workdir: Path) -> Result:
         tick(OURS)
     paths = sorted(shards.glob("shard-*.parquet"))
     kept = [conversation for path in paths for conversation in read_shard(path)]
-    messages, answers = rows_of(model, chunk, study, kept, 4 * -(-study.conversations // study.requests_per_batch), common.seed)
+    messages, answers = rows_of(
+        model, chunk, study, kept, 4 * -(-study.conversations // study.requests_per_batch), common.seed
+    )
     messages = messages[: len(paths) * study.requests_per_batch]
 
     missing = absent_peers(common, TRANSFORMERS)

@@ -4,6 +4,7 @@ On a shared machine the speed of everything drifts within minutes. So the candid
 turns within every round, and what is compared is their ratio within a round, never two
 numbers that were taken apart.
 """
+
 from __future__ import annotations
 
 import dataclasses

@@ -5,6 +5,7 @@ same targets, loss, clipping and optimizer. Ours packs the conversations into ro
 trainer does; the peer pads its batch to the longest of them. Both pay for preparing the
 batch.
 """
+
 from __future__ import annotations
 
 import collections
@@ -231,8 +232,13 @@ def _peer_rounds(
 
 
 def _row(
-    settings: TrainStepSettings, models: dict[str, Model], theirs: dict[str, Any], plan: PackingPlan, prefix: KVPrefix,
-    ceilings: Ceilings, workdir: Path,
+    settings: TrainStepSettings,
+    models: dict[str, Model],
+    theirs: dict[str, Any],
+    plan: PackingPlan,
+    prefix: KVPrefix,
+    ceilings: Ceilings,
+    workdir: Path,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Everybody on one cartridge, in turns: the row, and what the machine reached."""
     config, num_slots, batches = models[OURS].config, prefix.num_slots, members(plan)
@@ -271,7 +277,11 @@ def _row(
 
 
 def _peaks(
-    settings: TrainStepSettings, workdir: Path, used: Sequence[Example], prefix: KVPrefix, kept_as: dict[str, str],
+    settings: TrainStepSettings,
+    workdir: Path,
+    used: Sequence[Example],
+    prefix: KVPrefix,
+    kept_as: dict[str, str],
     rivals: Sequence[str],
 ) -> dict[str, int | None]:
     """Peak bytes of each side, weights and libraries included, in steady steps.
@@ -282,7 +292,9 @@ def _peaks(
     """
     data = workdir / "memory.npz"
     workdir.mkdir(parents=True, exist_ok=True)
-    arrays = {f"{field}{i}": getattr(e, field) for i, e in enumerate(used) for field in ("tokens", "rows", "ids", "logprobs")}
+    arrays = {
+        f"{field}{i}": getattr(e, field) for i, e in enumerate(used) for field in ("tokens", "rows", "ids", "logprobs")
+    }
     np.savez(data, keys=np.asarray(prefix.keys), values=np.asarray(prefix.values), count=len(used), **arrays)
     peaks = {}
     for name in (*kept_as, *rivals):
@@ -300,5 +312,3 @@ def _peaks(
         peaks[name] = memory.peak_bytes("cartridges_jax.benchmarks.train_step_memory", task)
     data.unlink()
     return peaks
-
-

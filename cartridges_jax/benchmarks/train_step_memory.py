@@ -1,4 +1,5 @@
 """One side of `train_step` in a process of its own, for its peak memory: python -m … TASK (JSON)."""
+
 from __future__ import annotations
 
 import json
@@ -55,8 +56,11 @@ def _ours(task: dict, keys: np.ndarray, values: np.ndarray, examples: list[dict]
     train = TrainSettings(**task["train"])
     model = load_model(task["model"], dtype=task["dtype"], weights=task["weights"])
     plan = plan_packing(
-        [Example.of(**example) for example in examples], num_steps=None, rows_per_step=train.rows_per_step,
-        row_tokens=train.row_tokens, micro_batches=train.micro_batches,
+        [Example.of(**example) for example in examples],
+        num_steps=None,
+        rows_per_step=train.rows_per_step,
+        row_tokens=train.row_tokens,
+        micro_batches=train.micro_batches,
     )
     settings = types.SimpleNamespace(train=train, num_frozen=task["num_frozen"])
     ours = Ours(model, cartridge.from_plain_tokens(keys, values), plan, settings)

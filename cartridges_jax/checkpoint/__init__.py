@@ -15,6 +15,7 @@ One process reads and writes: of several, the first for all (see `distill.checkp
 
 Orbax is imported where it is used: it adds half a second to programs that only read text.
 """
+
 from cartridges_jax.checkpoint.cartridges import (
     FORMAT_VERSION,
     MIGRATIONS,

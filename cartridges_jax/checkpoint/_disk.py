@@ -1,4 +1,5 @@
 """The disk below: its free space, and what must have reached it before a rename."""
+
 from __future__ import annotations
 
 import contextlib

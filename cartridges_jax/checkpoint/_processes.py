@@ -1,4 +1,5 @@
 """Orbax for one process that has no others to wait for."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -13,4 +14,6 @@ def alone() -> Any:
     if jax.process_count() == 1:
         return ocp.options.MultiprocessingOptions()
     me = jax.process_index()
-    return ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}")
+    return ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}"
+    )

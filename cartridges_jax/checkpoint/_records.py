@@ -1,4 +1,5 @@
 """What was written, by checksum: of JSON records, of arrays and of files."""
+
 from __future__ import annotations
 
 import hashlib

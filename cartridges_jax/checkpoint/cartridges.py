@@ -1,4 +1,5 @@
 """A cartridge as a directory: replaced in one piece, read as it was written or not at all."""
+
 from __future__ import annotations
 
 import contextlib
@@ -55,9 +56,7 @@ class Cartridge:
 # --- Saving ------------------------------------------------------------------------------
 
 
-def save_cartridge(
-    directory: str | os.PathLike, prefix: KVPrefix, metadata: CartridgeMetadata
-) -> None:
+def save_cartridge(directory: str | os.PathLike, prefix: KVPrefix, metadata: CartridgeMetadata) -> None:
     """Writes a cartridge, replacing the one that is there, so that one is always whole.
 
     The new one is written and fsynced beside the old, the old is renamed aside, the new takes
@@ -86,9 +85,7 @@ def save_cartridge(
         )
     if directory.exists() and not (directory / RECORD).exists():
         if not directory.is_dir() or any(directory.iterdir()):
-            raise UserError(
-                f"{directory} exists and is not a cartridge; choose another directory to save to"
-            )
+            raise UserError(f"{directory} exists and is not a cartridge; choose another directory to save to")
     record = {
         "format_version": FORMAT_VERSION,
         **dataclasses.asdict(metadata),
@@ -175,16 +172,14 @@ def load_cartridge(directory: str | os.PathLike) -> Cartridge:
         found = _find(directory)
         if found is None:
             raise UserError(
-                f"{directory} is not a cartridge (it has no {RECORD}); give the directory that "
-                "save_cartridge wrote"
+                f"{directory} is not a cartridge (it has no {RECORD}); give the directory that save_cartridge wrote"
             )
         try:
             return _read_cartridge(found[0])
         except (Damaged, FileNotFoundError) as error:
             if _find(directory) == found:  # otherwise a save replaced it meanwhile: read that
                 raise UserError(
-                    f"the cartridge in {directory} is damaged ({error}); restore it from a copy or "
-                    "train it again"
+                    f"the cartridge in {directory} is damaged ({error}); restore it from a copy or train it again"
                 ) from error
 
 

@@ -1,4 +1,5 @@
 """What a cartridge belongs to: the model, the corpus, the training that made it."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -83,14 +84,11 @@ class CartridgeMetadata:
         learning_mask = np.asarray(learning_mask, bool)
         if learning_mask.shape != (num_slots,):
             raise ValueError(
-                f"learning mask of shape {learning_mask.shape} for {num_slots} slots: "
-                "give one bool per slot"
+                f"learning mask of shape {learning_mask.shape} for {num_slots} slots: give one bool per slot"
             )
         # Where the mask changes, with learning slots imagined at both ends.
         edges = np.flatnonzero(np.diff(np.pad(learning_mask, 1, constant_values=True)))
-        plain = prefix.next_position == num_slots and np.array_equal(
-            prefix.positions, np.arange(num_slots)
-        )
+        plain = prefix.next_position == num_slots and np.array_equal(prefix.positions, np.arange(num_slots))
         return cls(
             model_name=model_name,
             model_fingerprint=model_fingerprint,

@@ -1,4 +1,5 @@
 """The last few train states of one run, the newest intact one to go on from."""
+
 from __future__ import annotations
 
 import contextlib
@@ -148,13 +149,9 @@ class TrainCheckpoints:
         self.wait()
         steps = sorted(self._steps(), reverse=True)
         if not steps:
-            raise UserError(
-                f"no checkpoint in {self._directory}; start the stage from its beginning"
-            )
+            raise UserError(f"no checkpoint in {self._directory}; start the stage from its beginning")
         if step is not None and step not in steps:
-            raise UserError(
-                f"no checkpoint of step {step} in {self._directory}; it has {sorted(steps)}"
-            )
+            raise UserError(f"no checkpoint of step {step} in {self._directory}; it has {sorted(steps)}")
         candidates = steps if step is None else [step]
         for candidate in candidates:
             try:
@@ -174,8 +171,7 @@ class TrainCheckpoints:
             restored = [_like(a, leaf) for a, leaf in zip(arrays.values(), leaves, strict=True)]
             return jax.tree.unflatten(structure, restored), extra
         raise UserError(
-            f"no intact checkpoint in {self._directory} ({reason}); delete that directory to start "
-            "the stage over"
+            f"no intact checkpoint in {self._directory} ({reason}); delete that directory to start the stage over"
             if step is None
             else f"the checkpoint in {self._directory} is damaged ({reason}); restore another step"
         )
@@ -200,8 +196,7 @@ class TrainCheckpoints:
         record = unseal(read(record=ocp.args.JsonRestore())["record"])
         described = record["arrays"]
         wanted = {
-            name: (list(leaf.shape), jnp.dtype(leaf.dtype).name)
-            for name, leaf in _named_leaves(abstract_state).items()
+            name: (list(leaf.shape), jnp.dtype(leaf.dtype).name) for name, leaf in _named_leaves(abstract_state).items()
         }
         saved = {name: (d["shape"], d["dtype"]) for name, d in described.items()}
         if wanted != saved:

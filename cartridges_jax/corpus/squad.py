@@ -66,7 +66,9 @@ def _find_article(path: str | Path, title: str) -> dict:
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON ({error.msg} on line {error.lineno}); give a SQuAD file") from None
     except (KeyError, TypeError):
-        raise UserError(f'{path} is not SQuAD JSON (no "data" list of titled articles); give a v1.1 or v2 file') from None
+        raise UserError(
+            f'{path} is not SQuAD JSON (no "data" list of titled articles); give a v1.1 or v2 file'
+        ) from None
     for name, article in articles.items():
         if _plain_title(name) == _plain_title(title):
             return article

@@ -7,6 +7,7 @@ The teacher's log-probabilities are nearly all of a shard's bytes, and of the ma
 a job each trains on a part of the conversations. So they stay in the file until they are
 asked for, and a table has small row groups, which can be read one by one.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -132,18 +133,22 @@ class Conversation:
 # Fewer would make the list of groups, which is read whole, as large as what it spares.
 _ROWS_PER_GROUP = 8
 
-_TOP = pa.struct([
-    ("token_idx", pa.list_(pa.int32())),
-    ("token_id", pa.list_(pa.int32())),
-    ("logprobs", pa.list_(pa.float32())),
-    ("shape", pa.list_(pa.int64())),
-])
-_MESSAGE = pa.struct([
-    ("role", pa.string()),
-    ("content", pa.string()),
-    ("token_ids", pa.list_(pa.int32())),
-    ("top_logprobs", _TOP),
-])
+_TOP = pa.struct(
+    [
+        ("token_idx", pa.list_(pa.int32())),
+        ("token_id", pa.list_(pa.int32())),
+        ("logprobs", pa.list_(pa.float32())),
+        ("shape", pa.list_(pa.int64())),
+    ]
+)
+_MESSAGE = pa.struct(
+    [
+        ("role", pa.string()),
+        ("content", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("top_logprobs", _TOP),
+    ]
+)
 
 
 def _to_row(conversation: Conversation) -> dict[str, Any]:
@@ -152,17 +157,21 @@ def _to_row(conversation: Conversation) -> dict[str, Any]:
         top = message.top_logprobs
         if isinstance(top, StoredTopLogprobs):
             top = top.read()
-        messages.append({
-            "role": message.role,
-            "content": message.content,
-            "token_ids": message.token_ids,
-            "top_logprobs": None if top is None else {
-                "token_idx": top.token_idx,
-                "token_id": top.token_id,
-                "logprobs": top.logprobs,
-                "shape": list(top.shape),
-            },
-        })
+        messages.append(
+            {
+                "role": message.role,
+                "content": message.content,
+                "token_ids": message.token_ids,
+                "top_logprobs": None
+                if top is None
+                else {
+                    "token_idx": top.token_idx,
+                    "token_id": top.token_id,
+                    "logprobs": top.logprobs,
+                    "shape": list(top.shape),
+                },
+            }
+        )
     return {
         "messages": messages,
         "system_prompt": conversation.system_prompt,
@@ -175,12 +184,14 @@ def _from_row(row: dict[str, Any], path: Path, number: int) -> Conversation:
     messages = []
     for place, message in enumerate(row["messages"]):
         top = message.get("top_logprobs")
-        messages.append(Message(
-            role=message["role"],
-            content=message["content"],
-            token_ids=list(message["token_ids"] or []),
-            top_logprobs=None if top is None else StoredTopLogprobs(path, number, place, tuple(top["shape"])),
-        ))
+        messages.append(
+            Message(
+                role=message["role"],
+                content=message["content"],
+                token_ids=list(message["token_ids"] or []),
+                top_logprobs=None if top is None else StoredTopLogprobs(path, number, place, tuple(top["shape"])),
+            )
+        )
     return Conversation(
         messages=messages,
         metadata=dict(row["metadata"] or {}),
@@ -211,7 +222,11 @@ def write_shard(path: Path, conversations: Iterable[Conversation]) -> None:
         with os.fdopen(handle, "wb") as file:
             # In groups so small, statistics and dictionaries would be half of the file.
             pq.write_table(
-                pa.table(columns), file, compression="zstd", row_group_size=_ROWS_PER_GROUP, write_statistics=False,
+                pa.table(columns),
+                file,
+                compression="zstd",
+                row_group_size=_ROWS_PER_GROUP,
+                write_statistics=False,
                 use_dictionary=False,
             )
             file.flush()
@@ -280,7 +295,9 @@ def _damage_named(path: Path) -> Iterator[None]:
     except (pa.ArrowException, OSError, KeyError, TypeError, AttributeError, IndexError) as error:
         # What is wrong with the file has no number; that it is not there is known for good.
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
-            raise PassingFailure(f"{path} cannot be read now ({one_line(error)}): look at its disk, then run again") from error
+            raise PassingFailure(
+                f"{path} cannot be read now ({one_line(error)}): look at its disk, then run again"
+            ) from error
         raise UserError(
             f"{path} is not a readable conversation shard ({one_line(error)}): "
             "delete this file and run again, it alone is made anew"

@@ -3,6 +3,7 @@
 The order is a pure function of (examples, settings, seed): a resumed run finds its place
 from the step number alone.
 """
+
 from __future__ import annotations
 
 import dataclasses

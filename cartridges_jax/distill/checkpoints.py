@@ -4,6 +4,7 @@ A state is a cartridge with its optimizer's moments, some hundred megabytes for 
 gathering it on every host is cheap, and makes what lies on disk the same, checksums included,
 whatever mesh and however many hosts saved it. So it can be restored onto any other.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping

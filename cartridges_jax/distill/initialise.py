@@ -1,4 +1,5 @@
 """Where a cartridge starts from (paper section 3.2 and its ablation)."""
+
 from __future__ import annotations
 
 from cartridges_jax import sampling

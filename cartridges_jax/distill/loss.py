@@ -16,6 +16,7 @@ together cost the two products that they cost with all logits at hand.
 On a mesh that splits the vocabulary, its parts pass side by side, each on its own devices,
 and the sums are joined once at the end: no part of the head is sent over the tensor axis.
 """
+
 from __future__ import annotations
 
 import functools
@@ -177,7 +178,14 @@ def _stream(
 
 
 def _stream_part(
-    hidden: Array, ids: Array, logprobs: Array, softcap: float, block: int, gradient: bool, head: Any, first: Array | int
+    hidden: Array,
+    ids: Array,
+    logprobs: Array,
+    softcap: float,
+    block: int,
+    gradient: bool,
+    head: Any,
+    first: Array | int,
 ) -> tuple[Array, Array, Array, Array | None]:
     """Passes over one part of the vocabulary, whose first token is `first`.
 

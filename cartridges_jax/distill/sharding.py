@@ -1,4 +1,5 @@
 """Where a training run's arrays lie on a mesh: the batch by rows, the state by heads and slots."""
+
 from __future__ import annotations
 
 import functools
@@ -44,9 +45,7 @@ def placed_batch(plan: PackingPlan, step: int, mesh: Mesh | None) -> TrainBatch:
     return TrainBatch(*map(placed, itertools.count(), plan.shapes, batch_shardings(mesh)))
 
 
-def state_shardings(
-    mesh: Mesh, optimizer: optax.GradientTransformation, trainable: dict[str, Array]
-) -> TrainState:
+def state_shardings(mesh: Mesh, optimizer: optax.GradientTransformation, trainable: dict[str, Array]) -> TrainState:
     """A cartridge's heads over tensor and slots over fsdp; what the optimizer keeps of an array lies as the array."""
     everywhere = parallel.everywhere(mesh)
     slots = {name: parallel.sharding(mesh, PREFIX_AXES[name], part.shape) for name, part in trainable.items()}
@@ -69,7 +68,9 @@ def undivided_slots(num_slots: int, mesh: Mesh) -> list[str]:
     """Words, if the mesh does not divide a cartridge's slots and every device has all of them."""
     if num_slots % mesh.shape["fsdp"] == 0:
         return []
-    return [f"fsdp:{mesh.shape['fsdp']} does not divide the cartridge's {num_slots} slots: every device has all of them"]
+    return [
+        f"fsdp:{mesh.shape['fsdp']} does not divide the cartridge's {num_slots} slots: every device has all of them"
+    ]
 
 
 def step_on_mesh(

@@ -1,4 +1,5 @@
 """The distillation step: a cartridge learns, the model is frozen."""
+
 from __future__ import annotations
 
 import functools
@@ -97,7 +98,11 @@ def batch_loss(
     )
     with on_mesh_of(params):
         divergence = divergence_per_token(
-            _at_targets(hidden, batch.rows), lm_head(params, config), batch.ids, batch.logprobs, tail,
+            _at_targets(hidden, batch.rows),
+            lm_head(params, config),
+            batch.ids,
+            batch.logprobs,
+            tail,
             softcap=config.logit_softcap,
         )
     return jnp.sum(divergence * batch.weight)
@@ -192,7 +197,14 @@ train_step = jax.jit(
 
 @functools.partial(jax.jit, static_argnames=("config", "combine", "tail"))
 def eval_step(
-    config: ModelConfig, combine: Combine, params: Any, frozen: Any, trainable: Any, batch: TrainBatch, *, tail: str = "class"
+    config: ModelConfig,
+    combine: Combine,
+    params: Any,
+    frozen: Any,
+    trainable: Any,
+    batch: TrainBatch,
+    *,
+    tail: str = "class",
 ) -> tuple[Array, Array]:
     """(sum of divergences, number of targets) over a batch, without learning."""
     joined, prefix = combine(params, frozen, trainable)

@@ -2,6 +2,7 @@
 
 Knows nothing of tasks or files of text: it is given examples and gives back a prefix.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -18,8 +19,8 @@ from jax import Array
 
 from cartridges_jax import parallel
 from cartridges_jax.cartridge import KVPrefix
-from cartridges_jax.data.ahead import prepare_ahead
 from cartridges_jax.data.packing import Example, PackingPlan, TrainBatch, check_rows, plan_packing
+from cartridges_jax.data.prefetch import prefetch
 from cartridges_jax.distill.checkpoints import SharedCheckpoints
 from cartridges_jax.distill.loss import TAILS
 from cartridges_jax.distill.sharding import Step, placed_batch, state_shardings, step_on_mesh
@@ -81,8 +82,14 @@ class TrainSettings:
     def check(self) -> None:
         """Raises UserError for a value that no run could use."""
         for name in (
-            "steps", "rows_per_step", "row_tokens", "micro_batches", "eval_every", "checkpoint_every",
-            "keep_checkpoints", "max_refused_in_a_row",
+            "steps",
+            "rows_per_step",
+            "row_tokens",
+            "micro_batches",
+            "eval_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "max_refused_in_a_row",
         ):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name}={getattr(self, name)}: must be 1 or more")
@@ -154,7 +161,13 @@ def heldout_loss(model: Model, prefix: KVPrefix, trainable, plan: PackingPlan, t
     total, count = 0.0, 0.0
     for step in range(len(plan.steps)):
         loss, targets = eval_step(
-            model.config, combine_cartridge, model.params, prefix, trainable, placed_batch(plan, step, model.mesh), tail=tail
+            model.config,
+            combine_cartridge,
+            model.params,
+            prefix,
+            trainable,
+            placed_batch(plan, step, model.mesh),
+            tail=tail,
         )
         total, count = total + float(loss), count + float(targets)
     return total / count
@@ -217,21 +230,37 @@ class _Training:
     """One run: what it learns from, where it stands, and what it has seen."""
 
     def __init__(
-        self, model: Model, initial: KVPrefix, examples: Sequence[Example], heldout: Sequence[Example],
-        settings: TrainSettings, directory: Path, num_frozen: int, seed: int, job: Job,
+        self,
+        model: Model,
+        initial: KVPrefix,
+        examples: Sequence[Example],
+        heldout: Sequence[Example],
+        settings: TrainSettings,
+        directory: Path,
+        num_frozen: int,
+        seed: int,
+        job: Job,
         on_step: Callable[[int, float | None], None],
     ):
         self._model, self._settings, self._directory, self._on_step = model, settings, directory, on_step
         mesh = model.mesh
         rows = {"row_tokens": settings.row_tokens, "row_parts": parallel.row_parts(mesh)}
         self._plan = plan_packing(
-            examples, num_steps=settings.steps, rows_per_step=settings.rows_per_step, micro_batches=settings.micro_batches,
-            seed=seed, **rows,
+            examples,
+            num_steps=settings.steps,
+            rows_per_step=settings.rows_per_step,
+            micro_batches=settings.micro_batches,
+            seed=seed,
+            **rows,
         )
         self._heldout_plan = None
         if heldout:
             self._heldout_plan = plan_packing(
-                heldout, num_steps=None, rows_per_step=settings.rows_per_step // settings.micro_batches, micro_batches=1, **rows
+                heldout,
+                num_steps=None,
+                rows_per_step=settings.rows_per_step // settings.micro_batches,
+                micro_batches=1,
+                **rows,
             )
         self._initial = parallel.place_prefix(initial, mesh)
         self._mask = parallel.replicate(learning_mask(initial.num_slots, num_frozen)[:, None], mesh)
@@ -255,7 +284,9 @@ class _Training:
         with self._batches(range(done, settings.steps)) as batches:
             pending = None
             for step, batch in enumerate(batches, start=done + 1):
-                self._state, metrics = self._take_step(self._model.params, self._initial, self._mask, self._state, batch)
+                self._state, metrics = self._take_step(
+                    self._model.params, self._initial, self._mask, self._state, batch
+                )
                 # Fetched one step late: the device works on this step while the host reads the last.
                 refused_in_a_row = self._record(*pending) if pending else 0
                 pending = (step, metrics)
@@ -286,7 +317,7 @@ class _Training:
 
     def _batches(self, steps: range) -> contextlib.closing[Iterator[TrainBatch]]:
         """The batches of the given steps on the devices, packed and copied while earlier steps run."""
-        return contextlib.closing(prepare_ahead(lambda step: placed_batch(self._plan, step, self._model.mesh), steps))
+        return contextlib.closing(prefetch(lambda step: placed_batch(self._plan, step, self._model.mesh), steps))
 
     def _measure_heldout(self, step: int) -> None:
         if self._heldout_plan is not None:

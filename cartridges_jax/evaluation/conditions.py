@@ -1,4 +1,5 @@
 """The four conditions: they differ in the KV prefix that stands in front, in nothing else."""
+
 from __future__ import annotations
 
 import dataclasses

@@ -4,6 +4,7 @@ The judge is the model with the whole document in context: its greedy answers ar
 `teacher_kl` is measured on, and it scores the answers that each condition gives freely
 (`own_nll`).
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -89,7 +90,9 @@ def evaluate(
     measures = {name: values for name, (values, _) in found.items()}
     reasons = {
         f"conditions.{name}.{measure}": _NO_HELDOUT if measure == "heldout_kl" else _NO_QUESTIONS
-        for name, values in measures.items() for measure, value in values.items() if value is None
+        for name, values in measures.items()
+        for measure, value in values.items()
+        if value is None
     }
     closed = _closed(measures, "teacher_kl" if questions else "heldout_kl", reasons)
     answers = [
@@ -113,8 +116,13 @@ class _Measuring:
     """
 
     def __init__(
-        self, model: Model, conditions: Sequence[Condition], questions: Sequence[Question], heldout: Sequence[Conversation],
-        settings: EvaluationSettings, on_progress: Callable[[int, int], None],
+        self,
+        model: Model,
+        conditions: Sequence[Condition],
+        questions: Sequence[Question],
+        heldout: Sequence[Conversation],
+        settings: EvaluationSettings,
+        on_progress: Callable[[int, int], None],
     ):
         self._model, self._questions, self._settings, self._on_progress = model, questions, settings, on_progress
         self.asked = [q.question for q in questions] or [c.messages[0].content for c in heldout]
@@ -137,8 +145,14 @@ class _Measuring:
         own = self._judged if is_judge else self._answers(condition)
         texts = [model.tokenizer.decode(item.answer_ids).strip() for item in own]
         values: dict[str, float | None] = {
-            "answer_nll": None, "teacher_kl": None, "heldout_kl": None, "own_nll": None, "f1": None, "exact_match": None,
-            "prefix_tokens": condition.prefix_tokens, "kv_bytes": condition.kv_bytes,
+            "answer_nll": None,
+            "teacher_kl": None,
+            "heldout_kl": None,
+            "own_nll": None,
+            "f1": None,
+            "exact_match": None,
+            "prefix_tokens": condition.prefix_tokens,
+            "kv_bytes": condition.kv_bytes,
         }
         judge_on_own = self._judge_on_judged if is_judge else self._hidden(self._judge, own)
         values["own_nll"] = float(token_nll(model, judge_on_own, own).mean())
@@ -157,7 +171,10 @@ class _Measuring:
 
     def _answers(self, condition: Condition) -> list[Scored]:
         generations = sampling.generate_tokens(
-            self._model, self._prompts, condition.prefix, max_tokens=self._settings.max_answer_tokens,
+            self._model,
+            self._prompts,
+            condition.prefix,
+            max_tokens=self._settings.max_answer_tokens,
             on_progress=self._advance,
         )
         return [Scored(prompt, generation.token_ids) for prompt, generation in zip(self._prompts, generations)]

@@ -90,7 +90,9 @@ def loss_figure(train: Sequence[dict], heldout: Sequence[dict], width: float) ->
     return _svg("loss", (width, 2.7), draw)
 
 
-def conditions_figure(labels: dict[str, str], panels: Sequence[tuple[str, dict[str, float | None]]], width: float) -> str:
+def conditions_figure(
+    labels: dict[str, str], panels: Sequence[tuple[str, dict[str, float | None]]], width: float
+) -> str:
     """Horizontal bars of the conditions, one panel a measure.
 
     Args:

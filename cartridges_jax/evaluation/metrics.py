@@ -17,7 +17,9 @@ def normalise_answer(text: str) -> str:
 
     Punctuation is removed, not replaced by a space, as SQuAD's script does; typographic quotes and dashes go as well.
     """
-    kept = "".join(c for c in text.lower() if c not in string.punctuation and not unicodedata.category(c).startswith("P"))
+    kept = "".join(
+        c for c in text.lower() if c not in string.punctuation and not unicodedata.category(c).startswith("P")
+    )
     return " ".join(_ARTICLES.sub(" ", kept).split())
 
 

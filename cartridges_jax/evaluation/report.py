@@ -68,7 +68,9 @@ def complete_report(report: Mapping[str, Any]) -> dict[str, Any]:
     reasons = dict(report.get("reasons") or {})
     plain = _plain({key: value for key, value in report.items() if key != "reasons"}, "", reasons)
     if missing := list(_missing_keys(plain)):
-        raise ValueError(f"the report lacks {', '.join(missing)}; an undefined number is None with an entry in 'reasons'")
+        raise ValueError(
+            f"the report lacks {', '.join(missing)}; an undefined number is None with an entry in 'reasons'"
+        )
     numbers = [f"conditions.{name}.{measure}" for name in CONDITIONS for measure in MEASURES]
     for path in (*numbers, "kl_closed", "kl_closed_truncated", "gap_closed", "coverage.tokens"):
         if _at(plain, path) is None:
@@ -155,7 +157,11 @@ def headline(report: Mapping[str, Any]) -> str:
     if closed is None:
         return f"What the cartridge closes of the gap is undefined: {report['reasons']['kl_closed']}."
     start = report["kl_closed_truncated"]
-    beside = "" if start is None else f" (the document's first {report['cartridge']['tokens']:,} tokens: {format_percent(start)})"
+    beside = (
+        ""
+        if start is None
+        else f" (the document's first {report['cartridge']['tokens']:,} tokens: {format_percent(start)})"
+    )
     return f"The cartridge closes {format_percent(closed)} of the gap to the whole document{beside}{memory}."
 
 

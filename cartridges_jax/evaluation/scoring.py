@@ -3,6 +3,7 @@
 Hidden states are kept instead of logits (D floats a token instead of V); logits are made
 in blocks where two conditions are compared.
 """
+
 from __future__ import annotations
 
 import dataclasses

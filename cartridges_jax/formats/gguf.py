@@ -3,6 +3,7 @@
 A thin layer over the `gguf` package (https://github.com/ggml-org/llama.cpp/tree/master/gguf-py) that
 gives tensors in numpy's row-major shape and turns every damaged file into one clear error.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
@@ -81,7 +82,6 @@ class GGUFFile:
     def sha256(self) -> str:
         """The SHA-256 of the whole file, in hex."""
         return sha256_of_file(self.path)
-
 
 
 class _Metadata(Mapping):

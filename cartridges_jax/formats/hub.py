@@ -3,6 +3,7 @@
 The library's settings hold: HF_HOME and HF_HUB_CACHE, HF_TOKEN or `hf auth login`, HF_ENDPOINT and
 HF_HUB_OFFLINE. Only safetensors weights, configuration and tokenizer are fetched, never a pickle.
 """
+
 from __future__ import annotations
 
 import re
@@ -70,7 +71,9 @@ def fetched(repository: Repository) -> Path:
     try:
         if not offline:
             # snapshot_download waits for ever for a server that is silent; this question does not.
-            huggingface_hub.HfApi().model_info(repository.name, revision=repository.revision, timeout=_SECONDS_TO_ANSWER)
+            huggingface_hub.HfApi().model_info(
+                repository.name, revision=repository.revision, timeout=_SECONDS_TO_ANSWER
+            )
         path = huggingface_hub.snapshot_download(
             repository.name, local_files_only=offline, etag_timeout=_SECONDS_TO_ANSWER, **wanted
         )
@@ -100,7 +103,9 @@ def _explanation(repository: Repository, error: Exception) -> str:
     page = f"{constants.ENDPOINT}/{repository.name}"
     # The classes from the narrow to the wide: a gated repository is a kind of one not found.
     if isinstance(error, errors.GatedRepoError):
-        return f"{start} gives it only to those who accepted its terms: do so at {page}, then set HF_TOKEN to your token"
+        return (
+            f"{start} gives it only to those who accepted its terms: do so at {page}, then set HF_TOKEN to your token"
+        )
     if isinstance(error, errors.RepositoryNotFoundError):
         return f"{start} has no such repository, or a private one: check the name, or set HF_TOKEN to your token"
     if isinstance(error, errors.RevisionNotFoundError):

@@ -4,6 +4,7 @@ Everything that can be wrong with the files is found when the directory is opene
 weight files are read and checked against the index then, the weights themselves not before `read`.
 No pickle (`pytorch_model.bin`) is ever read.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -122,7 +123,6 @@ class SafetensorsDirectory:
                     f"{self._owner[name]}: tensor {name!r} is not in {INDEX_FILE}; the files belong to different "
                     f"models, {_FETCH_AGAIN}"
                 )
-
 
 
 def _shards_in_index(directory: Path) -> dict[str, str]:

@@ -1,4 +1,5 @@
 """Where models come from: a known name, a file, a directory, or a repository of the Hugging Face hub."""
+
 from __future__ import annotations
 
 import os
@@ -102,8 +103,7 @@ def locate(name_or_path: str | Path, *, accept_license: bool = False) -> Path:
 def _require_acceptance(name: str, terms: License) -> None:
     if os.environ.get(terms.variable) != "1":
         raise UserError(
-            f"{name!r} comes under the {terms.name}: read {terms.url} and, if you accept them, "
-            f"set {terms.variable}=1"
+            f"{name!r} comes under the {terms.name}: read {terms.url} and, if you accept them, set {terms.variable}=1"
         )
 
 

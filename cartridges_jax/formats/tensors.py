@@ -1,4 +1,5 @@
 """What the readers of weight files have in common."""
+
 from __future__ import annotations
 
 import hashlib

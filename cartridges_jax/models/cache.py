@@ -1,4 +1,5 @@
 """A conversation's own keys and values while it is decoded."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -24,7 +25,7 @@ class Cache:
     """Per-row keys and values, filled from slot 0 on.
 
     Attributes:
-      keys: [L, B, K, S, H], after RoPE; or where the layers lie apart, which is for CPUs,
+      keys: [L, B, K, S, H], after RoPE; or where the layers lie unstacked, which is for CPUs,
         L times [B, K, H, S]: few queries with keys that lie so are multiplied as fast as
         the keys can be read, with [S, H] half as fast.
       values: [L, B, K, S, H], or L times [B, K, S, H].
@@ -40,13 +41,13 @@ class Cache:
         return jax.tree.leaves(self.values)[0].shape[-2]
 
     @property
-    def is_apart(self) -> bool:
+    def is_unstacked(self) -> bool:
         """Whether every layer has arrays of its own."""
         return isinstance(self.values, tuple)
 
     def mapped(self, function: Callable[[Array, int], Array]) -> Cache:
         """`function(part, axis of the slots)` of all keys and values; `lengths` stay as they are."""
-        slot_axis = -1 if self.is_apart else -2
+        slot_axis = -1 if self.is_unstacked else -2
         return self.replace(
             keys=jax.tree.map(lambda part: function(part, slot_axis), self.keys),
             values=jax.tree.map(lambda part: function(part, -2), self.values),
@@ -56,7 +57,7 @@ class Cache:
         """Writes new tokens behind each row's in one layer; `lengths` stay as they are.
 
         Args:
-          layer: a number where the layers lie apart.
+          layer: a number where the layers lie unstacked.
           keys, values: [B, T, K, H].
 
         Returns:
@@ -65,7 +66,7 @@ class Cache:
         row = jnp.arange(keys.shape[0])[:, None]
         slots = self.lengths[:, None] + jnp.arange(keys.shape[1])
 
-        if self.is_apart:
+        if self.is_unstacked:
             own_keys = self.keys[layer].at[row, :, :, slots].set(keys.astype(self.keys[layer].dtype))
             own_values = self.values[layer].at[row, :, slots].set(values.astype(self.values[layer].dtype))
 
@@ -82,23 +83,25 @@ class Cache:
 
 
 def empty_cache(
-    config: ModelConfig, num_rows: int, num_slots: int, dtype, *, apart: bool = False, mesh: Mesh | None = None
+    config: ModelConfig, num_rows: int, num_slots: int, dtype, *, unstacked: bool = False, mesh: Mesh | None = None
 ) -> Cache:
     """A cache of B rows and S slots that holds nothing.
 
     Args:
-      apart: every layer in an array of its own, as suits parameters that lie so.
+      unstacked: every layer in an array of its own, as suits parameters that lie so.
       mesh: over which it is spread.
     """
     B, K, S, H = num_rows, config.num_kv_heads, num_slots, config.head_dim
 
     def zeros(*shape: int) -> Layers:
-        if apart:
+        if unstacked:
             return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
         return parallel.zeros(mesh, CACHE_AXES, (config.num_layers, *shape), dtype)
 
     return Cache(
-        zeros(B, K, H, S) if apart else zeros(B, K, S, H), zeros(B, K, S, H), parallel.zeros(mesh, ("rows",), (B,), jnp.int32)
+        zeros(B, K, H, S) if unstacked else zeros(B, K, S, H),
+        zeros(B, K, S, H),
+        parallel.zeros(mesh, ("rows",), (B,), jnp.int32),
     )
 
 

@@ -1,4 +1,5 @@
 """The description of a decoder. Every field changes what the model computes."""
+
 from __future__ import annotations
 
 import dataclasses

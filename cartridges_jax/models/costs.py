@@ -4,6 +4,7 @@ A multiplication and an addition count as two operations. Only matrix products a
 counted: norms, rotations, softmax and activations are below two percent of them. N, K, H,
 D, F, V, L, P as in `models.config` and `cartridge`.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -127,4 +128,6 @@ def decode_bytes(
     config: ModelConfig, params: Any, kv_dtype: Any, num_rows: int, shared_slots: int, own_slots: float
 ) -> float:
     """Bytes that one decode step must read: weights and the shared prefix once, each row's own slots."""
-    return num_bytes(weights_read(config, params)) + kv_bytes_per_token(config, kv_dtype) * (shared_slots + num_rows * own_slots)
+    return num_bytes(weights_read(config, params)) + kv_bytes_per_token(config, kv_dtype) * (
+        shared_slots + num_rows * own_slots
+    )

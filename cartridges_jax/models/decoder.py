@@ -1,4 +1,4 @@
-"""The one decoder: a functional Flax module, layers stacked and scanned, or apart.
+"""The one decoder: a functional Flax module, layers stacked and scanned, or unstacked.
 
 Follows the Llama architecture and its descendants as published in Hugging Face's
 `transformers`: pre-norm, rotary grouped-query attention, gated feed-forward layer; what
@@ -12,9 +12,10 @@ parameters of Gemma 3 with its 26 layers lie so:
     layers/0 … layers/5   [4, …] each: position 0..5 of the four whole periods
     layer_24, layer_25    the two layers behind them
 
-Given parameters that all lie apart, `layer_0 … layer_25` (see `layers_apart`), the same
+Given parameters that all lie unstacked, `layer_0 … layer_25` (see `unstack_layers`), the same
 decoder runs unrolled.
 """
+
 from __future__ import annotations
 
 import functools
@@ -69,7 +70,11 @@ class Layer(nn.Module):
     def __call__(self, x: Array, cache: Cache | None, layer: Array | int, prefix: LayerPrefix | None, view: _View):
         config = self.config
         D, N, K, H, F = (
-            config.d_model, config.num_heads, config.num_kv_heads, config.head_dim, config.d_ff,
+            config.d_model,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            config.d_ff,
         )
         B, T, _ = x.shape
         prefix = _gathered(prefix)
@@ -93,8 +98,14 @@ class Layer(nn.Module):
         else:
             cache, own_keys, own_values = cache.extended(layer, keys, values)
         mixed = attend(
-            queries, own_keys, own_values, view.own, prefix, prefix_mask=view.prefix,
-            scale=config.attention_scale, softcap=config.attention_softcap,
+            queries,
+            own_keys,
+            own_values,
+            view.own,
+            prefix,
+            prefix_mask=view.prefix,
+            scale=config.attention_scale,
+            softcap=config.attention_softcap,
         ).reshape(B, T, N * H)
         mixed = linear(mixed, self._matrix("o_proj", (N * H, D), ("heads", "embed")))
         if config.o_bias:
@@ -181,7 +192,7 @@ class Decoder(nn.Module):
             segment. With a cache a row is one segment, padded on the right.
           prefix: P slots that every token sees, as far as windows reach.
           cache: tokens are appended to it; S must hold them. Where the layers of the
-            parameters lie apart, those of prefix and cache may too.
+            parameters lie unstacked, those of prefix and cache may too.
           taps: which of `TAPS` to return, stacked over layers.
 
         Returns:
@@ -207,8 +218,8 @@ class Decoder(nn.Module):
             as_computed = functools.partial(jax.tree.map, lambda part: part.astype(x.dtype))
             fronts = LayerPrefix(as_computed(prefix.keys), as_computed(prefix.values), prefix.bias)
 
-        apart = self.has_variable("params", layer_name(0))
-        num_periods = 0 if apart else config.num_layers // len(views)
+        unstacked = self.has_variable("params", layer_name(0))
+        num_periods = 0 if unstacked else config.num_layers // len(views)
         scanned = num_periods * len(views)
         carry, tapped = (x, cache, jnp.int32(0)), []
         if num_periods:
@@ -253,7 +264,12 @@ class Decoder(nn.Module):
 
 
 def _view(
-    config: ModelConfig, kind: LayerKind, positions: Array, segment_ids: Array, prefix: KVPrefix | None, cache: Cache | None
+    config: ModelConfig,
+    kind: LayerKind,
+    positions: Array,
+    segment_ids: Array,
+    prefix: KVPrefix | None,
+    cache: Cache | None,
 ) -> _View:
     turn = None if kind.rope is None else rope_tables(positions, config.head_dim, kind.rope)
     passed = prefix.positions if prefix is not None and config.windows_see_prefix else None

@@ -1,4 +1,5 @@
 """A model as the rest of the package takes it: decoder, parameters and text side."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -16,10 +17,10 @@ from cartridges_jax.formats.gguf import GGUFFile
 from cartridges_jax.formats.safetensors_files import SafetensorsDirectory
 from cartridges_jax.formats.sources import locate
 from cartridges_jax.formats.tensors import TensorFile
-from cartridges_jax.models.apart import layers_apart, runs_apart
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.families import Names, read_gguf_metadata, read_hugging_face_config
 from cartridges_jax.models.sharding import param_shardings, params_on
+from cartridges_jax.models.unstacked import runs_unstacked, unstack_layers
 from cartridges_jax.models.weights import load_params
 from cartridges_jax.text.chat import ChatTemplate
 from cartridges_jax.text.tokenizer import Tokenizer, tokenizer_from_directory, tokenizer_from_gguf
@@ -77,16 +78,16 @@ class Model:
 
     @functools.cached_property
     def decode_params(self) -> Any:
-        """The parameters as the sampler takes them: on one CPU with the layers apart."""
-        return layers_apart(self.params, self.config) if runs_apart(self.params) else self.params
+        """The parameters as the sampler takes them: on one CPU with the layers unstacked."""
+        return unstack_layers(self.params, self.config) if runs_unstacked(self.params) else self.params
 
     def on(self, part: Mesh) -> Model:
         """The same on one of its mesh's `parallel.independent_parts`, of which this process has devices."""
         return dataclasses.replace(self, params=params_on(self.params, part), mesh=part)
 
     @property
-    def layers_apart(self) -> bool:
-        """Whether `decode_params` has the layers apart, and so a cache that is decoded with."""
+    def decodes_unstacked(self) -> bool:
+        """Whether `decode_params` has unstacked layers, and so a cache that is decoded with."""
         return self.decode_params is not self.params
 
     @functools.cached_property
@@ -149,7 +150,11 @@ def load_model(
             "they do not belong together, fetch the model again"
         )
     params = load_params(
-        opened.file, opened.names, config, DTYPES[dtype], stored=weights,
+        opened.file,
+        opened.names,
+        config,
+        DTYPES[dtype],
+        stored=weights,
         sharding_of=None if mesh is None else param_shardings(config, mesh),
     )
     return Model(
@@ -179,6 +184,4 @@ def _open_directory(path: Path, thinking: bool) -> _Opened:
     file = SafetensorsDirectory(path)
     family, config = read_hugging_face_config(file.config)
     tokenizer = tokenizer_from_directory(path)
-    return _Opened(
-        file, family.names, config, tokenizer, ChatTemplate.from_directory(path, tokenizer, thinking)
-    )
+    return _Opened(file, family.names, config, tokenizer, ChatTemplate.from_directory(path, tokenizer, thinking))

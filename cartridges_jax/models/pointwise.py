@@ -3,6 +3,7 @@
 All of it is computed again in the backward pass from what is kept anyway, the products'
 results: no slower on a CPU than storing the values in between, and far less memory.
 """
+
 from __future__ import annotations
 
 import functools

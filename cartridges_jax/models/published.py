@@ -3,6 +3,7 @@
 The values are the publishers', from the `config.json` of the repository that the entry is named after on
 https://huggingface.co; fields that change nothing about what is computed are left out.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping

@@ -1,4 +1,5 @@
 """Where a model's parameters lie on a mesh."""
+
 from __future__ import annotations
 
 from typing import Any

@@ -5,6 +5,7 @@ of rows, so that the host never holds more than a block beside the shards: a lay
 tensor goes straight to its place in the stack, and with a sharding only the slices that
 local devices own are read. Files hold matrices as [out, in]; the decoder as [in, out].
 """
+
 from __future__ import annotations
 
 import functools
@@ -70,9 +71,7 @@ def load_params(
     return tree
 
 
-def abstract_loaded(
-    config: ModelConfig, dtype: Any, *, stored: str = "", sharding_of: ShardingOf | None = None
-) -> Any:
+def abstract_loaded(config: ModelConfig, dtype: Any, *, stored: str = "", sharding_of: ShardingOf | None = None) -> Any:
     """What `load_params` gives, as shapes: for programs that are compiled before there are weights."""
 
     def leaf(keys: Any, declared: jax.ShapeDtypeStruct) -> Any:
@@ -236,7 +235,8 @@ def _fill(
         return values
     scale_shape = tuple(size for axis, size in enumerate(leaf.shape) if axis != summed)
     return Quantized(
-        values, jax.make_array_from_single_device_arrays(scale_shape, _without_axis(sharding, summed, leaf.ndim), scales)
+        values,
+        jax.make_array_from_single_device_arrays(scale_shape, _without_axis(sharding, summed, leaf.ndim), scales),
     )
 
 

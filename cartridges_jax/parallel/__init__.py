@@ -7,6 +7,7 @@ width and the vocabulary, whose weights are never gathered.
 Programs learn their mesh from the parameters they are given (`constraints.on_mesh_of`):
 with parameters on one device nothing is partitioned and nothing is constrained.
 """
+
 from cartridges_jax.parallel.constraints import constrain, num_parts, on_mesh_of
 from cartridges_jax.parallel.job import ALONE, Job
 from cartridges_jax.parallel.mesh import independent_parts, make_mesh, parse_mesh
@@ -15,7 +16,25 @@ from cartridges_jax.parallel.rules import RULES, dividing, partition, row_parts,
 from cartridges_jax.parallel.start import start_job
 
 __all__ = [
-    "ALONE", "RULES", "Job", "constrain", "dividing", "everywhere", "fetch", "independent_parts", "make_mesh", "num_parts",
-    "on_mesh_of", "parse_mesh", "partition", "place", "place_prefix", "prefix_shardings", "replicate", "row_parts", "sharding",
-    "start_job", "zeros",
+    "ALONE",
+    "RULES",
+    "Job",
+    "constrain",
+    "dividing",
+    "everywhere",
+    "fetch",
+    "independent_parts",
+    "make_mesh",
+    "num_parts",
+    "on_mesh_of",
+    "parse_mesh",
+    "partition",
+    "place",
+    "place_prefix",
+    "prefix_shardings",
+    "replicate",
+    "row_parts",
+    "sharding",
+    "start_job",
+    "zeros",
 ]

@@ -3,6 +3,7 @@
 The mesh is that of the parameters, which is part of their type while a program is traced.
 Without one, every function here leaves the program as it was written.
 """
+
 from __future__ import annotations
 
 import contextlib

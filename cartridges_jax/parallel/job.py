@@ -14,6 +14,7 @@ line, where JAX alone would wait for ever or long, when another one
 
 When the first process is lost the store is gone, and JAX's client ends the others at once.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -92,6 +93,7 @@ class Job:
 
 
 ALONE = Job()
+
 
 class ManyProcesses(Job):
     """See the module and `Job`.
@@ -206,7 +208,10 @@ class ManyProcesses(Job):
 
     def _told(self, directory: str) -> dict[str, Any]:
         try:
-            return {key.rsplit("/", 1)[1]: json.loads(value) for key, value in _store().key_value_dir_get(f"job/{directory}")}
+            return {
+                key.rsplit("/", 1)[1]: json.loads(value)
+                for key, value in _store().key_value_dir_get(f"job/{directory}")
+            }
         except jax.errors.JaxRuntimeError as error:
             raise self._no_store(error) from None
 

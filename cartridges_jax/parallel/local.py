@@ -1,4 +1,5 @@
 """A job of several processes on this machine, for tests and for debugging what will run on many hosts."""
+
 from __future__ import annotations
 
 import contextlib
@@ -14,7 +15,9 @@ from collections.abc import Sequence
 from typing import TextIO
 
 
-def run_locally(command: Sequence[str], *, num_processes: int, num_devices: int = 0, grace_seconds: float = 120.0) -> int:
+def run_locally(
+    command: Sequence[str], *, num_processes: int, num_devices: int = 0, grace_seconds: float = 120.0
+) -> int:
     """Runs a Python program as a job of several processes, and returns when all have ended.
 
     Every line that a process writes comes out with its number in front, such as "[1] ". SIGINT

@@ -1,4 +1,5 @@
 """The devices of a run as a mesh, from one line such as "data:2,fsdp:4,tensor:2"."""
+
 from __future__ import annotations
 
 import math

@@ -3,6 +3,7 @@
 Every process holds the same host values and gives its own devices their parts, so that
 nothing here needs to reach all devices.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -62,7 +63,9 @@ def prefix_shardings(mesh: Mesh, prefix: KVPrefix, *, in_use: bool = False) -> d
     """Field to where it lies, of the fields that a prefix has."""
     parts = {name: getattr(prefix, name) for name in PREFIX_AXES}
     return {
-        name: sharding(mesh, PREFIX_AXES[name], part.shape, in_use=in_use) for name, part in parts.items() if part is not None
+        name: sharding(mesh, PREFIX_AXES[name], part.shape, in_use=in_use)
+        for name, part in parts.items()
+        if part is not None
     }
 
 

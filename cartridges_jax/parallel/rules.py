@@ -4,6 +4,7 @@ An array's axes have logical names: the decoder annotates its parameters, prefix
 and batches say theirs where they are placed. Each name has two entries here: where the
 array is kept, and how it lies when it is computed with, where the two differ.
 """
+
 from __future__ import annotations
 
 import math

@@ -8,6 +8,7 @@
 JAX reads the schedulers' settings (`jax.distributed.initialize`); here it is only decided
 which one to ask, so that an interactive shell or a notebook on such a machine stays alone.
 """
+
 from __future__ import annotations
 
 import importlib.util
@@ -80,8 +81,12 @@ def start_job(
     if min(peer_seconds, stall_seconds) <= 0:
         raise UserError(f"peer_seconds={peer_seconds} and stall_seconds={stall_seconds} must be above 0")
     given = {
-        name: value for name, value in
-        (("coordinator", coordinator or None), ("num_processes", num_processes), ("process_id", process_id))
+        name: value
+        for name, value in (
+            ("coordinator", coordinator or None),
+            ("num_processes", num_processes),
+            ("process_id", process_id),
+        )
         if value is not None
     }
     if distributed == "off":

@@ -4,6 +4,7 @@ JAX finds an entry by the program, its options and the versions of JAX and XLA, 
 CPUs not by the processor: an entry made on one type may stop another with an illegal
 instruction. So every type has a directory of its own.
 """
+
 from __future__ import annotations
 
 import hashlib

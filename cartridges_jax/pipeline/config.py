@@ -1,11 +1,12 @@
 """The typed configuration of a run, and its way in and out of `ml_collections`."""
+
 from __future__ import annotations
 
 import dataclasses
 
 import ml_collections
 
-from cartridges_jax.ahead.draft import PodSettings
+from cartridges_jax.aot.workload import PodSettings
 from cartridges_jax.corpus.documents import QUICKSTART
 from cartridges_jax.distill.trainer import TrainSettings
 from cartridges_jax.errors import UserError
@@ -99,7 +100,9 @@ class RunConfig:
         self.study.check()
         self.train.check()
         if self.train.targets == "all" and not self.study.score_user_messages:
-            raise UserError("train.targets='all' needs the teacher's view of A's tokens: set study.score_user_messages=True")
+            raise UserError(
+                "train.targets='all' needs the teacher's view of A's tokens: set study.score_user_messages=True"
+            )
         self.evaluation.check()
         self.pod.check()
 
@@ -110,43 +113,47 @@ class RunConfig:
 
 def default_config() -> ml_collections.ConfigDict:
     """The defaults that experiments override: sized for a small model on a CPU."""
-    return ml_collections.ConfigDict(dataclasses.asdict(RunConfig(
-        model="smollm2-135m-instruct",
-        dtype="float32",
-        weights=AUTO,
-        thinking=False,
-        windows_see_prefix=True,
-        accept_license=False,
-        mesh="",
-        seed=0,
-        corpus=QUICKSTART,
-        article="",
-        max_tokens=0,
-        questions="",
-        heldout=24,
-        cartridge=CartridgeSettings(num_slots=144, num_frozen=1),
-        study=FOR_SMALL_MODELS,
-        train=TrainSettings(
-            steps=230,
-            learning_rate=4e-2,
-            schedule="cosine",
-            warmup_steps=10,
-            final_fraction=0.05,
-            clip_norm=1.0,
-            rows_per_step=4,
-            row_tokens=128,
-            micro_batches=1,
-            targets="assistant",
-            tail="class",
-            remat=False,
-            eval_every=40,
-            checkpoint_every=20,
-            keep_checkpoints=2,
-            max_refused_in_a_row=5,
-        ),
-        evaluation=EvaluationSettings(max_answer_tokens=40, max_questions=48),
-        pod=PodSettings(topology="", decode_rows=128, context_tokens=4096),
-    )))
+    return ml_collections.ConfigDict(
+        dataclasses.asdict(
+            RunConfig(
+                model="smollm2-135m-instruct",
+                dtype="float32",
+                weights=AUTO,
+                thinking=False,
+                windows_see_prefix=True,
+                accept_license=False,
+                mesh="",
+                seed=0,
+                corpus=QUICKSTART,
+                article="",
+                max_tokens=0,
+                questions="",
+                heldout=24,
+                cartridge=CartridgeSettings(num_slots=144, num_frozen=1),
+                study=FOR_SMALL_MODELS,
+                train=TrainSettings(
+                    steps=230,
+                    learning_rate=4e-2,
+                    schedule="cosine",
+                    warmup_steps=10,
+                    final_fraction=0.05,
+                    clip_norm=1.0,
+                    rows_per_step=4,
+                    row_tokens=128,
+                    micro_batches=1,
+                    targets="assistant",
+                    tail="class",
+                    remat=False,
+                    eval_every=40,
+                    checkpoint_every=20,
+                    keep_checkpoints=2,
+                    max_refused_in_a_row=5,
+                ),
+                evaluation=EvaluationSettings(max_answer_tokens=40, max_questions=48),
+                pod=PodSettings(topology="", decode_rows=128, context_tokens=4096),
+            )
+        )
+    )
 
 
 def from_config_dict(config: ml_collections.ConfigDict) -> RunConfig:

@@ -1,4 +1,5 @@
 """What a run reads before it starts: the document and its questions."""
+
 from __future__ import annotations
 
 import json

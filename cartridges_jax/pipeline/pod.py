@@ -1,11 +1,12 @@
 """Runs for many accelerators: their config at the paper's sizes, and what of it is compiled before there are devices."""
+
 from __future__ import annotations
 
 import dataclasses
 
 import ml_collections
 
-from cartridges_jax.ahead.draft import Draft
+from cartridges_jax.aot.workload import Workload
 from cartridges_jax.errors import UserError
 from cartridges_jax.models.published import config_without_weights
 from cartridges_jax.pipeline.config import AUTO, RunConfig, default_config
@@ -21,8 +22,8 @@ def pod_config(
 
     Args:
       model: a hub id.
-      topology: see `ahead.topology`.
-      mesh, micro_batches: what suits it; `launch/compile_ahead.py --sweep` tells.
+      topology: see `aot.topology`.
+      mesh, micro_batches: what suits it; `launch/aot.py --sweep` tells.
       weights: "int8" keeps the matrices in 8 bits.
       num_slots: P.
     """
@@ -47,7 +48,7 @@ def pod_config(
     return config
 
 
-def draft_of(config: RunConfig) -> Draft:
+def workload_of(config: RunConfig) -> Workload:
     """What a run will compile, for the devices that `config.pod` names.
 
     Raises:
@@ -56,7 +57,7 @@ def draft_of(config: RunConfig) -> Draft:
     if not config.pod.topology:
         raise UserError("pod.topology is empty: say what to compile for, such as --config.pod.topology=v5e:4x4")
     shapes = dataclasses.replace(config_without_weights(config.model), windows_see_prefix=config.windows_see_prefix)
-    return Draft(
+    return Workload(
         model=config.model,
         config=shapes,
         dtype=config.dtype,

@@ -1,4 +1,5 @@
 """Refuses a run that cannot work, before its first minute of work."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -1,4 +1,5 @@
 """What the launch programs share: plain messages and exit codes instead of tracebacks."""
+
 from __future__ import annotations
 
 import logging
@@ -15,7 +16,9 @@ from absl import app, flags
 from cartridges_jax.errors import Interrupted, UserError
 
 
-def run_program(main: Callable[[], None], *, fields: str = "cartridges_jax/pipeline/config.py lists the fields") -> None:
+def run_program(
+    main: Callable[[], None], *, fields: str = "cartridges_jax/pipeline/config.py lists the fields"
+) -> None:
     """Parses the flags, runs `main` and exits.
 
     Args:
@@ -70,7 +73,9 @@ def define_job_flags() -> Callable[[], dict[str, Any]]:
       What gives their values, as `parallel.start_job` takes them, once they are parsed.
     """
     distributed = flags.DEFINE_enum(
-        "distributed", "auto", ["auto", "on", "off"],
+        "distributed",
+        "auto",
+        ["auto", "on", "off"],
         "Whether other processes take part: auto looks for SLURM, Cloud TPU pods and Kubernetes.",
     )
     coordinator = flags.DEFINE_string("coordinator", "", "HOST:PORT at which process 0 listens.")

@@ -1,4 +1,5 @@
 """Progress bars with the time left, one per stage."""
+
 from __future__ import annotations
 
 import contextlib
@@ -37,9 +38,14 @@ def progress(name: str, total: int, *, shown: bool = True) -> Iterator[Progress]
     """A bar for one stage, on stderr."""
     terminal = sys.stderr.isatty()
     with tqdm.tqdm(
-        desc=f"{name:9}", total=total, file=sys.stderr, dynamic_ncols=terminal, disable=not shown,
+        desc=f"{name:9}",
+        total=total,
+        file=sys.stderr,
+        dynamic_ncols=terminal,
+        disable=not shown,
         # A log gets a line now and then instead of a redrawn bar.
-        mininterval=0.5 if terminal else 10.0, ncols=None if terminal else 110,
+        mininterval=0.5 if terminal else 10.0,
+        ncols=None if terminal else 110,
         bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed} gone, {remaining} left{postfix}]",
     ) as bar:
         yield Progress(bar)

@@ -1,4 +1,5 @@
 """A run: study, train, evaluate, report. Each stage is skipped when its inputs' hash is unchanged."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -41,13 +42,27 @@ from cartridges_jax.selfstudy.synthesis import synthesise
 
 # The source files that a stage's outcome depends on.
 _MODEL_CODE = (
-    "cartridge.py", "rope.py", "quantized.py", "parallel/constraints.py", "parallel/mesh.py", "parallel/placement.py",
-    "parallel/rules.py", "attention", "models", "formats", "text", "sampling",
+    "cartridge.py",
+    "rope.py",
+    "quantized.py",
+    "parallel/constraints.py",
+    "parallel/mesh.py",
+    "parallel/placement.py",
+    "parallel/rules.py",
+    "attention",
+    "models",
+    "formats",
+    "text",
+    "sampling",
 )
 _STUDY_CODE = (*_MODEL_CODE, "corpus", "data", "selfstudy")
 _TRAIN_CODE = (*_STUDY_CODE, "distill", "checkpoint")
 _EVALUATE_CODE = (
-    *_TRAIN_CODE, "evaluation/conditions.py", "evaluation/evaluate.py", "evaluation/metrics.py", "evaluation/scoring.py",
+    *_TRAIN_CODE,
+    "evaluation/conditions.py",
+    "evaluation/evaluate.py",
+    "evaluation/metrics.py",
+    "evaluation/scoring.py",
 )
 _CODE = {"study": _STUDY_CODE, "train": _TRAIN_CODE, "evaluate": _EVALUATE_CODE}
 
@@ -92,8 +107,13 @@ def run(
         kept = f", its matrices in {config.weights}" if config.weights else ""
         say(f"loading {config.model} in {config.dtype}{kept}")
         model = load_model(
-            config.model, dtype=config.dtype, weights=config.weights, thinking=config.thinking,
-            windows_see_prefix=config.windows_see_prefix, accept_license=config.accept_license, mesh=mesh,
+            config.model,
+            dtype=config.dtype,
+            weights=config.weights,
+            thinking=config.thinking,
+            windows_see_prefix=config.windows_see_prefix,
+            accept_license=config.accept_license,
+            mesh=mesh,
         )
         if mesh is not None:
             say(f"{mesh.size} devices: {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items() if size > 1)}")
@@ -119,7 +139,14 @@ class _Run:
         signals: StopSignals,
         say: Callable[[str], None],
     ):
-        self.config, self.workdir, self.model, self.job, self.signals, self.say = config, workdir, model, job, signals, say
+        self.config, self.workdir, self.model, self.job, self.signals, self.say = (
+            config,
+            workdir,
+            model,
+            job,
+            signals,
+            say,
+        )
         self.document, self.questions = read_inputs(config, model.tokenizer)
         self.document_tokens = len(model.tokenizer.encode(self.document.text))
         # Now, because the files may change under a long run.
@@ -145,17 +172,20 @@ class _Run:
     # The mesh is no input of any stage: what it changes is the order of sums, in the last digits, and nobody
     # would want another cartridge because the devices are others. A stage may end on another mesh than it began on.
     def _study_stage(self) -> Stage:
-        return self._open("study", {
-            "seed": self.config.seed,
-            "model": self.model.source_sha256,
-            "dtype": self.config.dtype,
-            "weights": self.config.weights,
-            "thinking": self.config.thinking,
-            "windows_see_prefix": self.config.windows_see_prefix,
-            "document": self.document.sha256,
-            "code": self._code["study"],
-            **_flat("study", self.config.study),
-        })
+        return self._open(
+            "study",
+            {
+                "seed": self.config.seed,
+                "model": self.model.source_sha256,
+                "dtype": self.config.dtype,
+                "weights": self.config.weights,
+                "thinking": self.config.thinking,
+                "windows_see_prefix": self.config.windows_see_prefix,
+                "document": self.document.sha256,
+                "code": self._code["study"],
+                **_flat("study", self.config.study),
+            },
+        )
 
     def study(self) -> tuple[Stage, list[Conversation]]:
         """Self-study; finished shards are read back."""
@@ -163,7 +193,12 @@ class _Run:
 
         def converse(**callbacks) -> list[Conversation]:
             return synthesise(
-                self.model, self.document, stage.directory, self.config.study, seed=self.config.seed, job=self.job,
+                self.model,
+                self.document,
+                stage.directory,
+                self.config.study,
+                seed=self.config.seed,
+                job=self.job,
                 **callbacks,
             )
 
@@ -196,15 +231,18 @@ class _Run:
     def train(self, study: Stage, conversations: list[Conversation]) -> tuple[Stage, Cartridge]:
         """Distillation; a finished cartridge is read back."""
         config = self.config
-        stage = self._open("train", {
-            "study": study.key,
-            "seed": config.seed,
-            "heldout": config.heldout,
-            "questions": questions_hash(self.questions),
-            "code": self._code["train"],
-            **_flat("cartridge", config.cartridge),
-            **_flat("train", config.train),
-        })
+        stage = self._open(
+            "train",
+            {
+                "study": study.key,
+                "seed": config.seed,
+                "heldout": config.heldout,
+                "questions": questions_hash(self.questions),
+                "code": self._code["train"],
+                **_flat("cartridge", config.cartridge),
+                **_flat("train", config.train),
+            },
+        )
         directory = stage.directory / "cartridge"
         if not stage.done:
             with stage.clock() as clock:
@@ -235,12 +273,17 @@ class _Run:
 
             try:
                 result = train(
-                    model, initial,
+                    model,
+                    initial,
                     [render_example(c, chat, targets=config.train.targets) for c in learned],
                     [render_example(c, chat) for c in heldout],
-                    config.train, stage.directory / "checkpoints",
-                    num_frozen=config.cartridge.num_frozen, seed=config.seed, job=self.job,
-                    on_step=on_step, should_stop=self.signals.requested,
+                    config.train,
+                    stage.directory / "checkpoints",
+                    num_frozen=config.cartridge.num_frozen,
+                    seed=config.seed,
+                    job=self.job,
+                    on_step=on_step,
+                    should_stop=self.signals.requested,
                 )
             except StopRequested:
                 self.signals.check()
@@ -256,14 +299,16 @@ class _Run:
         )
         if self.job.is_first:
             save_cartridge(directory, result.prefix, metadata)
-        stage.finish({
-            "history": result.history,
-            "refused_steps": result.refused,
-            "dropped_training_questions": dropped,
-            "trained_on": len(learned),
-            "packing_efficiency": result.packing_efficiency,
-            "epochs": result.epochs,
-        })
+        stage.finish(
+            {
+                "history": result.history,
+                "refused_steps": result.refused,
+                "dropped_training_questions": dropped,
+                "trained_on": len(learned),
+                "packing_efficiency": result.packing_efficiency,
+                "epochs": result.epochs,
+            }
+        )
 
     def _publish(self, stage: Stage, cartridge: Cartridge) -> None:
         """Puts the stage's cartridge where users look for it, unless it lies there."""
@@ -279,12 +324,15 @@ class _Run:
         """The four conditions on the same questions."""
         config = self.config
         questions = self._asked()
-        stage = self._open("evaluate", {
-            "train": train_stage.key,
-            "questions": questions_hash(questions),
-            "code": self._code["evaluate"],
-            **_flat("evaluation", config.evaluation),
-        })
+        stage = self._open(
+            "evaluate",
+            {
+                "train": train_stage.key,
+                "questions": questions_hash(questions),
+                "code": self._code["evaluate"],
+                **_flat("evaluation", config.evaluation),
+            },
+        )
         if stage.done:
             return stage
         heldout = self._split(conversations)[1]
@@ -298,9 +346,7 @@ class _Run:
             fronts, cut = conditions(
                 self.model, self.document, cartridge.prefix, room=longest_evaluated(config, self.model, self.questions)
             )
-            measured = evaluate(
-                self.model, fronts, questions, heldout, config.evaluation, on_progress=advance
-            )
+            measured = evaluate(self.model, fronts, questions, heldout, config.evaluation, on_progress=advance)
         stage.finish({**dataclasses.asdict(measured), "cut_from_icl": cut})
         return stage
 
@@ -320,7 +366,9 @@ class _Run:
             return None
         trained, measured = train_stage.result(), evaluate_stage.result()
         seconds = {
-            "synthesis": study_stage.spent(), "training": train_stage.spent(), "evaluation": evaluate_stage.spent(),
+            "synthesis": study_stage.spent(),
+            "training": train_stage.spent(),
+            "evaluation": evaluate_stage.spent(),
         }
         document_judge = "the model with the whole document in context"
         if measured["cut_from_icl"]:
@@ -330,7 +378,9 @@ class _Run:
             "model_fingerprint": self.model.fingerprint,
             "seed": self.config.seed,
             "corpus": {
-                "name": self.document.name, "tokens": self.document_tokens, "sha256": self.document.sha256,
+                "name": self.document.name,
+                "tokens": self.document_tokens,
+                "sha256": self.document.sha256,
             },
             "cartridge": {
                 "tokens": cartridge.prefix.num_slots,

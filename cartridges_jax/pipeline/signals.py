@@ -1,4 +1,5 @@
 """SIGINT and SIGTERM end a run cleanly: what was made is kept, the same command goes on."""
+
 from __future__ import annotations
 
 import signal

@@ -1,4 +1,5 @@
 """A run's directory: its stages, what each was made from, and whether it is done."""
+
 from __future__ import annotations
 
 import contextlib
@@ -244,11 +245,15 @@ class Workdir:
         """
         stage = Stage(self.path, name, inputs, self._job)
         before = self._stages.get(name)
-        changes = [] if before is None else [
-            f"{key} {_short(before.get(key))} -> {_short(stage.inputs.get(key))}"
-            for key in sorted({*before, *stage.inputs})
-            if before.get(key) != stage.inputs.get(key)
-        ]
+        changes = (
+            []
+            if before is None
+            else [
+                f"{key} {_short(before.get(key))} -> {_short(stage.inputs.get(key))}"
+                for key in sorted({*before, *stage.inputs})
+                if before.get(key) != stage.inputs.get(key)
+            ]
+        )
         self._stages[name] = stage.inputs
         self._save()
         return stage, changes

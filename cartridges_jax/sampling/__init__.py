@@ -1,4 +1,5 @@
 """Prefill and decode: the one way tokens are made, for every part of the package."""
+
 from cartridges_jax.sampling.engine import Engine
 from cartridges_jax.sampling.generate import generate_tokens
 from cartridges_jax.sampling.prefill import logits, prefill
@@ -6,5 +7,14 @@ from cartridges_jax.sampling.request import Event, Generation, PrefixHandle, Req
 from cartridges_jax.sampling.select import GREEDY, Sampling
 
 __all__ = [
-    "GREEDY", "Engine", "Event", "Generation", "PrefixHandle", "Request", "Sampling", "generate_tokens", "logits", "prefill",
+    "GREEDY",
+    "Engine",
+    "Event",
+    "Generation",
+    "PrefixHandle",
+    "Request",
+    "Sampling",
+    "generate_tokens",
+    "logits",
+    "prefill",
 ]

@@ -3,6 +3,7 @@
 A program of a large model takes seconds to compile, so a size that saves little has none
 of its own: decoding 8 rows costs hardly more than decoding 2, all weights are read for both.
 """
+
 from __future__ import annotations
 
 READ_CHUNK = 256

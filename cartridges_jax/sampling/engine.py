@@ -11,6 +11,7 @@ the rows behind one prefix. Slots are refilled as sequences end, so nobody waits
 longest. What is started depends on the requests and on the order of calls, never on the
 clock: the same calls give the same tokens.
 """
+
 from __future__ import annotations
 
 import collections
@@ -81,7 +82,9 @@ class Engine:
         self._num_slots = num_slots
         self._max_tokens = min(max_tokens_per_slot or model.config.context_length, model.config.context_length)
         self._sizes = {
-            "num_steps": steps_per_dispatch, "max_slots": round_up(self._max_tokens, 64), "tokens_per_read": tokens_per_read,
+            "num_steps": steps_per_dispatch,
+            "max_slots": round_up(self._max_tokens, 64),
+            "tokens_per_read": tokens_per_read,
         }
         self._lookahead = int(jax.default_backend() != "cpu") if lookahead is None else lookahead
         self._residents: dict[PrefixHandle, _Resident] = {}
@@ -102,7 +105,9 @@ class Engine:
         """Keeps a prefix on the device until `drop_prefix`."""
         handle = PrefixHandle(prefix.num_slots, prefix.next_position)
         model = self._model
-        self._residents[handle] = _Resident(as_front(prefix, model.dtype, apart=model.layers_apart, mesh=model.mesh))
+        self._residents[handle] = _Resident(
+            as_front(prefix, model.dtype, unstacked=model.decodes_unstacked, mesh=model.mesh)
+        )
         return handle
 
     def drop_prefix(self, handle: PrefixHandle) -> None:
@@ -176,7 +181,9 @@ class Engine:
                 events[event.request_id] = event if earlier is None else _joined(earlier, event)
         return list(events.values())
 
-    def run(self, requests: Sequence[Request], on_progress: Callable[[int], None] = lambda finished: None) -> list[Generation]:
+    def run(
+        self, requests: Sequence[Request], on_progress: Callable[[int], None] = lambda finished: None
+    ) -> list[Generation]:
         """Answers requests and returns when all have ended.
 
         Args:
@@ -244,9 +251,9 @@ class Engine:
             if new:
                 k = live.request.top_logprobs
                 kept = (slice(len(new)), column, slice(k))
-                events.append(Event(
-                    live.request_id, new, stop_reason, top_ids[kept] if k else None, top[kept] if k else None
-                ))
+                events.append(
+                    Event(live.request_id, new, stop_reason, top_ids[kept] if k else None, top[kept] if k else None)
+                )
         return events
 
     def _end(self, live: Live) -> None:
@@ -263,12 +270,16 @@ class Engine:
 def _joined(first: Event, second: Event) -> Event:
     tops = {}
     if first.top_ids is not None:
-        tops = {name: np.concatenate([getattr(first, name), getattr(second, name)]) for name in ("top_ids", "top_logprobs")}
+        tops = {
+            name: np.concatenate([getattr(first, name), getattr(second, name)]) for name in ("top_ids", "top_logprobs")
+        }
     return Event(first.request_id, first.token_ids + second.token_ids, second.stop_reason, **tops)
 
 
 def _generation(events: Sequence[Event]) -> Generation:
     tops = {}
     if events[0].top_ids is not None:
-        tops = {name: np.concatenate([getattr(event, name) for event in events]) for name in ("top_ids", "top_logprobs")}
+        tops = {
+            name: np.concatenate([getattr(event, name) for event in events]) for name in ("top_ids", "top_logprobs")
+        }
     return Generation([token for event in events for token in event.token_ids], events[-1].stop_reason, **tops)

@@ -1,4 +1,5 @@
 """Batched generation behind one shared prefix: many prompts in, one `Generation` each out."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence

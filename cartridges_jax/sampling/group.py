@@ -9,6 +9,7 @@ Rows of one decode batch share their prefix, so an engine holds a group per pref
 A group knows what has ended only when outputs are collected, which may be a dispatch
 late; the device itself never runs a row beyond its end.
 """
+
 from __future__ import annotations
 
 import collections
@@ -68,7 +69,9 @@ class _Reading:
 class Group:
     """See the module."""
 
-    def __init__(self, model: Model, front: programs.Front | None, *, num_steps: int, max_slots: int, tokens_per_read: int):
+    def __init__(
+        self, model: Model, front: programs.Front | None, *, num_steps: int, max_slots: int, tokens_per_read: int
+    ):
         self._model = model
         self._front = front
         self._num_steps = num_steps
@@ -163,8 +166,13 @@ class Group:
             return None
         window = slice(reading.begin, reading.begin + READ_CHUNK)
         reading.cache, reading.last = programs.read_chunk(
-            model.config, model.params, self._front, reading.cache, reading.last,
-            reading.tokens[:, window], reading.segment_ids[:, window],
+            model.config,
+            model.params,
+            self._front,
+            reading.cache,
+            reading.last,
+            reading.tokens[:, window],
+            reading.segment_ids[:, window],
         )
         reading.begin += READ_CHUNK
         if reading.begin < reading.tokens.shape[1]:
@@ -183,7 +191,10 @@ class Group:
         self._rows = None
         padding = reading.tokens.shape[0] - len(at)
         running, outputs = programs.first_tokens(
-            self._model.config, self._model.params, reading.last, rows_of(reading.mates + reading.mates[:1] * padding),
+            self._model.config,
+            self._model.params,
+            reading.last,
+            rows_of(reading.mates + reading.mates[:1] * padding),
             **self._static(reading.mates),
         )
         at = np.asarray(at + at[:1] * padding, np.int32)
@@ -219,8 +230,14 @@ class Group:
         for _, live, steps in promised:
             live.in_flight += steps
         self._state, outputs = programs.decode(
-            self._model.config, self._model.decode_params, self._front, self._state, self._settings(), np.int32(enough),
-            num_steps=self._num_steps, **self._static(self._occupants),
+            self._model.config,
+            self._model.decode_params,
+            self._front,
+            self._state,
+            self._settings(),
+            np.int32(enough),
+            num_steps=self._num_steps,
+            **self._static(self._occupants),
         )
         return Pending(promised, outputs)
 
@@ -235,7 +252,7 @@ class Group:
         if self._state is None or not kept:
             model = self._model
             self._state = programs.empty_state(
-                model.config, num_rows, num_slots, model.dtype, apart=model.layers_apart, mesh=model.mesh
+                model.config, num_rows, num_slots, model.dtype, unstacked=model.decodes_unstacked, mesh=model.mesh
             )
             return
         at = np.asarray(kept + kept[:1] * (num_rows - len(kept)), np.int32)
@@ -246,7 +263,8 @@ class Group:
         return {
             "choice": Choice.of(request.sampling for request in requests),
             "num_top": min(
-                top_bucket(max((request.top_logprobs for request in requests), default=0)), self._model.config.vocab_size
+                top_bucket(max((request.top_logprobs for request in requests), default=0)),
+                self._model.config.vocab_size,
             ),
         }
 

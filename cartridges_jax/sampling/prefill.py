@@ -1,4 +1,5 @@
 """Reading tokens: a KV prefix out of a text, and logits for checks."""
+
 from __future__ import annotations
 
 import functools
@@ -36,9 +37,7 @@ def check_token_ids(
         raise UserError("there are no tokens to read: give at least one")
     low, high = min(token_ids), max(token_ids)
     if low < 0 or high >= model.config.vocab_size:
-        raise UserError(
-            f"token id {low if low < 0 else high} is outside the vocabulary of {model.config.vocab_size}"
-        )
+        raise UserError(f"token id {low if low < 0 else high} is outside the vocabulary of {model.config.vocab_size}")
     start = 0 if prefix is None else prefix.next_position
     if start + len(token_ids) + room > model.config.context_length:
         raise UserError(
@@ -71,9 +70,7 @@ def _read_chunks(model: Model, token_ids: Sequence[int], prefix: KVPrefix | None
     hidden = []
     for begin in range(0, num_slots, size):
         window = slice(begin, begin + size)
-        rows, cache = read_tokens(
-            model.config, model.params, prefix, cache, tokens[:, window], segment_ids[:, window]
-        )
+        rows, cache = read_tokens(model.config, model.params, prefix, cache, tokens[:, window], segment_ids[:, window])
         hidden.append(rows[0])
     return hidden, cache
 

@@ -5,6 +5,7 @@ All of a request that differs from row to row comes in as data; what is static (
 of W slots are read apart from them, so that reading compiles for R, W and the chunk and
 not for every B and S too.
 """
+
 from __future__ import annotations
 
 import functools
@@ -37,7 +38,7 @@ class Front:
         `next_position` is 0, so that prefixes of unlike lengths share programs.
       start: scalar int32, the position of the first token behind it.
 
-    Where decoding has the layers apart, keys and values are tuples of them.
+    Where decoding uses unstacked layers, keys and values are tuples of them.
     """
 
     prefix: KVPrefix
@@ -52,11 +53,11 @@ class Front:
         )
 
 
-def as_front(prefix: KVPrefix, dtype: Any, *, apart: bool = False, mesh: Mesh | None = None) -> Front:
+def as_front(prefix: KVPrefix, dtype: Any, *, unstacked: bool = False, mesh: Mesh | None = None) -> Front:
     """Pads a prefix to its bucket, and keeps it where it is used: every decode step reads it.
 
     Args:
-      apart: keys and values of every layer in arrays of their own.
+      unstacked: keys and values of every layer in arrays of their own.
       mesh: over which it is spread.
     """
     pad = prefix_bucket(prefix.num_slots) - prefix.num_slots
@@ -67,7 +68,7 @@ def as_front(prefix: KVPrefix, dtype: Any, *, apart: bool = False, mesh: Mesh | 
 
     def layers(part: Array) -> Any:
         padded = jnp.pad(jnp.asarray(part, dtype), (*slots, (0, 0)))
-        return tuple(padded) if apart else padded
+        return tuple(padded) if unstacked else padded
 
     padded = KVPrefix(
         keys=layers(prefix.keys),
@@ -133,12 +134,12 @@ Outputs = tuple[Array, Array, Array]  # tokens [n, B] (-1: none), top ids [n, B,
 
 
 def empty_state(
-    config: ModelConfig, num_rows: int, num_slots: int, dtype: Any, *, apart: bool = False, mesh: Mesh | None = None
+    config: ModelConfig, num_rows: int, num_slots: int, dtype: Any, *, unstacked: bool = False, mesh: Mesh | None = None
 ) -> State:
     """B rows that hold nothing."""
     per_row = functools.partial(parallel.zeros, mesh, ("rows",), (num_rows,))
     return State(
-        cache=empty_cache(config, num_rows, num_slots, dtype, apart=apart, mesh=mesh),
+        cache=empty_cache(config, num_rows, num_slots, dtype, unstacked=unstacked, mesh=mesh),
         tokens=per_row(jnp.int32),
         num_generated=per_row(jnp.int32),
         running=per_row(bool),
@@ -217,11 +218,11 @@ def admit(state: State, read: Cache, tokens: Array, running: Array, at: Array) -
 
     A row may occur twice in `at` if what goes there is the same. The state is donated.
 
-    Where the layers lie apart, each is a call of one small program: one large program took a
+    Where layers are unstacked, each is a call of one small program: one large program took a
     second to compile, for every B, S, R and W, and was no faster.
     """
     held = state.cache
-    if held.is_apart:
+    if held.is_unstacked:
         keys, values = (
             tuple(put_rows(into, new, at, np.int32(layer), turned=turned) for layer, into in enumerate(layers))
             for layers, new, turned in ((held.keys, read.keys, True), (held.values, read.values, False))
@@ -269,12 +270,18 @@ def _put_per_row(held: tuple[Array, ...], new: tuple[Array, ...], at: Array) -> 
         ))  # fmt: skip
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "choice", "num_top", "num_steps"), donate_argnames=("state",)
-)
+@functools.partial(jax.jit, static_argnames=("config", "choice", "num_top", "num_steps"), donate_argnames=("state",))
 def decode(
-    config: ModelConfig, params: Any, front: Front | None, state: State, rows: Rows, enough: Array,
-    *, choice: Choice, num_top: int, num_steps: int,
+    config: ModelConfig,
+    params: Any,
+    front: Front | None,
+    state: State,
+    rows: Rows,
+    enough: Array,
+    *,
+    choice: Choice,
+    num_top: int,
+    num_steps: int,
 ) -> tuple[State, Outputs]:
     """Takes up to `num_steps` tokens per running row.
 
@@ -337,9 +344,11 @@ def resize(state: State, at: Array, kept: Array, *, num_slots: int) -> State:
         return jnp.pad(part, padding)
 
     with on_mesh_of(state):
-        return _kept(State(
-            cache=state.cache.mapped(fit).replace(lengths=jnp.where(kept, state.cache.lengths[at], 0)),
-            tokens=state.tokens[at],
-            num_generated=state.num_generated[at],
-            running=state.running[at] & kept,
-        ))
+        return _kept(
+            State(
+                cache=state.cache.mapped(fit).replace(lengths=jnp.where(kept, state.cache.lengths[at], 0)),
+                tokens=state.tokens[at],
+                num_generated=state.num_generated[at],
+                running=state.running[at] & kept,
+            )
+        )

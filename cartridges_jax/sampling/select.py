@@ -1,4 +1,5 @@
 """Choosing the next token from logits."""
+
 from __future__ import annotations
 
 import dataclasses

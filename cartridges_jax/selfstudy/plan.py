@@ -3,6 +3,7 @@
 The plan is a pure function of the document and the settings, so that a resumed run asks
 exactly what the interrupted one would have.
 """
+
 from __future__ import annotations
 
 import dataclasses

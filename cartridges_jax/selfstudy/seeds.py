@@ -8,6 +8,7 @@ Models that follow instructions get a family's `instructions` as a chat turn. Sm
 echo such an instruction instead of following it; they continue a pattern of examples
 (`pattern`), each a sentence and the message a user might send about it.
 """
+
 from __future__ import annotations
 
 import dataclasses

@@ -8,6 +8,7 @@ On many hosts, parts of the mesh that hold a model each make batches of their ow
 side, and write them: see `parallel.independent_parts`. What two of them were asked at the
 same time is kept once.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -287,18 +288,23 @@ class _Studio:
             on_progress=lambda finished: self._heartbeat(),
         )
         return [
-            self._conversation(turn, answer, teacher_prefix, {
-                "id": f"{number:05d}-{place:04d}",
-                "document": self._document.name,
-                "chunk_span": [batch.chunk.start, batch.chunk.end],
-                "teacher": self._model.name,
-                "teacher_context": settings.teacher_context,
-                "stop_reason": answer.stop_reason,
-                "seed": seed,
-                "seed_prompt": turn.request.sentence,
-                "seed_prompt_type": turn.request.family,
-                "sentence_index": turn.request.sentence_index,
-            })
+            self._conversation(
+                turn,
+                answer,
+                teacher_prefix,
+                {
+                    "id": f"{number:05d}-{place:04d}",
+                    "document": self._document.name,
+                    "chunk_span": [batch.chunk.start, batch.chunk.end],
+                    "teacher": self._model.name,
+                    "teacher_context": settings.teacher_context,
+                    "stop_reason": answer.stop_reason,
+                    "seed": seed,
+                    "seed_prompt": turn.request.sentence,
+                    "seed_prompt_type": turn.request.family,
+                    "sentence_index": turn.request.sentence_index,
+                },
+            )
             for place, (turn, answer) in enumerate(zip(turns, answers))
             if not degenerates(answer.token_ids)
         ]
@@ -309,7 +315,9 @@ class _Studio:
         written = self._writer.write(batch.requests, chunk_prefix, seed=seed)
         kept: dict[str, _Turn] = {}
         for request, message in zip(batch.requests, written):
-            if message is None or not is_about(message, request.sentence if settings.writer == "completion" else batch.text):
+            if message is None or not is_about(
+                message, request.sentence if settings.writer == "completion" else batch.text
+            ):
                 continue
             key = normalise(message)
             if key not in asked and key not in kept:

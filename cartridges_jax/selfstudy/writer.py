@@ -4,6 +4,7 @@ How A is prompted is a setting, because it depends on the model: `chat` gives it
 as a system message and a seed prompt as a turn, as in the paper; `completion` shows a
 small model examples and one sentence of the chunk, without the chat template.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -106,8 +107,13 @@ class Writer:
             text = f"Fact: {request.sentence}\n{pattern.label}:"
             prompts.append(encode(f"{text} {opening}" if opening else text))
         generations = sampling.generate_tokens(
-            self._model, prompts, self._examples(pattern),
-            max_tokens=self._max_tokens, sampling=self._sampling, stop_ids=self._line_ends, seed=seed,
+            self._model,
+            prompts,
+            self._examples(pattern),
+            max_tokens=self._max_tokens,
+            sampling=self._sampling,
+            stop_ids=self._line_ends,
+            seed=seed,
             on_progress=lambda finished: self._heartbeat(),
         )
         return [
@@ -122,7 +128,12 @@ class Writer:
             turn = {"role": "user", "content": instructions[request.variant % len(instructions)]}
             prompts.append(self._model.chat.render_continuation([turn], add_generation_prompt=True).token_ids)
         generations = sampling.generate_tokens(
-            self._model, prompts, chunk_prefix, max_tokens=self._max_tokens, sampling=self._sampling, seed=seed,
+            self._model,
+            prompts,
+            chunk_prefix,
+            max_tokens=self._max_tokens,
+            sampling=self._sampling,
+            seed=seed,
             on_progress=lambda finished: self._heartbeat(),
         )
         return [self._model.tokenizer.decode(g.token_ids).strip().strip('"') for g in generations]

@@ -4,6 +4,7 @@ Control tokens (such as `<|im_start|>`) are kept out of the machine that splits 
 text that spells one can never become one; only `encode(text, control=True)` looks for them. That is the
 rule llama.cpp calls `parse_special`.
 """
+
 from __future__ import annotations
 
 import abc
@@ -122,9 +123,7 @@ class Tokenizer(abc.ABC):
                 place = "text"
         return "".join(pieces)
 
-    def _encode(
-        self, text: str, atomic: re.Pattern | None, place: Place
-    ) -> tuple[list[int], list[tuple[int, int]]]:
+    def _encode(self, text: str, atomic: re.Pattern | None, place: Place) -> tuple[list[int], list[tuple[int, int]]]:
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
         for start, end, token_id in _split(text, atomic, self._atoms):
@@ -157,9 +156,7 @@ def sha256_of(value: object) -> str:
     return hashlib.sha256(json.dumps(value, ensure_ascii=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _split(
-    text: str, atomic: re.Pattern | None, ids: Mapping[str, int]
-) -> Iterator[tuple[int, int, int | None]]:
+def _split(text: str, atomic: re.Pattern | None, ids: Mapping[str, int]) -> Iterator[tuple[int, int, int | None]]:
     """(start, end, id) of each atomic token in `text`, and (start, end, None) of the text between."""
     position = 0
     for match in atomic.finditer(text) if atomic else ():

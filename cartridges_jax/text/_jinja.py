@@ -3,6 +3,7 @@
 The environment (options, extensions, filters and functions) is that of transformers'
 `utils/chat_template_utils.py`. It is sandboxed: a template comes with a downloaded file.
 """
+
 from __future__ import annotations
 
 import json

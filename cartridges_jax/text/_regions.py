@@ -9,6 +9,7 @@ of the last answer), and markers around a content would hide its white space fro
 twice: markers inside the white space show what trimming leaves, markers outside show what the template
 itself writes between contents. The difference is white space that belongs to the contents.
 """
+
 from __future__ import annotations
 
 import re
@@ -131,9 +132,7 @@ def _variants(turns: Sequence[Turn], contents: Sequence[str]) -> Iterator[list[s
     """
     yield list(contents)
     answers = {part for role, parts in turns if role == "assistant" for part in parts}
-    shorter = [
-        text.split("</think>")[-1].lstrip("\n") if i in answers else text for i, text in enumerate(contents)
-    ]
+    shorter = [text.split("</think>")[-1].lstrip("\n") if i in answers else text for i, text in enumerate(contents)]
     if shorter != list(contents):
         yield shorter
 

@@ -7,6 +7,7 @@
 * The contents' places, mapped through character offsets, give each content's token span. A token that
   covers characters on both sides of a border belongs to the content.
 """
+
 from __future__ import annotations
 
 import re

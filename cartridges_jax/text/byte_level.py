@@ -2,6 +2,7 @@
 
 Matches llama.cpp token by token (tests/test_text.py, tests/test_byte_level.py).
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -84,9 +85,7 @@ class ByteLevelBPE(Tokenizer):
           UserError: `pre` is unknown, or the merges do not fit the vocabulary.
         """
         if pre not in _PRE_TOKENIZERS:
-            raise UserError(
-                f"unknown pre-tokenizer {pre!r} (tokenizer.ggml.pre); known: {', '.join(_PRE_TOKENIZERS)}"
-            )
+            raise UserError(f"unknown pre-tokenizer {pre!r} (tokenizer.ggml.pre); known: {', '.join(_PRE_TOKENIZERS)}")
         types = token_types or [1] * len(tokens)
         if len(types) != len(tokens):
             raise UserError(f"{len(tokens)} tokens but {len(types)} token types; the model file is damaged")

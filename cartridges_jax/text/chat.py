@@ -18,6 +18,7 @@ What depends on the day or on a choice is fixed, since a cartridge must stay wha
 as chosen. With `thinking=False` a generation prompt holds whatever the template writes to skip thinking
 (Qwen3, SmolLM3: an empty think block), and answers are written, and trained on, behind it.
 """
+
 from __future__ import annotations
 
 import functools
@@ -164,9 +165,7 @@ class ChatTemplate:
                 return "first"
         return "folded"
 
-    def _cut(
-        self, system: str, messages: Sequence[Message], add_generation_prompt: bool
-    ) -> tuple[str, str, Markers]:
+    def _cut(self, system: str, messages: Sequence[Message], add_generation_prompt: bool) -> tuple[str, str, Markers]:
         """The marked rendering up to the end of the system message, and the rest of it."""
         messages = [{"role": "system", "content": system}, *messages]
         place = self._system_turn
@@ -235,7 +234,9 @@ def _turns(messages: Sequence[Message], *, fold: bool) -> list[Turn]:
     if not fold:
         return [(message["role"], [i]) for i, message in enumerate(messages)]
     if len(messages) < 2 or messages[1]["role"] != "user":
-        raise UserError("this chat template has no place for a system message without a user message behind it; add one")
+        raise UserError(
+            "this chat template has no place for a system message without a user message behind it; add one"
+        )
     return [("user", [0, _FOLD, 1]), *((m["role"], [i + 2]) for i, m in enumerate(messages[2:]))]
 
 

@@ -1,4 +1,5 @@
 """Where a chat template comes from: a Hugging Face directory's files, or the built-in one."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -3,6 +3,7 @@
 The `tokenizers` package runs the file, changed in two ways: special tokens are taken out, so that no text
 makes one, and the post-processor (which adds BOS) is left away.
 """
+
 from __future__ import annotations
 
 import copy
@@ -38,7 +39,9 @@ class HuggingFaceTokenizer(Tokenizer):
             decisive = [_comparable(document.get(key)) for key in _DECISIVE]
             machine = _without_control(document, set(control))
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"tokenizer.json lacks a part or has it in another form ({error}); fetch it again") from error
+            raise UserError(
+                f"tokenizer.json lacks a part or has it in another form ({error}); fetch it again"
+            ) from error
         ids = {**vocabulary, **added}
         tokens = [""] * (max(ids.values(), default=-1) + 1)
         for token, token_id in ids.items():
@@ -164,4 +167,8 @@ def _comparable(part: Any) -> Any:
 
 
 def _added_key(token: Mapping[str, Any]) -> list:
-    return [token["id"], token["content"], *(bool(token.get(k)) for k in ("special", "lstrip", "rstrip", "single_word"))]
+    return [
+        token["id"],
+        token["content"],
+        *(bool(token.get(k)) for k in ("special", "lstrip", "rstrip", "single_word")),
+    ]

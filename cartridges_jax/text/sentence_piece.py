@@ -4,6 +4,7 @@ The `sentencepiece` package splits the text. Its model is rebuilt here with ever
 control piece, which its encoder never produces; user-defined pieces (Gemma: runs of newlines, HTML tags)
 it finds in any text. Matches llama.cpp token by token (tests/test_sentence_piece.py).
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -68,7 +69,9 @@ class SentencePieceTokenizer(Tokenizer):
         proto = ModelProto()
         for piece, score, kind in zip(pieces, scores, types):
             # llama.cpp's converter writes user-defined runs of spaces (Gemma) as plain spaces.
-            proto.pieces.add(piece=piece.replace(" ", _SPACE) if kind == _USER_DEFINED else piece, score=score, type=kind)
+            proto.pieces.add(
+                piece=piece.replace(" ", _SPACE) if kind == _USER_DEFINED else piece, score=score, type=kind
+            )
         proto.trainer_spec.model_type = model_type
         proto.trainer_spec.byte_fallback = True
         proto.normalizer_spec.name = "identity"

@@ -1,4 +1,5 @@
 """The tokenizer of a model: from its GGUF file or its Hugging Face directory."""
+
 from __future__ import annotations
 
 import json

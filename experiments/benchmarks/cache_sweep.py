@@ -1,7 +1,8 @@
 """Decode speed over the cache's size, own and shared slots, at the best batch within 6 GiB.
 
-    python launch/benchmark.py --config=experiments/benchmarks/cache_sweep.py --workdir=runs/bench_cache_sweep
+python launch/benchmark.py --config=experiments/benchmarks/cache_sweep.py --workdir=runs/bench_cache_sweep
 """
+
 from cartridges_jax.benchmarks.cache_sweep import default_config
 
 

@@ -1,8 +1,9 @@
 """Decode behind a cartridge at batch 1 to 128, and the time to the first token.
 
-    python launch/benchmark.py --config=experiments/benchmarks/decode.py --workdir=runs/bench_decode
-    … --config.vllm_python=$HOME/vllm/bin/python      # measures vLLM too (BUILD.md says how to install it)
+python launch/benchmark.py --config=experiments/benchmarks/decode.py --workdir=runs/bench_decode
+… --config.vllm_python=$HOME/vllm/bin/python      # measures vLLM too (BUILD.md says how to install it)
 """
+
 from cartridges_jax.benchmarks.decode import default_config
 
 

@@ -1,12 +1,11 @@
 """Llama-3.1-70B on 8 H100.
 
-    python launch/compile_ahead.py --config=experiments/pods/llama31_70b_h100x8.py
-    python launch/train.py --config=experiments/pods/llama31_70b_h100x8.py --config.corpus=my.txt --workdir=DIR
+python launch/aot.py --config=experiments/pods/llama31_70b_h100x8.py
+python launch/train.py --config=experiments/pods/llama31_70b_h100x8.py --config.corpus=my.txt --workdir=DIR
 """
+
 from cartridges_jax.pipeline.pod import pod_config
 
 
 def get_config():
-    return pod_config(
-        "meta-llama/Llama-3.1-70B-Instruct", topology="h100:8", mesh="tensor:8", micro_batches=8
-    )
+    return pod_config("meta-llama/Llama-3.1-70B-Instruct", topology="h100:8", mesh="tensor:8", micro_batches=8)

@@ -1,8 +1,9 @@
 """Llama-3.1-70B on 16 TPU v5p (2x2x4).
 
-    python launch/compile_ahead.py --config=experiments/pods/llama31_70b_v5p16.py
-    python launch/train.py --config=experiments/pods/llama31_70b_v5p16.py --config.corpus=my.txt --workdir=DIR
+python launch/aot.py --config=experiments/pods/llama31_70b_v5p16.py
+python launch/train.py --config=experiments/pods/llama31_70b_v5p16.py --config.corpus=my.txt --workdir=DIR
 """
+
 from cartridges_jax.pipeline.pod import pod_config
 
 

@@ -1,4 +1,5 @@
 """llama.cpp as an independent oracle: token ids, greedy tokens and their probabilities."""
+
 from __future__ import annotations
 
 import math

@@ -5,6 +5,7 @@
 Run by tests/test_attention_kernels.py. The mesh is in context only while the forward pass is
 traced, so that the backward pass has to remember it.
 """
+
 from __future__ import annotations
 
 import functools

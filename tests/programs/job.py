@@ -4,6 +4,7 @@
 
 SCENE is values, restored, stop, error, crash, interrupted, unlike, killed, killed_in_program or stall.
 """
+
 from __future__ import annotations
 
 import os

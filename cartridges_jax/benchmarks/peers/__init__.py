@@ -1,4 +1,5 @@
 """Other libraries doing the same work; one file each, imported only where it is installed."""
+
 from __future__ import annotations
 
 import dataclasses

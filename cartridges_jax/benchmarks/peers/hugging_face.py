@@ -1,4 +1,5 @@
 """Our model as a Hugging Face directory, so that every peer reads the same weights by its own way."""
+
 from __future__ import annotations
 
 import json
@@ -36,7 +37,9 @@ def export(model: Model, directory: Path) -> Path:
         and not config.attention_softcap and not config.logit_softcap
     )  # fmt: skip
     if not plain:
-        raise UserError(f"the benchmarks' peers run plain Llama models, {model.name} is none: choose smollm2-135m-instruct")
+        raise UserError(
+            f"the benchmarks' peers run plain Llama models, {model.name} is none: choose smollm2-135m-instruct"
+        )
     done = directory / f"complete-{model.source_sha256[:16]}"
     if done.exists():
         return directory
@@ -51,25 +54,30 @@ def export(model: Model, directory: Path) -> Path:
         for layer, value in enumerate(np.asarray(stacked, np.float32)):
             tensors[f"model.layers.{layer}.{_NAMES[name]}.weight"] = np.ascontiguousarray(value.T)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    (directory / "config.json").write_text(json.dumps({
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "num_hidden_layers": config.num_layers,
-        "hidden_size": config.d_model,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.d_ff,
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.context_length,
-        "rope_parameters": {"rope_type": "default", "rope_theta": kind.rope.base},
-        "rope_theta": kind.rope.base,
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tie_embeddings,
-        "hidden_act": "silu",
-        "torch_dtype": "float32",
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }, indent=2))
+    (directory / "config.json").write_text(
+        json.dumps(
+            {
+                "architectures": ["LlamaForCausalLM"],
+                "model_type": "llama",
+                "num_hidden_layers": config.num_layers,
+                "hidden_size": config.d_model,
+                "num_attention_heads": config.num_heads,
+                "num_key_value_heads": config.num_kv_heads,
+                "head_dim": config.head_dim,
+                "intermediate_size": config.d_ff,
+                "vocab_size": config.vocab_size,
+                "max_position_embeddings": config.context_length,
+                "rope_parameters": {"rope_type": "default", "rope_theta": kind.rope.base},
+                "rope_theta": kind.rope.base,
+                "rms_norm_eps": config.norm_eps,
+                "tie_word_embeddings": config.tie_embeddings,
+                "hidden_act": "silu",
+                "torch_dtype": "float32",
+                "bos_token_id": None,
+                "eos_token_id": None,
+            },
+            indent=2,
+        )
+    )
     done.touch()
     return directory

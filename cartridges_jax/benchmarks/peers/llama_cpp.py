@@ -1,4 +1,5 @@
 """llama.cpp (the `xllamacpp` wheel): its server inside this process, on loopback."""
+
 from __future__ import annotations
 
 import json
@@ -39,7 +40,13 @@ class Server:
 
     def complete(self, prompt: Sequence[int], new_tokens: int, *, cached: bool, **more: Any) -> dict[str, Any]:
         """The server's answer to a request for greedy tokens, stop tokens ignored; `more` is asked of it as well."""
-        asked = {"prompt": list(prompt), "n_predict": new_tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": cached}
+        asked = {
+            "prompt": list(prompt),
+            "n_predict": new_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "cache_prompt": cached,
+        }
         return self.post("/completion", {**asked, **more})
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 PEFT keeps the cartridge as one flat parameter [P, L * 2 * K * H] and hands it to the
 model as `past_key_values`, expanded to every row of the batch (`PeftModel.get_prompt`).
 """
+
 from __future__ import annotations
 
 import os
@@ -127,8 +128,14 @@ def generate(model: torch.nn.Module, prompts: Sequence[Sequence[int]], new_token
     """
     tokens = torch.tensor(np.asarray(prompts, np.int64))
     out = model.generate(
-        input_ids=tokens, attention_mask=torch.ones_like(tokens), do_sample=False,
-        max_new_tokens=new_tokens, min_new_tokens=new_tokens, eos_token_id=None, pad_token_id=0, use_cache=True,
+        input_ids=tokens,
+        attention_mask=torch.ones_like(tokens),
+        do_sample=False,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        eos_token_id=None,
+        pad_token_id=0,
+        use_cache=True,
     )
     return out[:, tokens.shape[1] :].tolist()
 

@@ -3,6 +3,7 @@
 This file is both ends. The worker is run by the other environment's python and imports
 vllm and the standard library only.
 """
+
 from __future__ import annotations
 
 import json
@@ -12,9 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-HOW_TO_INSTALL = (
-    "see BUILD.md (vLLM in an environment of its own), then --config.vllm_python=/path/to/that/bin/python"
-)
+HOW_TO_INSTALL = "see BUILD.md (vLLM in an environment of its own), then --config.vllm_python=/path/to/that/bin/python"
 
 
 class Worker:
@@ -64,9 +63,7 @@ def _serve(directory: str, dtype: str, max_length: int) -> None:
         settings = vllm.SamplingParams(
             temperature=0.0, max_tokens=task["new_tokens"], ignore_eos=True, detokenize=False
         )
-        outputs = model.generate(
-            [{"prompt_token_ids": prompt} for prompt in task["prompts"]], settings, use_tqdm=False
-        )
+        outputs = model.generate([{"prompt_token_ids": prompt} for prompt in task["prompts"]], settings, use_tqdm=False)
         print("ANSWER " + json.dumps([list(output.outputs[0].token_ids) for output in outputs]), flush=True)
 
 

@@ -1,4 +1,5 @@
 """The families of models: one module each, and the way from a file's description to its family."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -66,7 +67,9 @@ def read_gguf_metadata(
     values = {key.removeprefix(head): metadata[key] for key in metadata if key.startswith(head)}
     if "vocab_size" not in values and "tokenizer.ggml.tokens" in metadata:
         values["vocab_size"] = len(metadata["tokenizer.ggml.tokens"])
-    fields = Fields({**values, "rope_freqs": rope_freqs}, f"GGUF metadata {head}*", frozenset({"rope.scaling.finetuned"}))
+    fields = Fields(
+        {**values, "rope_freqs": rope_freqs}, f"GGUF metadata {head}*", frozenset({"rope.scaling.finetuned"})
+    )
     config = family.read_gguf(fields, tie_embeddings)
     fields.finish()
     return family, config

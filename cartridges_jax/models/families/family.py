@@ -3,6 +3,7 @@
 To add one, write a module like its neighbours (a `Family`, or several), and list it in
 `families/__init__.py`; BUILD.md walks through it.
 """
+
 from __future__ import annotations
 
 import dataclasses

@@ -4,6 +4,7 @@ Local layers with a window alternate with global ones; embeddings are scaled by 
 norms multiply by 1 + w and stand before and behind each half of a layer. GGUF files hold
 1 + w already. A Gemma 3 with a vision part is read without it.
 """
+
 from __future__ import annotations
 
 import math
@@ -75,10 +76,12 @@ def _gemma3(fields: Fields) -> ModelConfig:
     ropes = {
         GLOBAL: {
             "rope_theta": fields.number("rope_theta", 1_000_000.0, kind=float),
-            **fields.take("rope_scaling", {}), **parameters.get(GLOBAL, {}),
+            **fields.take("rope_scaling", {}),
+            **parameters.get(GLOBAL, {}),
         },
         LOCAL: {
-            "rope_theta": fields.number("rope_local_base_freq", _LOCAL_BASE, kind=float), **parameters.get(LOCAL, {}),
+            "rope_theta": fields.number("rope_local_base_freq", _LOCAL_BASE, kind=float),
+            **parameters.get(LOCAL, {}),
         },
     }
     # Newer files file the pattern under the first name, and give the list as well.

@@ -4,6 +4,7 @@ Names and defaults follow the GGUF specification and llama.cpp's `convert_hf_to_
 GGUF stores a linear layer as [out, in], and the converter permutes the rows of Llama's
 query and key projections for interleaved rotary pairs.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -17,17 +18,19 @@ from cartridges_jax.rope import Rope, linear_factors
 
 NAMES = Names(
     top=entries({"token_embd.weight": "embedding", "output_norm.weight": "final_norm", "output.weight": "lm_head"}),
-    layer=entries({
-        "attn_norm.weight": "attn_norm",
-        "attn_q.weight": "q_proj",
-        "attn_k.weight": "k_proj",
-        "attn_v.weight": "v_proj",
-        "attn_output.weight": "o_proj",
-        "ffn_norm.weight": "mlp_norm",
-        "ffn_gate.weight": "gate_proj",
-        "ffn_up.weight": "up_proj",
-        "ffn_down.weight": "down_proj",
-    }),
+    layer=entries(
+        {
+            "attn_norm.weight": "attn_norm",
+            "attn_q.weight": "q_proj",
+            "attn_k.weight": "k_proj",
+            "attn_v.weight": "v_proj",
+            "attn_output.weight": "o_proj",
+            "ffn_norm.weight": "mlp_norm",
+            "ffn_gate.weight": "gate_proj",
+            "ffn_up.weight": "up_proj",
+            "ffn_down.weight": "down_proj",
+        }
+    ),
     layer_prefix=r"blk\.(\d+)\.",
     # Rotary factors belong to the config, see `rope`.
     ignored=r"rope_freqs\.weight",
@@ -42,7 +45,9 @@ def _keys(weight: np.ndarray, config: ModelConfig) -> np.ndarray:
     return unpermute_rows(weight, config.num_kv_heads)
 
 
-PERMUTED_NAMES = NAMES.extended(layer={"attn_q.weight": Entry("q_proj", _queries), "attn_k.weight": Entry("k_proj", _keys)})
+PERMUTED_NAMES = NAMES.extended(
+    layer={"attn_q.weight": Entry("q_proj", _queries), "attn_k.weight": Entry("k_proj", _keys)}
+)
 
 
 def shapes(fields: Fields) -> dict[str, Any]:
@@ -79,10 +84,14 @@ def rope(fields: Fields, head_dim: int, default_base: float = 10000.0) -> Rope:
     base = fields.number("rope.freq_base", default_base, kind=float)
     factors = tuple(float(factor) for factor in fields.take("rope_freqs", ()))
     if factors and len(factors) != head_dim // 2:
-        raise UserError(f"rope_freqs.weight has {len(factors)} values for heads of width {head_dim}: convert the model again")
+        raise UserError(
+            f"rope_freqs.weight has {len(factors)} values for heads of width {head_dim}: convert the model again"
+        )
     kind = fields.take("rope.scaling.type", "none")
     if kind == "linear" and not factors:
         factors = linear_factors(head_dim, fields.number("rope.scaling.factor", kind=float))
     elif kind != "none":
-        raise UserError(f"{fields.source} asks for rope scaling {kind!r}, which is not implemented: use a model without it")
+        raise UserError(
+            f"{fields.source} asks for rope scaling {kind!r}, which is not implemented: use a model without it"
+        )
     return Rope(base, factors)

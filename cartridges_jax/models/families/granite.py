@@ -1,4 +1,5 @@
 """Granite 3 (dense): Llama with a factor on embeddings, attention scores, every layer's halves and the logits."""
+
 from __future__ import annotations
 
 from cartridges_jax.models.config import LayerKind, ModelConfig

@@ -1,4 +1,5 @@
 """What the config.json files and safetensors names of all families have in common."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -13,22 +14,26 @@ _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 
 NAMES = Names(
-    top=entries({"model.embed_tokens.weight": "embedding", "model.norm.weight": "final_norm", "lm_head.weight": "lm_head"}),
-    layer=entries({
-        "input_layernorm.weight": "attn_norm",
-        "self_attn.q_proj.weight": "q_proj",
-        "self_attn.k_proj.weight": "k_proj",
-        "self_attn.v_proj.weight": "v_proj",
-        "self_attn.o_proj.weight": "o_proj",
-        "self_attn.q_proj.bias": "q_bias",
-        "self_attn.k_proj.bias": "k_bias",
-        "self_attn.v_proj.bias": "v_bias",
-        "self_attn.o_proj.bias": "o_bias",
-        "post_attention_layernorm.weight": "mlp_norm",
-        "mlp.gate_proj.weight": "gate_proj",
-        "mlp.up_proj.weight": "up_proj",
-        "mlp.down_proj.weight": "down_proj",
-    }),
+    top=entries(
+        {"model.embed_tokens.weight": "embedding", "model.norm.weight": "final_norm", "lm_head.weight": "lm_head"}
+    ),
+    layer=entries(
+        {
+            "input_layernorm.weight": "attn_norm",
+            "self_attn.q_proj.weight": "q_proj",
+            "self_attn.k_proj.weight": "k_proj",
+            "self_attn.v_proj.weight": "v_proj",
+            "self_attn.o_proj.weight": "o_proj",
+            "self_attn.q_proj.bias": "q_bias",
+            "self_attn.k_proj.bias": "k_bias",
+            "self_attn.v_proj.bias": "v_bias",
+            "self_attn.o_proj.bias": "o_bias",
+            "post_attention_layernorm.weight": "mlp_norm",
+            "mlp.gate_proj.weight": "gate_proj",
+            "mlp.up_proj.weight": "up_proj",
+            "mlp.down_proj.weight": "down_proj",
+        }
+    ),
     layer_prefix=r"model\.layers\.(\d+)\.",
     # Old Llama checkpoints hold the rotary frequencies that the config gives.
     ignored=r".*rotary_emb\.inv_freq",
@@ -60,7 +65,9 @@ def shapes(fields: Fields, *, head_dim: int | None = None) -> dict[str, Any]:
 def activation(fields: Fields, name: str, default: str) -> str:
     value = fields.take(name, default)
     if value not in _ACTIVATIONS:
-        raise UserError(f"{fields.source} has {name}={value!r}, which is not supported (only {', '.join(_ACTIVATIONS)})")
+        raise UserError(
+            f"{fields.source} has {name}={value!r}, which is not supported (only {', '.join(_ACTIVATIONS)})"
+        )
     return _ACTIVATIONS[value]
 
 
@@ -88,7 +95,8 @@ def rope_of(fields: Fields, parameters: Mapping[str, Any], head_dim: int, contex
         given.take("original_max_position_embeddings", None)
     elif kind == "llama3":
         factors = llama3_factors(
-            head_dim, base,
+            head_dim,
+            base,
             factor=given.number("factor", kind=float),
             low_freq_factor=given.number("low_freq_factor", kind=float),
             high_freq_factor=given.number("high_freq_factor", kind=float),
@@ -115,7 +123,9 @@ def layer_types(fields: Fields, num_layers: int, default: Sequence[str]) -> list
     """
     types = list(fields.take("layer_types", default))
     if len(types) != num_layers:
-        raise UserError(f"{fields.source} lists {len(types)} layer_types for {num_layers} layers: fetch the model again")
+        raise UserError(
+            f"{fields.source} lists {len(types)} layer_types for {num_layers} layers: fetch the model again"
+        )
     for layer, kind in enumerate(types):
         if kind not in (LOCAL, GLOBAL):
             raise UserError(
@@ -145,5 +155,3 @@ def biases(fields: Fields) -> dict[str, bool]:
 
 def tied(fields: Fields, default: bool) -> bool:
     return bool(fields.take("tie_word_embeddings", default))
-
-

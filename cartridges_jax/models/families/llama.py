@@ -1,4 +1,5 @@
 """Llama 2, 3, 3.1 and 3.2, SmolLM2, and Mistral, which is Llama with a sliding window."""
+
 from __future__ import annotations
 
 from cartridges_jax.models.config import LayerKind, ModelConfig

@@ -1,4 +1,5 @@
 """Qwen2 and 2.5 (biases on queries, keys and values) and dense Qwen3 (normalised heads)."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -40,7 +41,9 @@ def _qwen3(fields: Fields) -> ModelConfig:
 def _gguf_common(fields: Fields, tie_embeddings: bool) -> dict[str, Any]:
     shapes = gguf.shapes(fields)
     return {
-        **shapes, "tie_embeddings": tie_embeddings, "period": (LayerKind(gguf.rope(fields, shapes["head_dim"])),),
+        **shapes,
+        "tie_embeddings": tie_embeddings,
+        "period": (LayerKind(gguf.rope(fields, shapes["head_dim"])),),
     }
 
 

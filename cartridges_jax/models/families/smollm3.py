@@ -1,4 +1,5 @@
 """SmolLM3: Llama in which every fourth layer leaves positions out (arXiv 2501.18795)."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -27,7 +28,9 @@ def _smollm3(fields: Fields) -> ModelConfig:
     interval = fields.number("no_rope_layer_interval", _INTERVAL)
     turned = fields.take("no_rope_layers", _every(interval, num_layers))  # 1 means with positions
     if len(turned) != num_layers:
-        raise UserError(f"{fields.source} lists {len(turned)} no_rope_layers for {num_layers} layers: fetch the model again")
+        raise UserError(
+            f"{fields.source} lists {len(turned)} no_rope_layers for {num_layers} layers: fetch the model again"
+        )
     slides = bool(fields.take("use_sliding_window", False)) and bool(fields.take("sliding_window", 0))
     default = [hugging_face.LOCAL if slides and not turns else hugging_face.GLOBAL for turns in turned]
     types = hugging_face.layer_types(fields, num_layers, default)

@@ -1,4 +1,5 @@
 """One program on one mesh of a topology: compiled, weighed, and put in a line."""
+
 from __future__ import annotations
 
 import collections
@@ -7,11 +8,11 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from cartridges_jax.ahead import hlo
-from cartridges_jax.ahead.draft import Draft
-from cartridges_jax.ahead.programs import compile_program, mesh_of_program
-from cartridges_jax.ahead.roofline import Roofline, flops_per_device, roofline
-from cartridges_jax.ahead.topology import Topology, as_own_slice
+from cartridges_jax.aot import hlo
+from cartridges_jax.aot.programs import compile_program, mesh_of_program
+from cartridges_jax.aot.roofline import Roofline, flops_per_device, roofline
+from cartridges_jax.aot.topology import Topology, as_own_slice
+from cartridges_jax.aot.workload import Workload
 from cartridges_jax.errors import UserError
 from cartridges_jax.parallel import make_mesh
 from cartridges_jax.sampling.engine import STEPS_PER_DISPATCH
@@ -78,14 +79,14 @@ class Check:
         return found
 
 
-def check(program: str, draft: Draft, topology: Topology, mesh: Mesh) -> Check:
+def check(program: str, workload: Workload, topology: Topology, mesh: Mesh) -> Check:
     """Compiles and weighs.
 
     Raises:
       UserError: rows that the mesh does not divide, or a mesh that divides nothing of the model.
     """
     part = mesh_of_program(program, mesh)
-    compiled = compile_program(program, draft, as_own_slice(part, topology))
+    compiled = compile_program(program, workload, as_own_slice(part, topology))
     sent = None
     if compiled.text:
         # A dispatch decodes so many tokens; every other loop says itself how often it runs.
@@ -95,11 +96,11 @@ def check(program: str, draft: Draft, topology: Topology, mesh: Mesh) -> Check:
         topology=topology,
         mesh=mesh_line(mesh),
         num_devices=part.devices.size,
-        micro_batches=draft.train.micro_batches,
+        micro_batches=workload.train.micro_batches,
         bytes_per_device=compiled.bytes_per_device,
         sent=sent,
-        flops_per_device=flops_per_device(program, draft, part),
-        roofline=roofline(program, draft, part, topology, sent or ()),
+        flops_per_device=flops_per_device(program, workload, part),
+        roofline=roofline(program, workload, part, topology, sent or ()),
         compile_seconds=compiled.seconds,
     )
 
@@ -118,15 +119,15 @@ def mesh_of(line: str, topology: Topology) -> Mesh:
     return make_mesh(line or "data:-1", topology.devices)
 
 
-def with_micro_batches(draft: Draft, parts: int) -> Draft:
-    """The draft with as many micro-batches as it asks for, or fewer where a mesh's parts leave fewer rows to each.
+def with_micro_batches(workload: Workload, parts: int) -> Workload:
+    """The workload with as many micro-batches as it asks for, or fewer where a mesh's parts leave fewer rows to each.
 
     Raises:
       UserError: the rows of a step do not divide into the parts.
     """
-    settings = draft.train
+    settings = workload.train
     if settings.rows_per_step % parts:
         raise UserError(f"{settings.rows_per_step} rows a step are not divisible into {parts} parts")
     per_part = settings.rows_per_step // parts
     most = max(number for number in range(1, settings.micro_batches + 1) if per_part % number == 0)
-    return dataclasses.replace(draft, train=dataclasses.replace(settings, micro_batches=most))
+    return dataclasses.replace(workload, train=dataclasses.replace(settings, micro_batches=most))

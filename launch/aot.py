@@ -1,12 +1,13 @@
 """Compiles a run's programs for a pod that is not there: does it fit, what bounds it, which mesh is best.
 
-    python launch/compile_ahead.py --config=experiments/pods/llama31_8b_v5e16.py
-    python launch/compile_ahead.py --config=experiments/pods/llama31_8b_v5e16.py --sweep
-    python launch/compile_ahead.py --config=experiments/pods/llama31_8b_v5p16.py --scaling
+    python launch/aot.py --config=experiments/pods/llama31_8b_v5e16.py
+    python launch/aot.py --config=experiments/pods/llama31_8b_v5e16.py --sweep
+    python launch/aot.py --config=experiments/pods/llama31_8b_v5p16.py --scaling
 
 Needs no accelerator and no weights, but the compiler: pip install -e '.[tpu]', or '.[cuda]' for H100s.
 The last lines are JSON, one for each program.
 """
+
 import os
 
 from absl import flags
@@ -17,7 +18,9 @@ from cartridges_jax.pipeline.program import run_program
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run, e.g. experiments/pods/llama31_8b_v5e16.py.")
 _PROGRAMS = flags.DEFINE_list(
-    "programs", [], "What is compiled: train, prefill and decode by default; there is also icl, evaluation's read of the text."
+    "programs",
+    [],
+    "What is compiled: train, prefill and decode by default; there is also icl, evaluation's read of the text.",
 )
 _SWEEP = flags.DEFINE_bool("sweep", False, "Try all meshes of the topology.")
 _SCALING = flags.DEFINE_bool("scaling", False, "Project the train step from 1 to 512 chips.")
@@ -26,11 +29,16 @@ _SCALING = flags.DEFINE_bool("scaling", False, "Project the train step from 1 to
 def main() -> None:
     if _CONFIG.value is None:
         raise UserError("give --config=experiments/pods/llama31_8b_v5e16.py (or another)")
-    from cartridges_jax.ahead.run import run
+    from cartridges_jax.aot.run import run
     from cartridges_jax.pipeline.config import from_config_dict
-    from cartridges_jax.pipeline.pod import draft_of
+    from cartridges_jax.pipeline.pod import workload_of
 
-    run(draft_of(from_config_dict(_CONFIG.value)), programs=_PROGRAMS.value, sweep=_SWEEP.value, scaling=_SCALING.value)
+    run(
+        workload_of(from_config_dict(_CONFIG.value)),
+        programs=_PROGRAMS.value,
+        sweep=_SWEEP.value,
+        scaling=_SCALING.value,
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """What `experiments/pods` has, compiled at the paper's sizes: p = 2,048, 32 packs of 2,048 tokens a step."""
+
 from __future__ import annotations
 
 import importlib.util
@@ -6,35 +7,36 @@ import math
 from pathlib import Path
 
 import pytest
-from ahead_drafts import PODS, ROOT, load_pod, needs_libtpu
+from aot_workloads import PODS, ROOT, load_pod, needs_libtpu
 
-from cartridges_jax.ahead.check import check, mesh_of
-from cartridges_jax.ahead.draft import Draft
-from cartridges_jax.ahead.topology import find
+from cartridges_jax.aot.check import check, mesh_of
+from cartridges_jax.aot.topology import find
+from cartridges_jax.aot.workload import Workload
 from cartridges_jax.pipeline.config import from_config_dict
-from cartridges_jax.pipeline.pod import draft_of, pod_config
+from cartridges_jax.pipeline.pod import pod_config, workload_of
 
 pytestmark = pytest.mark.long
 GiB = 2**30
 MODEL = "meta-llama/Llama-3.1-8B-Instruct"
 needs_cuda = pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda12_plugin") is None, reason="the GPU compiler is not installed: pip install -e '.[cuda]'"
+    importlib.util.find_spec("jax_cuda12_plugin") is None,
+    reason="the GPU compiler is not installed: pip install -e '.[cuda]'",
 )
 
 
-def pod(path: Path) -> Draft:
+def pod(path: Path) -> Workload:
     """What a config of `experiments/pods` compiles."""
-    return draft_of(from_config_dict(load_pod(path).get_config()))
+    return workload_of(from_config_dict(load_pod(path).get_config()))
 
 
-def step_of(draft: Draft):
-    found = find(draft.pod.topology)
-    return check("train", draft, found, mesh_of(draft.mesh, found))
+def step_of(workload: Workload):
+    found = find(workload.pod.topology)
+    return check("train", workload, found, mesh_of(workload.mesh, found))
 
 
 def step(topology: str, mesh: str, micro_batches: int):
     config = pod_config(MODEL, topology=topology, mesh=mesh, micro_batches=micro_batches)
-    return step_of(draft_of(from_config_dict(config)))
+    return step_of(workload_of(from_config_dict(config)))
 
 
 def smallest_weight(tensor: int) -> int:
@@ -74,7 +76,8 @@ def test_on_other_meshes_of_16_a_step_fits(topology, mesh, micro_batches):
 
 
 @pytest.mark.parametrize(
-    "path", [pytest.param(path, id=path.stem, marks=needs_cuda if "_h100" in path.stem else needs_libtpu) for path in PODS]
+    "path",
+    [pytest.param(path, id=path.stem, marks=needs_cuda if "_h100" in path.stem else needs_libtpu) for path in PODS],
 )
 def test_the_step_of_every_pod_fits(path):
     found = step_of(pod(path))

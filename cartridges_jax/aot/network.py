@@ -6,6 +6,7 @@ of a line one. So a row of a v5e 4x4 has one, the whole slice, and a block of 2x
 and all of a 16x16 four. A group that is no box has one. Where groups of one collective have strides, and so share links,
 that costs nothing here.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -14,9 +15,9 @@ from collections.abc import Iterable, Sequence
 
 from jax.sharding import Mesh
 
-from cartridges_jax.ahead.hardware import Chip
-from cartridges_jax.ahead.hlo import Collective
-from cartridges_jax.ahead.topology import Topology
+from cartridges_jax.aot.hardware import Chip
+from cartridges_jax.aot.hlo import Collective
+from cartridges_jax.aot.topology import Topology
 
 
 @dataclasses.dataclass(frozen=True)

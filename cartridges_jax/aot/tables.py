@@ -1,9 +1,10 @@
 """Results as text."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cartridges_jax.ahead.check import Check
+from cartridges_jax.aot.check import Check
 
 _HEAD = (
     "program", "mesh", "devices", "micro-batches", "GiB a device", "fits", "sent a device", "compute", "memory", "network",
@@ -13,22 +14,25 @@ _HEAD = (
 
 def checks_table(checks: Sequence[Check]) -> str:
     """A row for each; seconds where nothing else is said."""
-    return table(_HEAD, [
-        (
-            one.program,
-            one.mesh,
-            str(one.num_devices),
-            str(one.micro_batches) if one.program == "train" else "",
-            f"{one.bytes_per_device / 2**30:.2f}",
-            "yes" if one.fits else "no",
-            "" if one.sent is None else f"{one.collective_bytes / 2**30:.3f} GiB",
-            f"{one.roofline.compute:.4g}",
-            f"{one.roofline.memory:.4g}",
-            "" if one.sent is None else f"{one.roofline.network:.4g}",
-            one.roofline.bound_by,
-        )
-        for one in checks
-    ])
+    return table(
+        _HEAD,
+        [
+            (
+                one.program,
+                one.mesh,
+                str(one.num_devices),
+                str(one.micro_batches) if one.program == "train" else "",
+                f"{one.bytes_per_device / 2**30:.2f}",
+                "yes" if one.fits else "no",
+                "" if one.sent is None else f"{one.collective_bytes / 2**30:.3f} GiB",
+                f"{one.roofline.compute:.4g}",
+                f"{one.roofline.memory:.4g}",
+                "" if one.sent is None else f"{one.roofline.network:.4g}",
+                one.roofline.bound_by,
+            )
+            for one in checks
+        ],
+    )
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -13,6 +13,7 @@ one sequence of keys per row, so the shared prefix would be copied into every ro
 packed segments and a bias per key only as a dense [B, N, T, S]; and the log-sum-exp that
 it returns, with which two attentions could be merged, carries no gradient.
 """
+
 from __future__ import annotations
 
 import jax

@@ -4,13 +4,14 @@ Decoding is bound by memory: a step reads the weights once and every conversatio
 values, and the memory that the weights leave says how many conversations there can be. That
 is what the paper's peak throughput (arXiv 2506.06266, section 5: 26.4 times) rests on.
 """
+
 from __future__ import annotations
 
 import dataclasses
 
-from cartridges_jax.ahead.draft import Draft
-from cartridges_jax.ahead.hardware import H100, V5E, Chip
-from cartridges_jax.ahead.tables import table
+from cartridges_jax.aot.hardware import H100, V5E, Chip
+from cartridges_jax.aot.tables import table
+from cartridges_jax.aot.workload import Workload
 from cartridges_jax.models.costs import decode_bytes, decode_flops, kv_bytes_per_token
 from cartridges_jax.models.model import DTYPES
 from cartridges_jax.models.weights import abstract_loaded
@@ -40,13 +41,13 @@ class Throughput:
 LONG, OWN, SHARED = "the text, each its own", "a cartridge, each its own", "one cartridge for all"
 
 
-def predict(draft: Draft, chip: Chip, num_devices: int) -> list[Throughput]:
+def predict(workload: Workload, chip: Chip, num_devices: int) -> list[Throughput]:
     """Long contexts, cartridges of several texts, and one cartridge that all conversations share.
 
     An upper bound: what devices send each other, activations and kernels' overheads cost nothing here.
     """
-    config, dtype = draft.config, DTYPES[draft.dtype]
-    params = abstract_loaded(config, dtype, stored=draft.weights)
+    config, dtype = workload.config, DTYPES[workload.dtype]
+    params = abstract_loaded(config, dtype, stored=workload.weights)
     weights = num_bytes(params)
     per_slot = kv_bytes_per_token(config, dtype)
     free = num_devices * chip.memory_bytes - weights
@@ -56,39 +57,48 @@ def predict(draft: Draft, chip: Chip, num_devices: int) -> list[Throughput]:
         compute = decode_flops(config, rows, each + shared) / (num_devices * chip.flops)
         memory = decode_bytes(config, params, dtype, rows, shared, each) / (num_devices * chip.memory_bandwidth)
         return Throughput(
-            front, chip.name, num_devices, rows, rows / max(compute, memory), "compute" if compute > memory else "memory"
+            front,
+            chip.name,
+            num_devices,
+            rows,
+            rows / max(compute, memory),
+            "compute" if compute > memory else "memory",
         )
 
-    own = draft.own_slots
+    own = workload.own_slots
     return [
-        at_most(LONG, draft.context_tokens + own, 0),
-        at_most(OWN, draft.num_slots + own, 0),
-        at_most(SHARED, own, draft.num_slots),
+        at_most(LONG, workload.context_tokens + own, 0),
+        at_most(OWN, workload.num_slots + own, 0),
+        at_most(SHARED, own, workload.num_slots),
     ]
 
 
-def fewest_devices(draft: Draft, chip: Chip) -> int:
+def fewest_devices(workload: Workload, chip: Chip) -> int:
     """A power of two that holds the weights and one conversation with the long text."""
-    params = abstract_loaded(draft.config, DTYPES[draft.dtype], stored=draft.weights)
-    text = kv_bytes_per_token(draft.config, DTYPES[draft.dtype]) * (draft.context_tokens + draft.own_slots)
+    params = abstract_loaded(workload.config, DTYPES[workload.dtype], stored=workload.weights)
+    text = kv_bytes_per_token(workload.config, DTYPES[workload.dtype]) * (workload.context_tokens + workload.own_slots)
     number = 1
     while number * chip.memory_bytes < num_bytes(params) + text:
         number *= 2
     return number
 
 
-def throughput_table(draft: Draft) -> str:
+def throughput_table(workload: Workload) -> str:
     """v5e and H100, each with the fewest devices that can decode behind the text at all."""
     rows = []
     for chip in (V5E, H100):
-        found = predict(draft, chip, fewest_devices(draft, chip))
+        found = predict(workload, chip, fewest_devices(workload, chip))
         for one in found:
-            rows.append((
-                f"{one.num_devices} x {one.chip}",
-                one.front,
-                f"{one.num_rows:,}",
-                f"{one.tokens_per_second:,.0f}",
-                f"{one.tokens_per_second / found[0].tokens_per_second:.1f}x",
-                one.bound_by,
-            ))
-    return table(("devices", "in front", "conversations at once", "tokens/s at most", "against the text", "bound by"), rows)
+            rows.append(
+                (
+                    f"{one.num_devices} x {one.chip}",
+                    one.front,
+                    f"{one.num_rows:,}",
+                    f"{one.tokens_per_second:,.0f}",
+                    f"{one.tokens_per_second / found[0].tokens_per_second:.1f}x",
+                    one.bound_by,
+                )
+            )
+    return table(
+        ("devices", "in front", "conversations at once", "tokens/s at most", "against the text", "bound by"), rows
+    )

@@ -1,4 +1,5 @@
 """Work for the next steps, done in the background while this step runs."""
+
 from __future__ import annotations
 
 import collections
@@ -10,7 +11,7 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 
-def prepare_ahead(make: Callable[[int], Item], steps: range, depth: int = 2) -> Iterator[Item]:
+def prefetch(make: Callable[[int], Item], steps: range, depth: int = 2) -> Iterator[Item]:
     """`make(step)` for every step in order, up to `depth` of them before they are asked for.
 
     One thread makes them, one after the other, so the order of the calls is that of the

@@ -1,4 +1,5 @@
 """What is compiled: a model and the sizes of the work done with it."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -13,7 +14,7 @@ from cartridges_jax.sampling.buckets import slot_bucket
 
 @dataclasses.dataclass(frozen=True)
 class PodSettings:
-    """Where a run is to go, for `launch/compile_ahead.py`; a run itself takes what there is.
+    """Where a run is to go, for `launch/aot.py`; a run itself takes what there is.
 
     Attributes:
       topology: such as "v5e:4x4" or "h100:8"; "" for none in particular.
@@ -33,7 +34,7 @@ class PodSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Draft:
+class Workload:
     """A run that has not begun: a model, a cartridge, and the sizes of the work.
 
     Attributes:

@@ -1,4 +1,5 @@
 """Devices that are not there, from a name such as "v5e:4x4" or "h100:16"."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -13,7 +14,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from cartridges_jax.ahead.hardware import CHIPS, H100, Chip
+from cartridges_jax.aot.hardware import CHIPS, H100, Chip
 from cartridges_jax.errors import UserError, one_line
 
 # What XLA's compiler asks a driver about a GPU; as an H100 SXM5 of 80 GB answers.
@@ -64,7 +65,9 @@ def parse_topology(name: str) -> tuple[Chip, tuple[int, ...]]:
         raise UserError(f"topology {name!r}: write v5e:4x4, v6e:4x4, v5p:2x2x4 or h100:8")
     shape = tuple(int(size) for size in sizes.split("x"))
     if len(shape) != chip.dimensions or min(shape) < 1:
-        raise UserError(f"topology {name!r}: a {kind} has {chip.dimensions} dimension{'s' * (chip.dimensions > 1)} of 1 or more")
+        raise UserError(
+            f"topology {name!r}: a {kind} has {chip.dimensions} dimension{'s' * (chip.dimensions > 1)} of 1 or more"
+        )
     if math.prod(shape) > chip.max_devices:
         raise UserError(f"topology {name!r}: the links of {kind} connect {chip.max_devices} at most")
     if kind == "h100" and shape[0] > 8 and shape[0] % 8:

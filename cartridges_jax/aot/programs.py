@@ -1,4 +1,5 @@
 """The programs of a run, compiled from shapes: the very functions that the trainer and the engine start."""
+
 from __future__ import annotations
 
 import contextlib
@@ -13,8 +14,8 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
-from cartridges_jax.ahead import inputs
-from cartridges_jax.ahead.draft import Draft
+from cartridges_jax.aot import inputs
+from cartridges_jax.aot.workload import Workload
 from cartridges_jax.data.packing import check_rows
 from cartridges_jax.distill.sharding import step_on_mesh
 from cartridges_jax.distill.step import combine_cartridge
@@ -50,14 +51,14 @@ class Compiled:
     seconds: float
 
 
-def compile_program(program: str, draft: Draft, mesh: Mesh) -> Compiled:
+def compile_program(program: str, workload: Workload, mesh: Mesh) -> Compiled:
     """Compiles one of `PROGRAMS`.
 
     Raises:
       UserError: rows that the mesh does not divide, or a mesh that divides nothing of the model.
     """
     begin = time.perf_counter()
-    function, arguments, options = _CALLS[program](draft, mesh)
+    function, arguments, options = _CALLS[program](workload, mesh)
     lowered = function.lower(*arguments, **options)
     try:
         with compilation_cache_off():
@@ -105,14 +106,14 @@ def _peak(memory: jax.stages.CompiledMemoryStats) -> int:
     return max(memory.peak_memory_in_bytes, held + memory.temp_size_in_bytes)
 
 
-def _train(draft: Draft, mesh: Mesh) -> _Call:
-    check_rows(draft.train.rows_per_step, draft.train.micro_batches, row_parts(mesh))
-    params, frozen, state = inputs.params(draft, mesh), inputs.frozen(draft, mesh), inputs.state(draft, mesh)
+def _train(workload: Workload, mesh: Mesh) -> _Call:
+    check_rows(workload.train.rows_per_step, workload.train.micro_batches, row_parts(mesh))
+    params, frozen, state = inputs.params(workload, mesh), inputs.frozen(workload, mesh), inputs.state(workload, mesh)
     step = step_on_mesh(
-        draft.config, make_optimizer(draft.train), combine_cartridge, mesh, params, frozen, state,
-        tail=draft.train.tail, remat=draft.train.remat,
+        workload.config, make_optimizer(workload.train), combine_cartridge, mesh, params, frozen, state,
+        tail=workload.train.tail, remat=workload.train.remat,
     )  # fmt: skip
-    return step, (params, frozen, inputs.mask(draft, mesh), state, inputs.batch(draft, mesh)), {}
+    return step, (params, frozen, inputs.mask(workload, mesh), state, inputs.batch(workload, mesh)), {}
 
 
 def mesh_of_program(program: str, mesh: Mesh) -> Mesh:
@@ -120,43 +121,43 @@ def mesh_of_program(program: str, mesh: Mesh) -> Mesh:
     return independent_parts(mesh)[0] if program in ("prefill", "decode") else mesh
 
 
-def prefill_shape(draft: Draft) -> tuple[int, int, int]:
+def prefill_shape(workload: Workload) -> tuple[int, int, int]:
     """(rows, tokens of a chunk, slots) of the prompts that are read together."""
-    width = prompt_bucket(draft.prompt_tokens)
+    width = prompt_bucket(workload.prompt_tokens)
     tokens = min(width, READ_CHUNK)
     return read_rows(max(1, TOKENS_PER_READ // tokens)), tokens, slot_bucket(width)
 
 
-def _prefill(draft: Draft, mesh: Mesh) -> _Call:
-    num_rows, num_tokens, num_slots = prefill_shape(draft)
+def _prefill(workload: Workload, mesh: Mesh) -> _Call:
+    num_rows, num_tokens, num_slots = prefill_shape(workload)
     chunk = inputs.chunk(mesh, num_rows, num_tokens)
     arguments = (
-        draft.config, inputs.params(draft, mesh), inputs.front(draft, mesh),
-        inputs.reading_cache(draft, mesh, num_rows, num_slots), inputs.last_hidden(draft, mesh, num_rows), chunk, chunk,
+        workload.config, inputs.params(workload, mesh), inputs.front(workload, mesh),
+        inputs.reading_cache(workload, mesh, num_rows, num_slots), inputs.last_hidden(workload, mesh, num_rows), chunk, chunk,
     )  # fmt: skip
     return programs.read_chunk, arguments, {}
 
 
-def _decode(draft: Draft, mesh: Mesh) -> _Call:
+def _decode(workload: Workload, mesh: Mesh) -> _Call:
     arguments = (
-        draft.config, inputs.params(draft, mesh), inputs.front(draft, mesh), inputs.decode_state(draft, mesh),
-        inputs.decode_rows(draft, mesh), inputs.enough(mesh),
+        workload.config, inputs.params(workload, mesh), inputs.front(workload, mesh), inputs.decode_state(workload, mesh),
+        inputs.decode_rows(workload, mesh), inputs.enough(mesh),
     )  # fmt: skip
-    options = {"choice": Choice.of([GREEDY]), "num_top": draft.top_logprobs, "num_steps": STEPS_PER_DISPATCH}
+    options = {"choice": Choice.of([GREEDY]), "num_top": workload.top_logprobs, "num_steps": STEPS_PER_DISPATCH}
     return programs.decode, arguments, options
 
 
-def icl_shape(draft: Draft) -> tuple[int, int]:
+def icl_shape(workload: Workload) -> tuple[int, int]:
     """(tokens of a chunk, slots) of the whole text as it is read in one row."""
-    size = min(CHUNK, round_up(draft.icl_tokens, 64))
-    return size, round_up(draft.icl_tokens, size)
+    size = min(CHUNK, round_up(workload.icl_tokens, 64))
+    return size, round_up(workload.icl_tokens, size)
 
 
-def _icl(draft: Draft, mesh: Mesh) -> _Call:
-    num_tokens, num_slots = icl_shape(draft)
+def _icl(workload: Workload, mesh: Mesh) -> _Call:
+    num_tokens, num_slots = icl_shape(workload)
     chunk = inputs.chunk(mesh, 1, num_tokens)
-    cache = inputs.reading_cache(draft, mesh, 1, num_slots)
-    return read_tokens, (draft.config, inputs.params(draft, mesh), None, cache, chunk, chunk), {}
+    cache = inputs.reading_cache(workload, mesh, 1, num_slots)
+    return read_tokens, (workload.config, inputs.params(workload, mesh), None, cache, chunk, chunk), {}
 
 
 _CALLS = {"train": _train, "prefill": _prefill, "decode": _decode, "icl": _icl}

@@ -1,4 +1,5 @@
 """Jobs to compile ahead, and the program that does it, for several tests."""
+
 from __future__ import annotations
 
 import importlib.util
@@ -11,9 +12,9 @@ from types import ModuleType
 
 import pytest
 
-from cartridges_jax.ahead.draft import Draft
+from cartridges_jax.aot.workload import Workload
 from cartridges_jax.pipeline.config import from_config_dict
-from cartridges_jax.pipeline.pod import draft_of, pod_config
+from cartridges_jax.pipeline.pod import pod_config, workload_of
 
 ROOT = Path(__file__).parents[1]
 PODS = sorted((ROOT / "experiments" / "pods").glob("*.py"))
@@ -38,10 +39,10 @@ def write_toy(directory: Path) -> Path:
     return directory
 
 
-def toy_draft(directory: Path, *, topology: str = "v5e:2x2", mesh: str = "data:2,tensor:2", **overrides) -> Draft:
+def toy_workload(directory: Path, *, topology: str = "v5e:2x2", mesh: str = "data:2,tensor:2", **overrides) -> Workload:
     config = pod_config(str(write_toy(directory)), topology=topology, mesh=mesh, micro_batches=2)
     config.update_from_flattened_dict(SMALL | {name.replace("__", "."): value for name, value in overrides.items()})
-    return draft_of(from_config_dict(config))
+    return workload_of(from_config_dict(config))
 
 
 def load_pod(path: Path) -> ModuleType:
@@ -52,10 +53,10 @@ def load_pod(path: Path) -> ModuleType:
     return module
 
 
-def compile_ahead(config: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+def run_aot(config: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     """Runs the launch program."""
     return subprocess.run(
-        [sys.executable, str(ROOT / "launch" / "compile_ahead.py"), f"--config={config}", *arguments], cwd=ROOT,
+        [sys.executable, str(ROOT / "launch" / "aot.py"), f"--config={config}", *arguments], cwd=ROOT,
         env={**os.environ, "JAX_PLATFORMS": "cpu", **environment}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
 
@@ -69,5 +70,7 @@ def records(done: subprocess.CompletedProcess) -> dict[str, dict]:
     """The JSON lines at the end, by program."""
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert done.stdout.splitlines()[-len(lines) :] == [line for line in done.stdout.splitlines() if line.startswith("{")]
+    assert done.stdout.splitlines()[-len(lines) :] == [
+        line for line in done.stdout.splitlines() if line.startswith("{")
+    ]
     return {record["program"]: record for record in lines}

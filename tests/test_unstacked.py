@@ -1,4 +1,5 @@
 """Layers in arrays of their own are the stack's memory; what they compute is in test_families.py."""
+
 import dataclasses
 
 import jax
@@ -8,16 +9,16 @@ from tiny import random_prefix, random_tokens, run
 
 from cartridges_jax import sampling
 from cartridges_jax.models import load_model
-from cartridges_jax.models.apart import layers_apart
+from cartridges_jax.models.unstacked import unstack_layers
 from cartridges_jax.parallel import make_mesh
 
 
 def test_layers_apart_are_views_of_the_stack(tiny_model):
-    apart = layers_apart(tiny_model.params, tiny_model.config)
+    unstacked = unstack_layers(tiny_model.params, tiny_model.config)
     stack = tiny_model.params["layers"]["0"]["gate_proj"]
     begin = stack.unsafe_buffer_pointer()
     for layer in range(tiny_model.config.num_layers):
-        part = apart[f"layer_{layer}"]["gate_proj"]
+        part = unstacked[f"layer_{layer}"]["gate_proj"]
         np.testing.assert_array_equal(part, stack[layer])
         assert part.unsafe_buffer_pointer() == begin + layer * part.nbytes
 
@@ -30,20 +31,21 @@ def test_narrow_layers_are_views_too_and_decode_to_the_same_logits(tiny_gguf, rn
     assert part.bits.unsafe_buffer_pointer() == stack.unsafe_buffer_pointer() + part.bits.nbytes
     tokens = random_tokens(rng, model.config, 1, 9)
     stacked, _, _ = run(model, tokens)
-    apart, _, _ = run(dataclasses.replace(model, params=model.decode_params), tokens)
-    np.testing.assert_allclose(apart, stacked, atol=0.02)
+    unstacked, _, _ = run(dataclasses.replace(model, params=model.decode_params), tokens)
+    np.testing.assert_allclose(unstacked, stacked, atol=0.02)
 
 
 def test_a_model_on_one_cpu_device_decodes_with_its_layers_apart(tiny_model):
-    assert tiny_model.layers_apart and "layers" not in tiny_model.decode_params
+    assert tiny_model.decodes_unstacked and "layers" not in tiny_model.decode_params
     assert "layers" in tiny_model.params
 
 
 def test_on_a_mesh_layers_stay_stacked_even_if_it_has_one_device(tiny_gguf, tiny_model, rng):
     model = load_model(str(tiny_gguf), mesh=make_mesh("fsdp:-1", jax.devices()[:1]))
-    assert not model.layers_apart
+    assert not model.decodes_unstacked
     prefix = random_prefix(rng, model.config, 5)
     found, expected = (
-        sampling.generate_tokens(which, [[5, 6, 7], [8]], prefix, max_tokens=6, stop_ids=()) for which in (model, tiny_model)
+        sampling.generate_tokens(which, [[5, 6, 7], [8]], prefix, max_tokens=6, stop_ids=())
+        for which in (model, tiny_model)
     )
     assert [answer.token_ids for answer in found] == [answer.token_ids for answer in expected]

@@ -1,4 +1,5 @@
 """What attention is given beside queries, keys and values."""
+
 from __future__ import annotations
 
 from typing import NamedTuple

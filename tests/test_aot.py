@@ -1,4 +1,5 @@
-"""Programs compiled for devices that are not there: a toy model, in seconds; the 8B is in test_compile_ahead_long.py."""
+"""Programs compiled for devices that are not there: a toy model, in seconds; the 8B is in test_aot_long.py."""
+
 from __future__ import annotations
 
 import importlib.util
@@ -12,18 +13,18 @@ import sys
 import jax
 import numpy as np
 import pytest
-from ahead_drafts import PODS, ROOT, compile_ahead, load_pod, needs_libtpu, records, toy_draft, toy_flags
+from aot_workloads import PODS, ROOT, load_pod, needs_libtpu, records, run_aot, toy_flags, toy_workload
 from jax.sharding import Mesh
 
-from cartridges_jax.ahead import inputs
-from cartridges_jax.ahead.check import Check, mesh_of, with_micro_batches
-from cartridges_jax.ahead.hardware import CHIPS, H100, V5E
-from cartridges_jax.ahead.programs import compile_program, icl_shape
-from cartridges_jax.ahead.roofline import Roofline, flops_per_device, memory_bytes, total_work
-from cartridges_jax.ahead.scaling import LAYOUTS
-from cartridges_jax.ahead.sweep import meshes, rank
-from cartridges_jax.ahead.throughput import fewest_devices, predict
-from cartridges_jax.ahead.topology import Topology, as_own_slice, find, of_size, parse_topology
+from cartridges_jax.aot import inputs
+from cartridges_jax.aot.check import Check, mesh_of, with_micro_batches
+from cartridges_jax.aot.hardware import CHIPS, H100, V5E
+from cartridges_jax.aot.programs import compile_program, icl_shape
+from cartridges_jax.aot.roofline import Roofline, flops_per_device, memory_bytes, total_work
+from cartridges_jax.aot.scaling import LAYOUTS
+from cartridges_jax.aot.sweep import meshes, rank
+from cartridges_jax.aot.throughput import fewest_devices, predict
+from cartridges_jax.aot.topology import Topology, as_own_slice, find, of_size, parse_topology
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import load_model
 from cartridges_jax.models.decoder import abstract_params
@@ -31,7 +32,7 @@ from cartridges_jax.models.published import PUBLISHED, config_without_weights
 from cartridges_jax.models.weights import abstract_loaded
 from cartridges_jax.parallel import independent_parts
 from cartridges_jax.pipeline.config import from_config_dict
-from cartridges_jax.pipeline.pod import draft_of, pod_config
+from cartridges_jax.pipeline.pod import pod_config, workload_of
 from cartridges_jax.quantized import num_bytes
 from cartridges_jax.sampling import generate_tokens
 
@@ -69,11 +70,11 @@ def test_every_published_model_has_a_pod_of_every_kind():
         module = load_pod(path)
         assert f"--config=experiments/pods/{path.name}" in module.__doc__
         config = from_config_dict(module.get_config())
-        draft = draft_of(config)
+        workload = workload_of(config)
         sizes = dict(part.split(":") for part in config.mesh.split(","))
         assert math.prod(map(int, sizes.values())) == math.prod(parse_topology(config.pod.topology)[1]), path.name
         rows = int(sizes.get("data", 1)) * int(sizes.get("fsdp", 1))
-        assert with_micro_batches(draft, rows).train.micro_batches == config.train.micro_batches, path.name
+        assert with_micro_batches(workload, rows).train.micro_batches == config.train.micro_batches, path.name
         found.add((config.model, config.pod.topology.split(":")[0]))
     names = set(PUBLISHED) - {"smollm2-135m-instruct"}
     assert found == {(name, chip) for name in names for chip in CHIPS}
@@ -84,7 +85,9 @@ def test_a_model_of_which_nothing_is_known_is_refused():
         config_without_weights("someone/Something")
 
 
-@pytest.mark.parametrize(("dtype", "stored"), [("float32", ""), ("bfloat16", ""), ("float32", "int8"), ("float32", "bfloat16")])
+@pytest.mark.parametrize(
+    ("dtype", "stored"), [("float32", ""), ("bfloat16", ""), ("float32", "int8"), ("float32", "bfloat16")]
+)
 def test_shapes_of_weights_are_those_that_loading_gives(tiny_gguf, dtype, stored):
     model = load_model(str(tiny_gguf), dtype=dtype, weights=stored)
     found = abstract_loaded(model.config, model.dtype, stored=stored)
@@ -99,55 +102,58 @@ def test_shapes_of_weights_are_those_that_loading_gives(tiny_gguf, dtype, stored
 
 def test_the_flops_of_llama_31_8b_are_those_of_a_hand_count():
     """The numbers of BUILD.md."""
-    config = pod_config(
-        "meta-llama/Llama-3.1-8B-Instruct", topology="v5e:4x4", mesh="data:4,tensor:4", micro_batches=8
-    )
-    draft = draft_of(from_config_dict(config))
+    config = pod_config("meta-llama/Llama-3.1-8B-Instruct", topology="v5e:4x4", mesh="data:4,tensor:4", micro_batches=8)
+    workload = workload_of(from_config_dict(config))
     tokens = 32 * 2048
     weights = 32 * (4096 * 4096 * 2 + 4096 * 1024 * 2 + 3 * 4096 * 14336)
     seen = 32 * 4 * (512 * 2048 + 512 * 513 // 2)
     layers = 3 * 2 * tokens * weights + 4 * 32 * seen * 4 * 4096  # forward, once more, backward (of attention: twice)
     head = 2 * 2 * (32 * 1536) * 4096 * 128256
     assert weights == 6_979_321_856
-    assert sum(total_work("train", draft)) == pytest.approx(layers + head, rel=1e-9)
-    assert sum(total_work("train", draft)) / 16 == pytest.approx(1.978e14, rel=0.02)
+    assert sum(total_work("train", workload)) == pytest.approx(layers + head, rel=1e-9)
+    assert sum(total_work("train", workload)) / 16 == pytest.approx(1.978e14, rel=0.02)
 
 
 def test_what_a_mesh_does_not_divide_every_device_computes(tmp_path):
-    draft = toy_draft(tmp_path / "toy")
-    whole = sum(total_work("train", draft))
-    assert flops_per_device("train", draft, abstract_mesh()) == pytest.approx(whole)
-    assert flops_per_device("train", draft, abstract_mesh(data=2, tensor=2)) == pytest.approx(whole / 4)
+    workload = toy_workload(tmp_path / "toy")
+    whole = sum(total_work("train", workload))
+    assert flops_per_device("train", workload, abstract_mesh()) == pytest.approx(whole)
+    assert flops_per_device("train", workload, abstract_mesh(data=2, tensor=2)) == pytest.approx(whole / 4)
     # Two key/value heads among four devices.
-    work = total_work("train", draft)
-    assert flops_per_device("train", draft, abstract_mesh(tensor=4)) == pytest.approx(work.heads + (work.mlp + work.vocab) / 4)
+    work = total_work("train", workload)
+    assert flops_per_device("train", workload, abstract_mesh(tensor=4)) == pytest.approx(
+        work.heads + (work.mlp + work.vocab) / 4
+    )
 
 
 def test_a_device_reads_its_tensor_part_of_the_weights_and_all_that_fsdp_gathers(tmp_path):
-    draft = toy_draft(tmp_path / "toy")
-    one, tensor = memory_bytes("prefill", draft, abstract_mesh()), memory_bytes("prefill", draft, abstract_mesh(tensor=2))
+    workload = toy_workload(tmp_path / "toy")
+    one, tensor = (
+        memory_bytes("prefill", workload, abstract_mesh()),
+        memory_bytes("prefill", workload, abstract_mesh(tensor=2)),
+    )
     assert tensor == pytest.approx(one / 2, rel=0.01)  # but for norms
-    fsdp = memory_bytes("prefill", draft, abstract_mesh(fsdp=2))
+    fsdp = memory_bytes("prefill", workload, abstract_mesh(fsdp=2))
     # It has half of the 32 prompts of 64 slots to itself, and nothing else.
     assert one - fsdp == pytest.approx(2 * 3 * 2 * 64 * 2 * 32 * 64 / 2)
 
 
 def test_the_bytes_of_a_step_and_of_decoding_are_those_of_a_hand_count(tmp_path):
-    draft, mesh = toy_draft(tmp_path / "toy"), abstract_mesh()
+    workload, mesh = toy_workload(tmp_path / "toy"), abstract_mesh()
     matrices = 3 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 512) + 256 * 1024  # the embedding's few rows not counted
     weights = 2 * matrices + 4 * (3 * 2 * 256 + 256)  # norms are float32
     token = 2 * 3 * 2 * 64 * 2
     # Two micro-batches forward, again, backward; slots and two moments in float32, read and written.
-    assert memory_bytes("train", draft, mesh) == 2 * 3 * (weights + 256 * token) + 2 * 3 * 256 * 2 * token
+    assert memory_bytes("train", workload, mesh) == 2 * 3 * (weights + 256 * token) + 2 * 3 * 256 * 2 * token
     # Eight tokens; eight conversations of 32 + 96 tokens behind what self-study reads.
-    assert memory_bytes("decode", draft, mesh) == 8 * (weights + token * (draft.front_slots + 8 * 128))
+    assert memory_bytes("decode", workload, mesh) == 8 * (weights + token * (workload.front_slots + 8 * 128))
 
 
 def test_decoding_gains_with_what_the_cartridge_saves_in_memory():
     config = pod_config("meta-llama/Llama-3.1-8B-Instruct", topology="v5e:4x4", mesh="data:4,tensor:4", micro_batches=8)
-    draft = draft_of(from_config_dict(config))
-    assert (fewest_devices(draft, V5E), fewest_devices(draft, H100)) == (2, 1)
-    long, own, shared = predict(draft, H100, 1)
+    workload = workload_of(from_config_dict(config))
+    assert (fewest_devices(workload, V5E), fewest_devices(workload, H100)) == (2, 1)
+    long, own, shared = predict(workload, H100, 1)
     # 16.1 GB of weights leave 62.1 of the 78.1 GB that a program may use; a token takes 128 KiB.
     assert long.num_rows == int((0.92 * 84_929_347_584 - 16_060_522_496) / (131072 * (131072 + 512))) == 3
     assert own.num_rows == int((0.92 * 84_929_347_584 - 16_060_522_496) / (131072 * (2048 + 512))) == 184
@@ -157,36 +163,36 @@ def test_decoding_gains_with_what_the_cartridge_saves_in_memory():
 
 def test_a_long_text_is_no_longer_than_what_the_model_sees():
     config = pod_config("Qwen/Qwen3-4B", topology="v5e:2x4", mesh="data:2,tensor:4", micro_batches=8)
-    draft = draft_of(from_config_dict(config))
-    assert (draft.pod.context_tokens, draft.context_tokens) == (131072, 40960)
+    workload = workload_of(from_config_dict(config))
+    assert (workload.pod.context_tokens, workload.context_tokens) == (131072, 40960)
     kv = 2 * 36 * 8 * 128 * 2
-    weights = num_bytes(abstract_loaded(draft.config, "bfloat16", stored=""))
-    assert predict(draft, V5E, 8)[0].num_rows == int((8 * V5E.memory_bytes - weights) / (kv * (40960 + 512)))
+    weights = num_bytes(abstract_loaded(workload.config, "bfloat16", stored=""))
+    assert predict(workload, V5E, 8)[0].num_rows == int((8 * V5E.memory_bytes - weights) / (kv * (40960 + 512)))
 
 
 def test_decoding_is_compiled_as_self_study_decodes(tmp_path):
     """128 rows behind a chunk of at most 4,096 tokens and its template, in the bucket of a prefix."""
     config = pod_config("meta-llama/Llama-3.1-8B-Instruct", topology="v5e:4x4", mesh="data:4,tensor:4", micro_batches=8)
-    draft, mesh = draft_of(from_config_dict(config)), abstract_mesh(tensor=4)
-    assert draft.pod.decode_rows == inspect.signature(generate_tokens).parameters["batch_size"].default
-    assert inputs.front(draft, mesh).prefix.keys.shape == (32, 8, 4096 + 256, 128)
-    assert inputs.decode_state(draft, mesh).cache.keys.shape == (32, 128, 8, 512, 128)
+    workload, mesh = workload_of(from_config_dict(config)), abstract_mesh(tensor=4)
+    assert workload.pod.decode_rows == inspect.signature(generate_tokens).parameters["batch_size"].default
+    assert inputs.front(workload, mesh).prefix.keys.shape == (32, 8, 4096 + 256, 128)
+    assert inputs.decode_state(workload, mesh).cache.keys.shape == (32, 128, 8, 512, 128)
     # Training stays with the cartridge.
-    assert inputs.frozen(draft, mesh).keys.shape == (32, 8, 2048, 128)
-    whole = toy_draft(tmp_path / "toy", study__teacher_context="document", pod__context_tokens=3000)
+    assert inputs.frozen(workload, mesh).keys.shape == (32, 8, 2048, 128)
+    whole = toy_workload(tmp_path / "toy", study__teacher_context="document", pod__context_tokens=3000)
     assert whole.front_slots == 3064
-    assert toy_draft(tmp_path / "toy", cartridge__num_slots=3584).front_slots == 3584
+    assert toy_workload(tmp_path / "toy", cartridge__num_slots=3584).front_slots == 3584
 
 
 def test_the_whole_text_is_read_with_room_for_a_conversation(tmp_path):
     config = pod_config("meta-llama/Llama-3.1-8B-Instruct", topology="v5e:4x4", mesh="data:4,tensor:4", micro_batches=8)
-    assert icl_shape(draft_of(from_config_dict(config))) == (512, 131072 - 512)
-    draft = toy_draft(tmp_path / "toy")
-    assert icl_shape(draft) == (512, 2048)
+    assert icl_shape(workload_of(from_config_dict(config))) == (512, 131072 - 512)
+    workload = toy_workload(tmp_path / "toy")
+    assert icl_shape(workload) == (512, 2048)
     # The last chunk: three layers of 4 heads of 64, and 2 of them for keys and values.
     seen = 512 * 1536 + 512 * 513 // 2
     layers = 512 * 2 * (256 * 256 * 2 + 256 * 128 * 2 + 3 * 256 * 512) + seen * 4 * 256
-    assert sum(total_work("icl", draft)) == 3 * layers
+    assert sum(total_work("icl", workload)) == 3 * layers
 
 
 # Topologies and meshes
@@ -222,12 +228,12 @@ def test_a_part_of_a_slice_is_compiled_for_as_a_slice_of_its_shape(line):
 
 
 def test_a_sweep_tries_every_mesh_that_splits_rows_and_heads_evenly(tmp_path):
-    draft = toy_draft(tmp_path / "toy")
-    assert list(meshes(4, draft)) == [
+    workload = toy_workload(tmp_path / "toy")
+    assert list(meshes(4, workload)) == [
         "data:4,fsdp:1,tensor:1", "data:2,fsdp:2,tensor:1", "data:1,fsdp:4,tensor:1",
         "data:2,fsdp:1,tensor:2", "data:1,fsdp:2,tensor:2",
     ]  # fmt: skip
-    assert not list(meshes(32, draft))
+    assert not list(meshes(32, workload))
 
 
 def test_a_sweep_prefers_of_equal_times_what_sends_less_and_then_what_takes_less():
@@ -246,10 +252,17 @@ def test_a_sweep_prefers_of_equal_times_what_sends_less_and_then_what_takes_less
 
 
 def test_micro_batches_give_way_to_the_parts_of_a_mesh(tmp_path):
-    draft = toy_draft(tmp_path / "toy", train__rows_per_step=12, train__micro_batches=4)
-    assert [with_micro_batches(draft, parts).train.micro_batches for parts in (1, 2, 3, 4, 6, 12)] == [4, 3, 4, 3, 2, 1]
+    workload = toy_workload(tmp_path / "toy", train__rows_per_step=12, train__micro_batches=4)
+    assert [with_micro_batches(workload, parts).train.micro_batches for parts in (1, 2, 3, 4, 6, 12)] == [
+        4,
+        3,
+        4,
+        3,
+        2,
+        1,
+    ]
     with pytest.raises(UserError, match="12 rows a step are not divisible into 8"):
-        with_micro_batches(draft, 8)
+        with_micro_batches(workload, 8)
 
 
 def test_layouts_use_all_devices():
@@ -284,11 +297,11 @@ def scaled(tmp_path_factory):
     code = """
 import dataclasses, json, sys
 from pathlib import Path
-from ahead_drafts import toy_draft
-from cartridges_jax.ahead.hardware import H100
-from cartridges_jax.ahead.scaling import scale, scaling_table
-draft = toy_draft(Path(sys.argv[1]), train__rows_per_step=2, train__micro_batches=1, train__remat=False)
-points = scale(draft, H100, sizes=(1, 2, 4), layouts=("data", "tensor"))
+from aot_workloads import toy_workload
+from cartridges_jax.aot.hardware import H100
+from cartridges_jax.aot.scaling import scale, scaling_table
+workload = toy_workload(Path(sys.argv[1]), train__rows_per_step=2, train__micro_batches=1, train__remat=False)
+points = scale(workload, H100, sizes=(1, 2, 4), layouts=("data", "tensor"))
 found = [(p.layout, p.num_devices, p.check and p.check.roofline.seconds, p.stops, p.efficiency) for p in points]
 print(json.dumps({"points": found, "table": scaling_table(points)}))
 """
@@ -296,7 +309,10 @@ print(json.dumps({"points": found, "table": scaling_table(points)}))
         **os.environ, "JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path_factory.mktemp("toy"))], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", code, str(tmp_path_factory.mktemp("toy"))],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -329,7 +345,7 @@ def test_the_table_of_layouts_has_a_row_for_each_point_and_its_reason(scaled):
 @needs_libtpu
 def test_a_toy_is_compiled_for_a_tpu_slice(tmp_path):
     flags = toy_flags(tmp_path / "toy", "v5e:2x2", "data:2,tensor:2")
-    done = compile_ahead("experiments/pods/llama31_8b_v5e16.py", *flags)
+    done = run_aot("experiments/pods/llama31_8b_v5e16.py", *flags)
     found = records(done)
     assert list(found) == ["train", "prefill", "decode"]
     assert "in front" in done.stdout and "1 x h100" in done.stdout
@@ -348,14 +364,14 @@ def test_a_toy_is_compiled_for_a_tpu_slice(tmp_path):
 
 
 def test_the_read_of_the_whole_text_is_compiled_too(tmp_path):
-    draft, mesh = toy_draft(tmp_path / "toy"), abstract_mesh()
-    assert compile_program("icl", draft, mesh).bytes_per_device > 2048 * 2 * 3 * 2 * 64 * 2  # its cache
+    workload, mesh = toy_workload(tmp_path / "toy"), abstract_mesh()
+    assert compile_program("icl", workload, mesh).bytes_per_device > 2048 * 2 * 3 * 2 * 64 * 2  # its cache
 
 
 @needs_libtpu
 def test_a_sweep_prints_every_mesh_and_the_best_as_json(tmp_path):
     flags = toy_flags(tmp_path / "toy", "v5e:2x2", "")
-    done = compile_ahead("experiments/pods/llama31_8b_v5e16.py", *flags, "--sweep", "--programs=train")
+    done = run_aot("experiments/pods/llama31_8b_v5e16.py", *flags, "--sweep", "--programs=train")
     best = records(done)["train"]
     table = [line for line in done.stdout.splitlines() if line.startswith("| train")]
     assert len(table) == 5 and table[0].split("|")[2].strip() == best["mesh"]
@@ -365,8 +381,11 @@ def test_a_sweep_prints_every_mesh_and_the_best_as_json(tmp_path):
 @needs_libtpu
 def test_what_does_not_fit_is_said_with_its_size():
     """The 70B on four chips: the compiler gives up, and says what it would take."""
-    done = compile_ahead(
-        "experiments/pods/llama31_70b_v5e32.py", "--config.pod.topology=v5e:2x2", "--config.mesh=tensor:4", "--programs=decode"
+    done = run_aot(
+        "experiments/pods/llama31_70b_v5e32.py",
+        "--config.pod.topology=v5e:2x2",
+        "--config.mesh=tensor:4",
+        "--programs=decode",
     )
     found = records(done)["decode"]
     assert not found["fits"] and found["bytes_per_device"] > V5E.memory_bytes
@@ -377,7 +396,7 @@ def test_without_the_compiler_for_gpus_cpu_devices_stand_in_and_say_so(tmp_path)
     if importlib.util.find_spec("jax_cuda12_plugin"):
         pytest.skip("the compiler for GPUs is installed")
     flags = toy_flags(tmp_path / "toy", "h100:8", "data:4,tensor:2")
-    done = compile_ahead("experiments/pods/llama31_8b_h100x8.py", *flags, "--programs=train", JAX_NUM_CPU_DEVICES="8")
+    done = run_aot("experiments/pods/llama31_8b_h100x8.py", *flags, "--programs=train", JAX_NUM_CPU_DEVICES="8")
     found = records(done)["train"]
     assert found["compiled_for"].startswith("cpu") and found["collectives"]["all-reduce"] > 0
 
@@ -392,5 +411,5 @@ def test_without_the_compiler_for_gpus_cpu_devices_stand_in_and_say_so(tmp_path)
     ],
 )
 def test_what_cannot_be_compiled_is_one_plain_line(arguments, complaint):
-    done = compile_ahead("experiments/pods/llama31_8b_v5e16.py", *arguments)
+    done = run_aot("experiments/pods/llama31_8b_v5e16.py", *arguments)
     assert done.returncode == 2 and complaint in done.stderr and "Traceback" not in done.stderr

@@ -1,14 +1,15 @@
 """From one chip to 512: what each layout of a train step takes, and where it stops to pay."""
+
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
-from cartridges_jax.ahead.check import Check, check, mesh_of, with_micro_batches
-from cartridges_jax.ahead.draft import Draft
-from cartridges_jax.ahead.hardware import Chip
-from cartridges_jax.ahead.tables import table
-from cartridges_jax.ahead.topology import of_size
+from cartridges_jax.aot.check import Check, check, mesh_of, with_micro_batches
+from cartridges_jax.aot.hardware import Chip
+from cartridges_jax.aot.tables import table
+from cartridges_jax.aot.topology import of_size
+from cartridges_jax.aot.workload import Workload
 from cartridges_jax.errors import UserError
 from cartridges_jax.parallel import row_parts
 
@@ -51,10 +52,14 @@ class Point:
 
 
 def scale(
-    draft: Draft, chip: Chip, *, sizes: Sequence[int] = SIZES, layouts: Sequence[str] = tuple(LAYOUTS),
+    workload: Workload,
+    chip: Chip,
+    *,
+    sizes: Sequence[int] = SIZES,
+    layouts: Sequence[str] = tuple(LAYOUTS),
     say: Callable[[Point], None] = lambda point: None,
 ) -> list[Point]:
-    """The train step of a draft, the same rows on more and more devices.
+    """The train step of a workload, the same rows on more and more devices.
 
     Args:
       say: called with every point as it comes.
@@ -63,7 +68,7 @@ def scale(
     for layout in layouts:
         first: Check | None = None
         for number in sizes:
-            point = _point(draft, chip, layout, number, first)
+            point = _point(workload, chip, layout, number, first)
             points.append(point)
             say(point)
             if first is None and point.check is not None and point.check.fits:
@@ -74,17 +79,17 @@ def scale(
     return points
 
 
-def _point(draft: Draft, chip: Chip, layout: str, number: int, first: Check | None) -> Point:
+def _point(workload: Workload, chip: Chip, layout: str, number: int, first: Check | None) -> Point:
     line, reason = LAYOUTS[layout](number), ""
     try:
         topology = of_size(chip, number)
         mesh = mesh_of(line, topology)
-        reason = _run_out(draft, mesh)
+        reason = _run_out(workload, mesh)
     except UserError as error:
         reason = str(error)
     if reason:
         return Point(layout, number, None, reason)
-    found = check("train", with_micro_batches(draft, row_parts(mesh)), topology, mesh)
+    found = check("train", with_micro_batches(workload, row_parts(mesh)), topology, mesh)
     if not found.fits:
         return Point(layout, number, found, "does not fit")
     if first is None:
@@ -101,19 +106,29 @@ def _point(draft: Draft, chip: Chip, layout: str, number: int, first: Check | No
     return Point(layout, number, found, stops, efficiency)
 
 
-def _run_out(draft: Draft, mesh) -> str:
-    """Why a mesh cannot split the draft evenly; "" if it can."""
+def _run_out(workload: Workload, mesh) -> str:
+    """Why a mesh cannot split the workload evenly; "" if it can."""
     tensor, rows = mesh.shape["tensor"], row_parts(mesh)
-    if draft.config.num_kv_heads % tensor:
-        return f"{draft.config.num_kv_heads} key/value heads do not divide by {tensor}"
-    if draft.train.rows_per_step % rows:
-        return f"{draft.train.rows_per_step} rows a step do not divide by {rows}"
+    if workload.config.num_kv_heads % tensor:
+        return f"{workload.config.num_kv_heads} key/value heads do not divide by {tensor}"
+    if workload.train.rows_per_step % rows:
+        return f"{workload.train.rows_per_step} rows a step do not divide by {rows}"
     return ""
 
 
 def scaling_table(points: Sequence[Point]) -> str:
     """A row for each point."""
-    head = ("layout", "devices", "GiB a device", "TFLOP a device", "GiB sent", "step", "bound by", "efficiency", "stops because")
+    head = (
+        "layout",
+        "devices",
+        "GiB a device",
+        "TFLOP a device",
+        "GiB sent",
+        "step",
+        "bound by",
+        "efficiency",
+        "stops because",
+    )
     rows = []
     for point in points:
         one = point.check
@@ -121,15 +136,17 @@ def scaling_table(points: Sequence[Point]) -> str:
             rows.append((point.layout, str(point.num_devices), *[""] * 6, point.stops))
             continue
         known = one.sent is not None
-        rows.append((
-            point.layout,
-            str(point.num_devices),
-            f"{one.bytes_per_device / 2**30:.2f}",
-            f"{one.flops_per_device / 1e12:.1f}",
-            f"{one.collective_bytes / 2**30:.2f}" if known else "",
-            f"{one.roofline.seconds:.3g} s" if known else "",
-            one.roofline.bound_by if known else "",
-            "" if point.efficiency is None else f"{point.efficiency:.0%}",
-            point.stops,
-        ))
+        rows.append(
+            (
+                point.layout,
+                str(point.num_devices),
+                f"{one.bytes_per_device / 2**30:.2f}",
+                f"{one.flops_per_device / 1e12:.1f}",
+                f"{one.collective_bytes / 2**30:.2f}" if known else "",
+                f"{one.roofline.seconds:.3g} s" if known else "",
+                one.roofline.bound_by if known else "",
+                "" if point.efficiency is None else f"{point.efficiency:.0%}",
+                point.stops,
+            )
+        )
     return table(head, rows)

@@ -5,6 +5,7 @@ for the few tokens of a decode step costs as much as the products. There the dec
 unrolled, over views of the stack: nothing is stored twice. Reading or training on many
 tokens gains nothing by it and compiles longer, so that keeps to the stack.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -20,7 +21,7 @@ from cartridges_jax.models.decoder import layer_name, layer_path, lm_head
 from cartridges_jax.quantized import Narrow
 
 
-def layers_apart(params: Any, config: ModelConfig) -> Any:
+def unstack_layers(params: Any, config: ModelConfig) -> Any:
     """Parameters as `Decoder` takes them to run unrolled.
 
     Args:
@@ -50,7 +51,7 @@ def _view(stack: Array, index: Any) -> Array:
     return jax.device_put(part, stack.device, may_alias=True)
 
 
-def runs_apart(params: Any) -> bool:
+def runs_unstacked(params: Any) -> bool:
     """Whether a model is best run unrolled: it lies whole on one CPU device, and on no mesh, even of one."""
     return all(
         isinstance(leaf, Array)

@@ -4,6 +4,7 @@ A program is computations that call each other; a loop's body runs as often as t
 its collectives count as often. XLA writes the number of iterations beside most loops; of a
 loop that ends by what it computes (a decode step when all rows have ended), the caller says it.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -17,7 +18,9 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z\d\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
-_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|called_computations|true_computation|false_computation)=%?([\w.\-]+)")
+_CALLED = re.compile(
+    r"\b(?:calls|to_apply|body|condition|called_computations|true_computation|false_computation)=%?([\w.\-]+)"
+)
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"?(\d+)')
 _ON_MESH = re.compile(
@@ -170,9 +173,9 @@ def _number_of_devices(text: str) -> int:
 def _groups(rest: str, number: int) -> tuple[tuple[int, ...], ...]:
     """The devices' numbers; XLA writes them in three ways.
 
-        {{0,4},{1,5},{2,6},{3,7}}                                       as they are
-        [4,2]<=[2,4]T(1,0)                                              rows of a range that is transposed
-        mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}               along axes of a mesh of such a range
+    {{0,4},{1,5},{2,6},{3,7}}                                       as they are
+    [4,2]<=[2,4]T(1,0)                                              rows of a range that is transposed
+    mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}               along axes of a mesh of such a range
     """
     if pairs := re.search(r"source_target_pairs=\{(.*?\})\}", rest):
         return tuple(tuple(int(i) for i in pair.split(",")) for pair in re.findall(r"\{([\d,]+)\}", pairs[1]))
@@ -184,7 +187,9 @@ def _groups(rest: str, number: int) -> tuple[tuple[int, ...], ...]:
         return tuple(tuple(numbers[first : first + size]) for first in range(0, len(numbers), size))
     if mesh := _ON_MESH.search(rest):
         sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
-        return _along(sizes, re.findall(r"'([^']+)'", mesh[4]), *_range(mesh[2] or str(math.prod(sizes.values())), mesh[3]))
+        return _along(
+            sizes, re.findall(r"'([^']+)'", mesh[4]), *_range(mesh[2] or str(math.prod(sizes.values())), mesh[3])
+        )
     if "replica_groups={}" in rest:
         return (tuple(range(number)),)
     raise ValueError(f"groups of devices in a notation that is not known here: {rest[:300]}")
@@ -195,9 +200,7 @@ def _range(shape: str, order: str | None) -> tuple[list[int], list[int]]:
     return sizes, [int(i) for i in order.split(",")] if order else list(range(len(sizes)))
 
 
-def _along(
-    sizes: dict[str, int], axes: list[str], shape: list[int], order: list[int]
-) -> tuple[tuple[int, ...], ...]:
+def _along(sizes: dict[str, int], axes: list[str], shape: list[int], order: list[int]) -> tuple[tuple[int, ...], ...]:
     """Groups of the devices that differ along these axes only."""
     numbers = _transposed_range(shape, order)
     groups: dict[tuple[int, ...], list[int]] = {}

@@ -2,6 +2,7 @@
 
 Bandwidths here are of one direction: what a chip can send while it receives as much.
 """
+
 from __future__ import annotations
 
 import dataclasses

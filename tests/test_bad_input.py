@@ -281,8 +281,8 @@ def test_a_damaged_run_record_costs_nothing(talker_gguf, finished, copied):
     (copied / "run.json").write_text('{"stages": ')
     said = []
     run(config_of(settings(talker_gguf, finished)), copied, say=said.append)
-    assert [line for line in said if "kept" in line] == [
-        f"{stage}: nothing changed, kept" for stage in ("study", "train", "evaluate")
+    assert [line for line in said if "skipped" in line] == [
+        f"{stage}: nothing changed, skipped" for stage in ("study", "train", "evaluate")
     ]
 
 
@@ -319,7 +319,7 @@ def test_a_truncated_shard_is_named_and_made_anew_alone_when_it_is_deleted(talke
     again = read_shard(shards[0])
     assert [c.messages[0].content for c in again] == [c.messages[0].content for c in whole]
     assert [c.messages[1].token_ids for c in again] == [c.messages[1].token_ids for c in whole]
-    assert contents(copied, "train", "cartridge") == others and "train: nothing changed, kept" in said
+    assert contents(copied, "train", "cartridge") == others and "train: nothing changed, skipped" in said
 
 
 def unfinished_training(workdir):

@@ -15,7 +15,7 @@ from tiny_runs import config_of, contents, copied, finished, settings, talker_gg
 import cartridges_jax
 from cartridges_jax import sampling
 from cartridges_jax.checkpoint import load_cartridge
-from cartridges_jax.corpus.documents import Document
+from cartridges_jax.corpus import Corpus, tokenize_corpus
 from cartridges_jax.data.conversations import read_shard
 from cartridges_jax.errors import UserError
 from cartridges_jax.evaluation.conditions import conditions
@@ -36,7 +36,7 @@ def again(talker_gguf, inputs, workdir, **changes):
 
 
 def kept(said):
-    return [stage for stage in STAGES if f"{stage}: nothing changed, kept" in said]
+    return [stage for stage in STAGES if f"{stage}: nothing changed, skipped" in said]
 
 
 def without_clocks(files):
@@ -276,7 +276,7 @@ def test_whole_numbers_are_taken_where_fractions_are_meant():
 
 def test_each_condition_is_the_prefix_that_its_name_says(talker_gguf):
     model = load_model(str(talker_gguf))
-    document = Document("d", "Shed 4 has t and s. " * 8)
+    document = tokenize_corpus(Corpus.from_text("Shed 4 has t and s. " * 8, "d"), model.tokenizer)
     cartridge = sampling.prefill(model, model.tokenizer.encode("something else in twenty tokens or so"))
     found, cut = conditions(model, document, cartridge, room=64)
     by_name = {condition.name: condition for condition in found}

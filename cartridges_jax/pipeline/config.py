@@ -7,7 +7,7 @@ import dataclasses
 import ml_collections
 
 from cartridges_jax.aot.workload import PodSettings
-from cartridges_jax.corpus.documents import QUICKSTART
+from cartridges_jax.corpus import QUICKSTART
 from cartridges_jax.distill.trainer import TrainSettings
 from cartridges_jax.errors import UserError
 from cartridges_jax.evaluation.evaluate import EvaluationSettings

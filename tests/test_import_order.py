@@ -10,7 +10,9 @@ import cartridges_jax
 PACKAGE = Path(cartridges_jax.__file__).parent
 # From the top down; parts on one line do not import each other.
 ORDER = [
-    {"__init__", "__main__", "api"},
+    {"__init__", "cli"},
+    {"api"},
+    {"chat"},
     {"pipeline"},
     {"benchmarks", "aot"},
     {"serving"},

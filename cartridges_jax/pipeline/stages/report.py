@@ -68,7 +68,7 @@ def report(
     }
     _, page = write_report(run.workdir.path, content)
     print_summary(content, page)
-    run.say(f"Cartridge: {run.workdir.path / 'cartridge'}")
+    run.reporter.say(f"Cartridge: {run.workdir.path / 'cartridge'}")
     return content
 
 

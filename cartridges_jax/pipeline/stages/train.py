@@ -65,7 +65,7 @@ def _train(run: RunContext, stage: Stage, conversations: list[Conversation], dir
             "out: raise study.conversations"
         )
     initial = initialise_from_first_tokens(model, run.corpus.text, config.cartridge.num_slots)
-    with run.bar("train", config.train.steps) as bar:
+    with run.progress("train", config.train.steps) as bar:
 
         def on_step(step: int, loss: float | None) -> None:
             bar.at(step, note="" if loss is None else f"loss {loss:.3f}")
@@ -83,10 +83,10 @@ def _train(run: RunContext, stage: Stage, conversations: list[Conversation], dir
                 seed=config.seed,
                 job=run.job,
                 on_step=on_step,
-                should_stop=run.signals.requested,
+                should_stop=run.stop.requested,
             )
         except StopRequested:
-            run.signals.check()
+            run.stop.check()
             raise
     metadata = CartridgeMetadata.of(
         result.prefix,

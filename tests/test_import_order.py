@@ -10,7 +10,7 @@ import cartridges_jax
 PACKAGE = Path(cartridges_jax.__file__).parent
 # From the top down; parts on one line do not import each other.
 ORDER = [
-    {"__init__", "cli"},
+    {"__init__", "__main__", "cli"},
     {"api"},
     {"chat"},
     {"pipeline"},
@@ -19,14 +19,14 @@ ORDER = [
     {"evaluation"},
     {"selfstudy"},
     {"distill"},
-    {"compress"},
+    {"prefixes"},
     {"data"},
-    {"corpus"},
     {"sampling"},
     {"interop"},
     {"checkpoint"},
     {"models"},
     {"attention"},
+    {"corpus"},
     {"text"},
     {"formats"},
     {"parallel"},

@@ -19,16 +19,25 @@ __all__ = ["compose", "generate", "load_cartridge", "load_model", "logits", "mak
 Prefix = KVPrefix | Cartridge
 
 
-def compose(*parts: Prefix) -> KVPrefix:
+def compose(*parts: Prefix, allow_other_weights: bool = False) -> KVPrefix:
     """Several cartridges or prefixes as one, in order (see `cartridge.compose`).
 
+    Args:
+      allow_other_weights: accepts cartridges that were trained with different weights of one architecture.
+
     Raises:
-      UserError: cartridges of different models.
+      UserError: cartridges of different models, or of different weights.
     """
-    fingerprints = {part.metadata.model_fingerprint for part in parts if isinstance(part, Cartridge)}
-    if len(fingerprints) > 1:
-        names = ", ".join(sorted(part.metadata.model_name for part in parts if isinstance(part, Cartridge)))
+    metadata = [part.metadata for part in parts if isinstance(part, Cartridge)]
+    names = ", ".join(sorted(m.model_name for m in metadata))
+    if len({m.model_fingerprint for m in metadata}) > 1:
         raise UserError(f"cartridges of different models cannot be composed ({names}): train them for one model")
+    # A cartridge of format version 1 does not know its weights.
+    if len({m.weights_sha256 for m in metadata} - {""}) > 1 and not allow_other_weights:
+        raise UserError(
+            f"cartridges of different weights cannot be composed ({names}): train them for the same model files, or "
+            "accept a worse result with allow_other_weights=True"
+        )
     return prefixes.compose(*(part.prefix if isinstance(part, Cartridge) else part for part in parts))
 
 
@@ -42,6 +51,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    allow_other_weights: bool = False,
 ) -> list[str]:
     """Answers chat turns.
 
@@ -51,17 +61,19 @@ def generate(
       prefix: what stands in front; None is the chat template's default.
       max_tokens: answers are cut after so many tokens.
       temperature: 0 answers greedily.
+      allow_other_weights: accepts a cartridge that was trained with other weights of the same architecture, such as
+        another quantisation.
 
     Returns:
       One text per prompt.
 
     Raises:
-      UserError: a cartridge of another model, or a conversation that does not fit.
+      UserError: a cartridge of another model or of other weights, or a conversation that does not fit.
     """
     conversations = [
         [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt) for prompt in prompts
     ]
-    front = _prefix_of(model, prefix)
+    front = _prefix_of(model, prefix, allow_other_weights)
     if front is None:
         rendered = [model.chat.render(turns, add_generation_prompt=True) for turns in conversations]
     else:
@@ -77,24 +89,22 @@ def generate(
     return [model.tokenizer.decode(generation.token_ids).strip() for generation in generations]
 
 
-def logits(model: Model, token_ids: Sequence[int], *, prefix: Prefix | None = None) -> np.ndarray:
+def logits(
+    model: Model, token_ids: Sequence[int], *, prefix: Prefix | None = None, allow_other_weights: bool = False
+) -> np.ndarray:
     """Next-token logits at every position, [T, V] float32 (see `sampling.logits`)."""
-    return sampling.logits(model, token_ids, _prefix_of(model, prefix))
+    return sampling.logits(model, token_ids, _prefix_of(model, prefix, allow_other_weights))
 
 
-def prefill(model: Model, token_ids: Sequence[int], *, prefix: Prefix | None = None) -> KVPrefix:
+def prefill(
+    model: Model, token_ids: Sequence[int], *, prefix: Prefix | None = None, allow_other_weights: bool = False
+) -> KVPrefix:
     """Tokens to a KV prefix; behind `prefix`, the result stands for both (see `sampling.prefill`)."""
-    return sampling.prefill(model, token_ids, _prefix_of(model, prefix))
+    return sampling.prefill(model, token_ids, _prefix_of(model, prefix, allow_other_weights))
 
 
-def _prefix_of(model: Model, prefix: Prefix | None) -> KVPrefix | None:
+def _prefix_of(model: Model, prefix: Prefix | None, allow_other_weights: bool) -> KVPrefix | None:
     if not isinstance(prefix, Cartridge):
         return prefix
-    config = model.config
-    check_compatible(
-        prefix.metadata,
-        model_name=model.name,
-        model_fingerprint=model.fingerprint,
-        shape=(config.num_layers, config.num_kv_heads, config.head_dim),
-    )
+    check_compatible(prefix.metadata, model, allow_other_weights=allow_other_weights)
     return prefix.prefix

@@ -143,6 +143,18 @@ class CartridgeMetadata:
             mask[start:stop] = False
         return mask
 
+    def model_to_load(self) -> str:
+        """The name by which `load_model` finds the model again.
+
+        Raises:
+          UserError: it was trained for a local model, of which no file or directory of that name is here.
+        """
+        if self.model_is_local and not Path(self.model_name).exists():
+            raise UserError(
+                f"this cartridge was trained for the local model {self.model_name!r}: give its path with --model=PATH"
+            )
+        return self.model_name
+
     @property
     def model_options(self) -> dict[str, Any]:
         """The arguments of `load_model`, beside the name, that give the model it was trained with."""

@@ -18,10 +18,12 @@ from cartridges_jax.checkpoint import (
 )
 from cartridges_jax.corpus.chunks import Chunk, token_coverage
 from cartridges_jax.corpus.questions import Question, questions_hash
-from cartridges_jax.data.conversations import Conversation
-from cartridges_jax.data.decontaminate import split_contaminated
-from cartridges_jax.data.packing import check_rows, render_example
+from cartridges_jax.data.decontaminate import Split, split_conversations
+from cartridges_jax.data.examples import render_example
+from cartridges_jax.data.packing import check_rows
+from cartridges_jax.data.schema import Conversation
 from cartridges_jax.distill.initialise import initialise_from_first_tokens
+from cartridges_jax.distill.learner import make_learner
 from cartridges_jax.distill.sharding import undivided_slots
 from cartridges_jax.distill.trainer import StopRequested, train
 from cartridges_jax.errors import UserError
@@ -217,16 +219,13 @@ class _Run:
     def _bar(self, name: str, total: int):
         return progress(name, total, shown=self.job.is_first)
 
-    def _split(self, conversations: list[Conversation]) -> tuple[list[Conversation], list[Conversation], int]:
-        """(to train on, held out, dropped because they are evaluation questions)."""
-        order = np.random.default_rng([self.config.seed, 1]).permutation(len(conversations))
-        heldout = {int(i) for i in order[: self.config.heldout]}
-        clean, dropped = split_contaminated(
-            [conversation.messages[0].content for conversation in conversations],
+    def _split(self, conversations: list[Conversation]) -> Split:
+        return split_conversations(
+            [[m.content for m in conversation.messages if m.role == "user"] for conversation in conversations],
             [question.question for question in self.questions],
+            self.config.heldout,
+            np.random.default_rng([self.config.seed, 1]),
         )
-        kept = [conversations[i] for i in clean if i not in heldout]
-        return kept, [conversations[i] for i in sorted(heldout)], len(set(dropped) - heldout)
 
     def train(self, study: Stage, conversations: list[Conversation]) -> tuple[Stage, Cartridge]:
         """Distillation; a finished cartridge is read back."""
@@ -257,10 +256,10 @@ class _Run:
 
     def _train(self, stage: Stage, conversations: list[Conversation], directory: Path, clock) -> None:
         config, model = self.config, self.model
-        learned, heldout, dropped = self._split(conversations)
-        if not learned:
+        split = self._split(conversations)
+        if not split.training:
             raise UserError(
-                f"of {len(conversations)} conversations {dropped} equal evaluation questions and the others are held "
+                f"of {len(conversations)} conversations {split.dropped['like_evaluation']} equal evaluation questions and the others are held "
                 "out: raise study.conversations"
             )
         chat = model.chat
@@ -275,11 +274,11 @@ class _Run:
                 result = train(
                     model,
                     initial,
-                    [render_example(c, chat, targets=config.train.targets) for c in learned],
-                    [render_example(c, chat) for c in heldout],
+                    [render_example(conversations[i], chat, targets=config.train.targets) for i in split.training],
+                    [render_example(conversations[i], chat) for i in split.heldout],
                     config.train,
                     stage.directory / "checkpoints",
-                    num_frozen=config.cartridge.num_frozen,
+                    learner=make_learner(config.train.learner, num_frozen=config.cartridge.num_frozen),
                     seed=config.seed,
                     job=self.job,
                     on_step=on_step,
@@ -303,8 +302,10 @@ class _Run:
             {
                 "history": result.history,
                 "refused_steps": result.refused,
-                "dropped_training_questions": dropped,
-                "trained_on": len(learned),
+                "dropped_training_questions": split.dropped["like_evaluation"],
+                "dropped_heldout_conversations": split.dropped["like_training"],
+                "heldout": len(split.heldout),
+                "trained_on": len(split.training),
                 "packing_efficiency": result.packing_efficiency,
                 "epochs": result.epochs,
             }
@@ -335,7 +336,7 @@ class _Run:
         )
         if stage.done:
             return stage
-        heldout = self._split(conversations)[1]
+        heldout = [conversations[i] for i in self._split(conversations).heldout]
         with stage.clock() as clock, self._bar("evaluate", 1) as bar:
 
             def advance(done: int, total: int) -> None:
@@ -393,7 +394,8 @@ class _Run:
             "dropped_training_questions": trained["dropped_training_questions"],
             "seconds": {**seconds, "total": sum(seconds.values())},
             "conversations": trained["trained_on"],
-            "heldout_conversations": self.config.heldout,
+            "dropped_heldout_conversations": trained["dropped_heldout_conversations"],
+            "heldout_conversations": trained["heldout"],
             "steps": self.config.train.steps,
             "refused_steps": trained["refused_steps"],
             "packing_efficiency": trained["packing_efficiency"],

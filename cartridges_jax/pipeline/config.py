@@ -99,6 +99,8 @@ class RunConfig:
             )
         self.study.check()
         self.train.check()
+        if self.train.steps < 1:
+            raise UserError(f"train.steps={self.train.steps}: must be 1 or more")
         if self.train.targets == "all" and not self.study.score_user_messages:
             raise UserError(
                 "train.targets='all' needs the teacher's view of A's tokens: set study.score_user_messages=True"

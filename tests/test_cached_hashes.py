@@ -11,7 +11,6 @@ import pytest
 from cartridges_jax.formats import cache
 from cartridges_jax.formats.cache import cached_sha256
 
-
 # As long as one another, and long enough to be remembered.
 WEIGHTS, OTHER = b"weights" * 2**18, b"WEIGHTS" * 2**18
 

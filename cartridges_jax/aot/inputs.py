@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,12 @@ from cartridges_jax import parallel
 from cartridges_jax.aot.workload import Workload
 from cartridges_jax.cartridge import KVPrefix
 from cartridges_jax.data.packing import BATCH_DTYPES, TrainBatch, batch_shapes
+from cartridges_jax.distill.learner import Learner, make_learner
+from cartridges_jax.distill.settings import make_optimizer
 from cartridges_jax.distill.sharding import batch_shardings, state_shardings
-from cartridges_jax.distill.step import TrainState, cartridge_trainable, learning_mask, new_state
-from cartridges_jax.distill.trainer import make_optimizer
+from cartridges_jax.distill.step import TrainState, new_state
 from cartridges_jax.models import CACHE_AXES, Cache, empty_cache
-from cartridges_jax.models.model import DTYPES
+from cartridges_jax.models.model import DTYPES, Model
 from cartridges_jax.models.sharding import param_shardings
 from cartridges_jax.models.weights import abstract_loaded
 from cartridges_jax.sampling.group import rows_of
@@ -58,21 +59,40 @@ def _placed_prefix(prefix: KVPrefix, mesh: Mesh, *, in_use: bool) -> KVPrefix:
     return prefix.replace(**{name: placed(getattr(prefix, name), where) for name, where in shardings.items()})
 
 
-def frozen(workload: Workload, mesh: Mesh) -> KVPrefix:
-    """The cartridge as training starts from it."""
-    return _placed_prefix(_prefix(workload, workload.num_slots), mesh, in_use=False)
+def learner(workload: Workload) -> Learner:
+    """The learner of the run's settings, with one frozen slot as in the paper."""
+    return make_learner(workload.train.learner, num_frozen=1)
+
+
+def _parts(workload: Workload, mesh: Mesh) -> tuple[Any, Any]:
+    """The learner's frozen and trainable parts as shapes."""
+    model = Model(
+        workload.model, workload.config, params(workload, mesh), DTYPES[workload.dtype], cast(Any, None), cast(Any, None),
+        mesh=mesh,
+    )  # fmt: skip
+    start = _prefix(workload, workload.num_slots)
+    return jax.eval_shape(functools.partial(learner(workload).init, model), start)
+
+
+def frozen(workload: Workload, mesh: Mesh) -> Any:
+    """The learner's frozen part as the trainer places it."""
+
+    def placed(part: Any) -> Any:
+        return _placed_prefix(part, mesh, in_use=False) if isinstance(part, KVPrefix) else _everywhere(mesh, part)
+
+    return jax.tree.map(placed, _parts(workload, mesh)[0], is_leaf=lambda part: isinstance(part, KVPrefix))
 
 
 def state(workload: Workload, mesh: Mesh) -> TrainState:
     optimizer = make_optimizer(workload.train)
-    trainable = jax.eval_shape(cartridge_trainable, _prefix(workload, workload.num_slots))
+    _, trainable = _parts(workload, mesh)
     shapes = jax.eval_shape(functools.partial(new_state, optimizer=optimizer), trainable)
-    shardings = state_shardings(mesh, optimizer, trainable)
+    shardings = state_shardings(mesh, optimizer, learner(workload), trainable)
     return jax.tree.map(lambda leaf, where: Shape(leaf.shape, leaf.dtype, sharding=where), shapes, shardings)
 
 
-def mask(workload: Workload, mesh: Mesh) -> Shape:
-    return _everywhere(mesh, jax.eval_shape(lambda: learning_mask(workload.num_slots, 1)[:, None]))
+def mask(workload: Workload, mesh: Mesh) -> Any:
+    return _everywhere(mesh, jax.eval_shape(learner(workload).mask, *_parts(workload, mesh)))
 
 
 def batch(workload: Workload, mesh: Mesh) -> TrainBatch:

@@ -17,9 +17,8 @@ from jax.sharding import Mesh
 from cartridges_jax.aot import inputs
 from cartridges_jax.aot.workload import Workload
 from cartridges_jax.data.packing import check_rows
+from cartridges_jax.distill.settings import make_optimizer
 from cartridges_jax.distill.sharding import step_on_mesh
-from cartridges_jax.distill.step import combine_cartridge
-from cartridges_jax.distill.trainer import make_optimizer
 from cartridges_jax.parallel import independent_parts, row_parts
 from cartridges_jax.sampling import programs
 from cartridges_jax.sampling.buckets import READ_CHUNK, prompt_bucket, read_rows, round_up, slot_bucket
@@ -110,7 +109,7 @@ def _train(workload: Workload, mesh: Mesh) -> _Call:
     check_rows(workload.train.rows_per_step, workload.train.micro_batches, row_parts(mesh))
     params, frozen, state = inputs.params(workload, mesh), inputs.frozen(workload, mesh), inputs.state(workload, mesh)
     step = step_on_mesh(
-        workload.config, make_optimizer(workload.train), combine_cartridge, mesh, params, frozen, state,
+        workload.config, make_optimizer(workload.train), inputs.learner(workload), mesh, params, frozen, state,
         tail=workload.train.tail, remat=workload.train.remat,
     )  # fmt: skip
     return step, (params, frozen, inputs.mask(workload, mesh), state, inputs.batch(workload, mesh)), {}

@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 from cartridges_jax.data.packing import rounded_targets
-from cartridges_jax.distill.trainer import TrainSettings
+from cartridges_jax.distill.settings import TrainSettings
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import ModelConfig
 from cartridges_jax.sampling.buckets import slot_bucket

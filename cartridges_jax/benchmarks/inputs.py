@@ -11,7 +11,8 @@ import ml_collections
 import numpy as np
 
 from cartridges_jax.corpus import QUICKSTART, Corpus, Document, tokenize_corpus
-from cartridges_jax.data.conversations import Conversation, read_shard
+from cartridges_jax.data.conversations import read_shard
+from cartridges_jax.data.schema import Conversation
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Model, load_model
 from cartridges_jax.selfstudy.synthesis import FOR_SMALL_MODELS, synthesise

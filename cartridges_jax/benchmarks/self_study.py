@@ -22,7 +22,8 @@ from cartridges_jax.benchmarks.peers import TRANSFORMERS, hugging_face
 from cartridges_jax.benchmarks.results import Bar, Result, say_absent
 from cartridges_jax.benchmarks.rounds import absent_peers, compared, durations, take_turns_with_ceilings
 from cartridges_jax.corpus import Corpus, TokenizedCorpus, read_corpus, tokenize_corpus
-from cartridges_jax.data.conversations import Conversation, read_shard
+from cartridges_jax.data.conversations import read_shard
+from cartridges_jax.data.schema import Conversation
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Model, ModelConfig
 from cartridges_jax.models.costs import layer_weights

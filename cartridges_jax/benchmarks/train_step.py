@@ -41,9 +41,11 @@ from cartridges_jax.benchmarks.rounds import (
 )
 from cartridges_jax.cartridge import KVPrefix
 from cartridges_jax.corpus import read_corpus
-from cartridges_jax.data.packing import Example, PackingPlan, plan_packing, render_example
-from cartridges_jax.distill.step import cartridge_trainable, combine_cartridge, init_state, learning_mask, train_step
-from cartridges_jax.distill.trainer import TrainSettings, make_optimizer
+from cartridges_jax.data.examples import Example, render_example
+from cartridges_jax.data.packing import PackingPlan, plan_packing
+from cartridges_jax.distill.learner import make_learner
+from cartridges_jax.distill.settings import TrainSettings, make_optimizer
+from cartridges_jax.distill.step import init_state, train_step
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Model
 from cartridges_jax.models.costs import distillation_flops
@@ -103,11 +105,7 @@ def default_config():
         steps_per_round=1,
         measure_memory=True,
         num_frozen=1,
-        train=TrainSettings(
-            steps=140, learning_rate=4e-2, schedule="constant", warmup_steps=0, final_fraction=1.0, clip_norm=1.0,
-            rows_per_step=4, row_tokens=128, micro_batches=1, targets="assistant", tail="class", remat=False,
-            eval_every=40, checkpoint_every=20, keep_checkpoints=2, max_refused_in_a_row=5,
-        ),
+        train=TrainSettings(steps=140, schedule="constant", warmup_steps=0, final_fraction=1.0),
     ))  # fmt: skip
 
 
@@ -115,16 +113,18 @@ class Ours:
     """Our trainer's step, one batch after the other."""
 
     def __init__(self, model: Model, prefix: KVPrefix, plan: PackingPlan, settings: TrainStepSettings):
-        self._model, self._prefix, self._plan, self._settings = model, prefix, plan, settings
+        self._model, self._plan, self._settings = model, plan, settings
         self._optimizer = make_optimizer(settings.train)
-        self._mask = learning_mask(prefix.num_slots, settings.num_frozen)[:, None]
+        self._learner = make_learner(settings.train.learner, num_frozen=settings.num_frozen)
+        self._frozen, trainable = self._learner.init(model, prefix)
+        self._mask = self._learner.mask(self._frozen, trainable)
         # Committed to the device, as what the step returns is: else the second step compiles again.
-        self.state = jax.device_put(init_state(cartridge_trainable(prefix), self._optimizer), jax.devices()[0])
+        self.state = jax.device_put(init_state(trainable, self._optimizer), jax.devices()[0])
 
     def step(self, batch: int) -> float:
         """One optimizer step on a batch of the plan; returns the loss."""
         self.state, metrics = train_step(
-            self._model.config, self._optimizer, combine_cartridge, self._model.params, self._prefix, self._mask,
+            self._model.config, self._optimizer, self._learner, self._model.params, self._frozen, self._mask,
             self.state, self._plan.batch(batch), tail=self._settings.train.tail, remat=self._settings.train.remat,
         )  # fmt: skip
         return float(metrics["loss"])

@@ -49,8 +49,9 @@ def _peer(task: dict, keys: np.ndarray, values: np.ndarray, examples: list[dict]
 def _ours(task: dict, keys: np.ndarray, values: np.ndarray, examples: list[dict]) -> None:
     from cartridges_jax import cartridge
     from cartridges_jax.benchmarks.train_step import Ours
-    from cartridges_jax.data.packing import Example, plan_packing
-    from cartridges_jax.distill.trainer import TrainSettings
+    from cartridges_jax.data.examples import Example
+    from cartridges_jax.data.packing import plan_packing
+    from cartridges_jax.distill.settings import TrainSettings
     from cartridges_jax.models import load_model
 
     train = TrainSettings(**task["train"])

@@ -8,7 +8,7 @@ import ml_collections
 
 from cartridges_jax.aot.workload import PodSettings
 from cartridges_jax.corpus import QUICKSTART
-from cartridges_jax.distill.trainer import TrainSettings
+from cartridges_jax.distill.settings import TrainSettings
 from cartridges_jax.errors import UserError
 from cartridges_jax.evaluation.evaluate import EvaluationSettings
 from cartridges_jax.models.model import AUTO, DTYPES, WEIGHTS, chosen_weights
@@ -135,24 +135,7 @@ def default_config() -> ml_collections.ConfigDict:
                 heldout=24,
                 cartridge=CartridgeSettings(num_slots=144, num_frozen=1),
                 study=FOR_SMALL_MODELS,
-                train=TrainSettings(
-                    steps=230,
-                    learning_rate=4e-2,
-                    schedule="cosine",
-                    warmup_steps=10,
-                    final_fraction=0.05,
-                    clip_norm=1.0,
-                    rows_per_step=4,
-                    row_tokens=128,
-                    micro_batches=1,
-                    targets="assistant",
-                    tail="class",
-                    remat=False,
-                    eval_every=40,
-                    checkpoint_every=20,
-                    keep_checkpoints=2,
-                    max_refused_in_a_row=5,
-                ),
+                train=TrainSettings(),
                 evaluation=EvaluationSettings(max_answer_tokens=40, max_questions=48),
                 pod=PodSettings(topology="", decode_rows=128, context_tokens=4096),
             )

@@ -138,7 +138,9 @@ def estimated_seconds(
     # Four conditions: an answer and three passes over a question with its answer; the whole text is read once.
     pass_tokens = 2 * config.evaluation.max_answer_tokens
     evaluation = sum(forward_work(model, corpus_tokens, 0, corpus_tokens**2 / 2)) / _TRAINING_SHARE
-    evaluation += 4 * questions * decode_flops(model, 1, context / 2) * config.evaluation.max_answer_tokens / _DECODING_SHARE
+    evaluation += (
+        4 * questions * decode_flops(model, 1, context / 2) * config.evaluation.max_answer_tokens / _DECODING_SHARE
+    )
     evaluation += 4 * questions * 3 * sum(forward_work(model, pass_tokens, pass_tokens, 0)) / _TRAINING_SHARE
     return {
         "study": written * per_conversation / _DECODING_SHARE / flops,

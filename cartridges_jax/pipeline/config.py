@@ -23,13 +23,15 @@ class CartridgeSettings:
     """The cartridge's size and what it starts from.
 
     Attributes:
-      num_slots: P.
+      num_slots: P; 0 is "auto", one slot for every `tokens_per_slot` tokens of the corpus.
+      tokens_per_slot: the ratio of auto.
       num_frozen: first slots that are not trained (paper: 1, the attention sink).
       init: the initial prefix, by its name in `prefixes` ("first_tokens", "pretrained:DIR", …).
     """
 
-    num_slots: int
-    num_frozen: int
+    num_slots: int = 0
+    tokens_per_slot: float = 8.0
+    num_frozen: int = 1
     init: str = "first_tokens"
 
 
@@ -89,13 +91,15 @@ class RunConfig:
             raise UserError(f"seed={self.seed}: must be between 0 and {2**31 - 1}")
         if self.heldout < 0:
             raise UserError(f"heldout={self.heldout}: must be 0 or more")
-        if self.heldout >= self.study.conversations:
+        if self.study.conversations and self.heldout >= self.study.conversations:
             raise UserError(
                 f"heldout={self.heldout} leaves nothing of study.conversations={self.study.conversations} to train on"
             )
         if self.cartridge.num_frozen < 0:
             raise UserError(f"cartridge.num_frozen={self.cartridge.num_frozen}: must be 0 or more")
-        if self.cartridge.num_slots <= self.cartridge.num_frozen:
+        if not self.cartridge.tokens_per_slot > 0:
+            raise UserError(f"cartridge.tokens_per_slot={self.cartridge.tokens_per_slot}: must be above 0")
+        if self.cartridge.num_slots and self.cartridge.num_slots <= self.cartridge.num_frozen:
             raise UserError(
                 f"cartridge.num_slots={self.cartridge.num_slots} with cartridge.num_frozen="
                 f"{self.cartridge.num_frozen} leaves no slot to train: raise num_slots"
@@ -133,7 +137,7 @@ def default_config() -> ml_collections.ConfigDict:
                 max_tokens=0,
                 questions="",
                 heldout=24,
-                cartridge=CartridgeSettings(num_slots=144, num_frozen=1),
+                cartridge=CartridgeSettings(),
                 study=FOR_SMALL_MODELS,
                 train=TrainSettings(),
                 evaluation=EvaluationSettings(max_answer_tokens=40, max_questions=48),

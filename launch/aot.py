@@ -1,8 +1,8 @@
 """Compiles a run's programs for a pod that is not there: does it fit, what bounds it, which mesh is best.
 
-    python launch/aot.py --config=experiments/pods/llama31_8b_v5e16.py
-    python launch/aot.py --config=experiments/pods/llama31_8b_v5e16.py --sweep
-    python launch/aot.py --config=experiments/pods/llama31_8b_v5p16.py --scaling
+    python launch/aot.py --config=experiments/pods.py:llama31_8b_v5e16
+    python launch/aot.py --config=experiments/pods.py:llama31_8b_v5e16 --sweep
+    python launch/aot.py --config=experiments/pods.py:llama31_8b_v5p16 --scaling
 
 Needs no accelerator and no weights, but the compiler: pip install -e '.[tpu]', or '.[cuda]' for H100s.
 The last lines are JSON, one for each program.
@@ -16,7 +16,7 @@ from ml_collections import config_flags
 from cartridges_jax.errors import UserError
 from cartridges_jax.pipeline.program import run_program
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The run, e.g. experiments/pods/llama31_8b_v5e16.py.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The run, e.g. experiments/pods.py:llama31_8b_v5e16.")
 _PROGRAMS = flags.DEFINE_list(
     "programs",
     [],
@@ -28,7 +28,7 @@ _SCALING = flags.DEFINE_bool("scaling", False, "Project the train step from 1 to
 
 def main() -> None:
     if _CONFIG.value is None:
-        raise UserError("give --config=experiments/pods/llama31_8b_v5e16.py (or another)")
+        raise UserError("give --config=experiments/pods.py:llama31_8b_v5e16 (or another)")
     from cartridges_jax.aot.run import run
     from cartridges_jax.pipeline.config import from_config_dict
     from cartridges_jax.pipeline.pod import workload_of

@@ -2,7 +2,7 @@
 # Trains on a Cloud TPU slice: takes or creates it, copies this checkout, runs on all its hosts, shows their output.
 #
 #   launch/tpu_pod.sh --name=books --zone=us-west4-a --type=v5litepod-16 --nfs=10.0.0.2:/runs \
-#       --config=experiments/pods/llama31_8b_v5e16.py --run=books --spot -- --config.corpus=/mnt/runs/books.txt
+#       --config=experiments/pods.py:llama31_8b_v5e16 --run=books --spot -- --config.corpus=/mnt/runs/books.txt
 #
 #   --name, --zone      of the slice; --project if it is not gcloud's default
 #   --type              accelerator type, as `gcloud compute tpus accelerator-types list --zone=ZONE` writes it
@@ -61,7 +61,8 @@ if [[ -z $version ]]; then
 fi
 
 cd "$(dirname "$0")/.."
-[[ -f $config ]] || fail "--config=$config: there is no such file"
+# A config may take an argument after a colon.
+[[ -f ${config%%:*} ]] || fail "--config=$config: there is no file ${config%%:*}"
 $dry_run || command -v gcloud >/dev/null || fail "gcloud is not installed: https://cloud.google.com/sdk"
 
 where=("--zone=$zone")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
+from peers import torch
 from targets import log_softmax, random_targets
 from tiny import random_prefix, random_tokens, twin_run
 
@@ -28,8 +28,6 @@ from cartridges_jax.distill.step import (
     learning_mask,
     train_step,
 )
-
-torch.set_num_threads(1)
 
 P, FROZEN = 6, 1
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
+from peers import torch
 
 from cartridges_jax.distill.initialise import first_tokens, initialise_from_first_tokens
 from cartridges_jax.errors import UserError
-
-torch.set_num_threads(1)
 
 
 def test_the_first_p_tokens_keep_the_turns_close_last(tiny_model):

@@ -88,7 +88,7 @@ def batch(workload: Workload, mesh: Mesh) -> TrainBatch:
 def front(workload: Workload, mesh: Mesh) -> Front:
     """A prefix as the engine keeps it."""
     shapes = jax.eval_shape(
-        functools.partial(as_front, dtype=DTYPES[workload.dtype]), _prefix(workload, workload.front_slots)
+        functools.partial(as_front, dtype=DTYPES[workload.dtype]), _prefix(workload, workload.prefix_slots)
     )
     return Front(_placed_prefix(shapes.prefix, mesh, in_use=True), _everywhere(mesh, shapes.start))
 
@@ -116,14 +116,14 @@ def chunk(mesh: Mesh, num_rows: int, num_tokens: int) -> Shape:
 
 def decode_state(workload: Workload, mesh: Mesh) -> State:
     shapes = jax.eval_shape(
-        lambda: empty_state(workload.config, workload.pod.decode_rows, workload.own_slots, DTYPES[workload.dtype])
+        lambda: empty_state(workload.config, workload.decode_rows, workload.own_slots, DTYPES[workload.dtype])
     )
     per_row = {name: _placed(mesh, ("rows",), getattr(shapes, name)) for name in ("tokens", "num_generated", "running")}
     return State(cache=_cache(mesh, shapes.cache), **per_row)
 
 
 def decode_rows(workload: Workload, mesh: Mesh) -> Rows:
-    return _everywhere(mesh, rows_of([None] * workload.pod.decode_rows))
+    return _everywhere(mesh, rows_of([None] * workload.decode_rows))
 
 
 def enough(mesh: Mesh) -> Shape:

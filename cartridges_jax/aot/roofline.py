@@ -75,13 +75,13 @@ def total_work(program: str, workload: Workload) -> Work:
         )
     if program == "prefill":
         num_rows, tokens, _ = prefill_shape(workload)
-        return forward_work(config, num_rows * tokens, 0, num_rows * keys_seen([tokens], workload.front_slots))
+        return forward_work(config, num_rows * tokens, 0, num_rows * keys_seen([tokens], workload.prefix_slots))
     if program == "icl":
         # The last chunk, which sees the most.
         tokens, num_slots = icl_shape(workload)
         return forward_work(config, tokens, 0, keys_seen([tokens], num_slots - tokens))
-    num_rows = workload.pod.decode_rows
-    step = forward_work(config, num_rows, num_rows, num_rows * (workload.front_slots + workload.own_slots))
+    num_rows = workload.decode_rows
+    step = forward_work(config, num_rows, num_rows, num_rows * (workload.prefix_slots + workload.own_slots))
     return Work(*(STEPS_PER_DISPATCH * part for part in step))
 
 
@@ -100,7 +100,7 @@ def _row_parts(program: str, workload: Workload, mesh: Mesh) -> int:
     num_rows = {
         "train": workload.train.rows_per_step // workload.train.micro_batches,
         "prefill": prefill_shape(workload)[0],
-        "decode": workload.pod.decode_rows,
+        "decode": workload.decode_rows,
         "icl": 1,
     }[program]
     return parts_on(mesh, "rows", num_rows)
@@ -130,11 +130,11 @@ def memory_bytes(program: str, workload: Workload, mesh: Mesh) -> float:
         return passes * (weights + per_slot * workload.num_slots) + state / split
     if program == "icl":
         return weights + per_slot * icl_shape(workload)[1]
-    prefix = per_slot * workload.front_slots
+    prefix = per_slot * workload.prefix_slots
     if program == "prefill":
         num_rows, _, num_slots = prefill_shape(workload)
         return weights + prefix + per_slot * num_slots * num_rows / by_rows
-    return STEPS_PER_DISPATCH * (weights + prefix + per_slot * workload.own_slots * workload.pod.decode_rows / by_rows)
+    return STEPS_PER_DISPATCH * (weights + prefix + per_slot * workload.own_slots * workload.decode_rows / by_rows)
 
 
 def _weight_bytes(workload: Workload, mesh: Mesh) -> float:

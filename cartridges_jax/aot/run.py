@@ -32,7 +32,7 @@ def run(workload: Workload, *, programs: Sequence[str] = (), sweep: bool = False
     for program in programs:
         if program not in PROGRAMS:
             raise UserError(f"there is no program {program!r}: choose from {', '.join(PROGRAMS)}")
-    topology = find(workload.pod.topology)
+    topology = find(workload.topology)
     if topology.stand_in:
         _say("the compiler for GPUs is not installed: CPU devices stand in, and say nothing of a GPU's memory")
     if scaling:
@@ -50,7 +50,7 @@ def run(workload: Workload, *, programs: Sequence[str] = (), sweep: bool = False
         print(checks_table(checks))
     if sweep or "decode" in programs:
         print(
-            f"\nDecoding behind {workload.num_slots:,} slots or {workload.context_tokens:,} tokens, {workload.own_slots} their own:\n"
+            f"\nDecoding behind {workload.num_slots:,} slots or {workload.visible_tokens:,} tokens, {workload.own_slots} their own:\n"
         )
         print(throughput_table(workload))
     print()

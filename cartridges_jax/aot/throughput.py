@@ -67,7 +67,7 @@ def predict(workload: Workload, chip: Chip, num_devices: int) -> list[Throughput
 
     own = workload.own_slots
     return [
-        at_most(LONG, workload.context_tokens + own, 0),
+        at_most(LONG, workload.visible_tokens + own, 0),
         at_most(OWN, workload.num_slots + own, 0),
         at_most(SHARED, own, workload.num_slots),
     ]
@@ -76,7 +76,7 @@ def predict(workload: Workload, chip: Chip, num_devices: int) -> list[Throughput
 def fewest_devices(workload: Workload, chip: Chip) -> int:
     """A power of two that holds the weights and one conversation with the long text."""
     params = abstract_loaded(workload.config, DTYPES[workload.dtype], stored=workload.weights)
-    text = kv_bytes_per_token(workload.config, DTYPES[workload.dtype]) * (workload.context_tokens + workload.own_slots)
+    text = kv_bytes_per_token(workload.config, DTYPES[workload.dtype]) * (workload.visible_tokens + workload.own_slots)
     number = 1
     while number * chip.memory_bytes < num_bytes(params) + text:
         number *= 2

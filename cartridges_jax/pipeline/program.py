@@ -33,6 +33,9 @@ def run_program(
             return app.parse_flags_with_usage(argv)
         try:
             return flags.FLAGS(argv)
+        except UserError as error:
+            # Of a config that takes a name, such as experiments/pods.py.
+            _fail(str(error), error.exit_code)
         except (KeyError, AttributeError) as error:
             # What ml_collections raises for a field that the config does not have.
             name = str(error).strip("\"'")

@@ -1,4 +1,4 @@
-"""A terminal chat with a cartridge in front, or one answer.
+"""A terminal chat with a cartridge, or one answer.
 
 python launch/chat.py --cartridge=runs/quickstart/cartridge
 python launch/chat.py --cartridge=runs/quickstart/cartridge --prompt="How many steps does the tower have?"
@@ -11,8 +11,8 @@ from absl import flags
 from cartridges_jax.pipeline.program import run_program
 
 _CARTRIDGE = flags.DEFINE_string("cartridge", None, "Directory of the cartridge.", required=True)
-_PROMPT = flags.DEFINE_string("prompt", None, "One message to answer; without it a chat starts.")
-_MODEL = flags.DEFINE_string("model", None, "Model, if it is not where the cartridge was trained with it.")
+_PROMPT = flags.DEFINE_string("prompt", None, "One message to answer; without it, a chat starts.")
+_MODEL = flags.DEFINE_string("model", None, "The model's new place, if it has moved since the cartridge was trained.")
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "Longest answer, in tokens.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 answers greedily.", lower_bound=0.0)
 

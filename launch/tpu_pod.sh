@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU slice: takes or creates it, copies this checkout, runs on all its hosts, shows their output.
+# Trains on a Cloud TPU slice: creates or reuses it, copies this checkout, runs on all hosts, and shows their output.
 #
 #   launch/tpu_pod.sh --name=books --zone=us-west4-a --type=v5litepod-16 --nfs=10.0.0.2:/runs \
 #       --config=experiments/pods.py:llama31_8b_v5e16 --run=books --spot -- --config.corpus=/mnt/runs/books.txt
@@ -7,13 +7,13 @@
 #   --name, --zone      of the slice; --project if it is not gcloud's default
 #   --type              accelerator type, as `gcloud compute tpus accelerator-types list --zone=ZONE` writes it
 #   --version           runtime version, by default the one for that type
-#   --nfs               HOST:/SHARE of a file system that all hosts mount at /mnt/runs (Filestore, for example): the run is kept there
-#   --config, --run     what is run, and the name of its folder under /mnt/runs
+#   --nfs               HOST:/SHARE of a file system that all hosts mount at /mnt/runs (Filestore, for example), where the run is stored
+#   --config, --run     the config, and the name of the run's folder under /mnt/runs
 #   --env               NAME=VALUE,… for the run, such as HF_TOKEN
-#   --spot              a cheaper slice that may be taken away: then it is created anew and the run goes on where it was
-#   --attempts          so many times at most (20)
-#   --keep              does not delete the slice when the run has ended
-#   --dry_run           only prints what it would do
+#   --spot              a cheaper slice that may be preempted: then it is recreated and the run resumes
+#   --attempts          largest number of attempts (20)
+#   --keep              do not delete the slice at the end of the run
+#   --dry_run           only print the commands
 #   -- …                further flags of launch/train.py
 set -euo pipefail
 
@@ -84,7 +84,7 @@ state() {
   $dry_run || "${tpu[@]}" describe "$name" "${where[@]}" '--format=value(state)' 2>/dev/null || true
 }
 
-# The same, once a slice that is coming or going has come or gone.
+# The same, after waiting for a slice that is being created or deleted.
 settled_state() {
   local found
   for _ in {1..30}; do
@@ -103,12 +103,12 @@ on_all_hosts() {
   do_it "${tpu[@]}" ssh "$name" "${where[@]}" --worker=all --command="$1"
 }
 
-# A slice that is ready: the one there is, or a new one in the place of what was taken away.
+# Leaves a slice that is ready: the existing one, or a new one in place of a preempted one.
 prepare() {
   local found
   found=$(settled_state)
   case $found in
-    READY) echo "taking the slice $name" >&2 ;;
+    READY) echo "reusing the slice $name" >&2 ;;
     '') create ;;
     PREEMPTED | TERMINATED | STOPPED) delete && create ;;
     *) fail "the slice $name is still $found: wait, or delete it" ;;
@@ -121,7 +121,7 @@ create() {
   do_it "${tpu[@]}" create "$name" "${where[@]}" "${options[@]}"
 }
 
-# What of this checkout git does not ignore, as it is on disk: with files that are new, without those that were deleted.
+# Packs the files on disk that git does not ignore: new files too, and no deleted ones.
 pack() {
   # shellcheck disable=SC2016  # the inner shell's variables
   do_it bash -c 'set -o pipefail
@@ -132,7 +132,7 @@ pack() {
 
 copy() {
   local setup
-  # A line each: `set -e` lets a failure in the middle of `a && b` pass.
+  # One command a line: `set -e` ignores a failure in the middle of `a && b`.
   setup=$(
     cat <<HERE
 set -e
@@ -154,11 +154,11 @@ HERE
 }
 
 train() {
-  # Of an empty array bash 3.2, a Mac's, says that it is not set.
+  # bash 3.2 of macOS takes an empty array for an unset one.
   local variables=() command
   [[ -z $environment ]] || IFS=, read -ra variables <<<"$environment"
   command=$(printf '%q ' env ${variables[@]+"${variables[@]}"} .venv/bin/python launch/train.py --config="$config" --workdir="/mnt/runs/$run" "$@")
-  # Every host keeps its own output, and shows it here.
+  # Every host writes its output to a file of its own, and here.
   on_all_hosts "set -o pipefail; cd cartridges_jax && $command 2>&1 | tee -a /mnt/runs/$(printf %q "$run").\$(hostname).log"
 }
 
@@ -174,13 +174,13 @@ for ((attempt = 1; attempt <= attempts; attempt++)); do
     $keep || delete
     exit 0
   fi
-  # gcloud hears of a preemption later than ssh does.
+  # gcloud reports a preemption later than ssh fails.
   ! $spot || sleep 60
-  # A run that fails on a slice that is there would fail again.
+  # A run that failed on a slice that still exists would fail again.
   case $(settled_state) in
-    READY) fail "the run ended with $status; the slice $name is kept, its logs are in /mnt/runs" ;;
+    READY) fail "the run ended with $status; the slice $name is not deleted, its logs are in /mnt/runs" ;;
   esac
   $spot || fail "it ended with $status, and there is no slice $name"
-  echo "there is no slice, or no more" >&2
+  echo "there is no slice any more" >&2
 done
 fail "gave up after $attempts attempts"

@@ -1,4 +1,4 @@
-"""Programs compiled for devices that are not there: a toy model, in seconds; the 8B is in test_aot_long.py."""
+"""Programs compiled ahead of time for absent devices: a toy model, in seconds; the 8B is in test_aot_long.py."""
 
 from __future__ import annotations
 
@@ -344,7 +344,7 @@ def test_a_layout_is_followed_until_rows_or_heads_run_out(scaled):
         assert (none, whole) == ("", 1.0)
         assert efficiency == pytest.approx(one / (2 * two))
     # So small a model is sent longer than it is computed.
-    assert points["tensor", 2][2] < 0.5 and points["tensor", 2][1] == "sending takes longer than computing"
+    assert points["tensor", 2][2] < 0.5 and points["tensor", 2][1] == "collectives take longer than arithmetic"
 
 
 def test_the_table_of_layouts_has_a_row_for_each_point_and_its_reason(scaled):
@@ -364,7 +364,7 @@ def test_a_toy_is_compiled_for_a_tpu_slice(tmp_path):
     done = run_aot("experiments/pods.py:llama31_8b_v5e16", *flags)
     found = records(done)
     assert list(found) == ["train", "prefill", "decode"]
-    assert "in front" in done.stdout and "1 x h100" in done.stdout
+    assert "| prefix" in done.stdout and "1 x h100" in done.stdout
     for record in found.values():
         assert list(record) == KEYS
         assert (record["topology"], record["devices"], record["mesh"]) == ("v5e:2x2", 4, "data:2,tensor:2")
@@ -391,7 +391,7 @@ def test_a_sweep_prints_every_mesh_and_the_best_as_json(tmp_path):
     best = records(done)["train"]
     table = [line for line in done.stdout.splitlines() if line.startswith("| train")]
     assert len(table) == 5 and table[0].split("|")[2].strip() == best["mesh"]
-    assert "in front" in done.stdout and "1 x h100" in done.stdout
+    assert "| prefix" in done.stdout and "1 x h100" in done.stdout
 
 
 @needs_libtpu

@@ -1,4 +1,4 @@
-"""The launch scripts, as far as they can be followed without the machines: dry runs, and what shellcheck says of them."""
+"""The launch scripts without their machines: dry runs, fake programs, and shellcheck."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def test_a_pod_that_cannot_be_is_refused_before_anything_is_created(arguments, c
     assert (done.returncode, done.stdout) == (2, "") and complaint in done.stderr
 
 
-# A stand-in for gcloud that keeps a slice's state in a file and takes it away in the middle of the first run: of which it
-# hears late, and then not all at once. Time passes while the script sleeps.
+# A fake gcloud with the slice's state in a file. It preempts the slice in the middle of the first run and reports this
+# late, through intermediate states; the fake sleep moves the state on.
 GCLOUD = """#!/usr/bin/env bash
 [[ $3 == tpu-vm ]] || exit 0
 echo "$4" >> "$LOG"
@@ -105,7 +105,7 @@ esac
 
 
 def programs(directory, **texts):
-    """Programs in the place of the real ones; returns the PATH with them in front."""
+    """Writes fake programs; returns a PATH that finds them first."""
     for name, text in texts.items():
         (directory / name).write_text(text)
         (directory / name).chmod(0o755)
@@ -129,7 +129,7 @@ def test_a_spot_slice_that_is_taken_away_is_created_anew_and_the_run_goes_on(tmp
     [
         (
             '[ "$4" = describe ] && echo READY && exit 0\n[ "$4" = scp ] && exit 7',
-            "the run ended with 7; the slice books is kept",
+            "the run ended with 7; the slice books is not deleted",
         ),
         (
             '[ "$4" = describe ] && [ "$3" = tpu-vm ] && exit 1\n[ "$4" = create ] && exit 9',

@@ -1,4 +1,4 @@
-"""What programs are called with, as shapes that lie where a run's arrays would."""
+"""Arguments of the programs, as shapes with the shardings of a run's arrays."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _placed_prefix(prefix: KVPrefix, mesh: Mesh, *, in_use: bool) -> KVPrefix:
 
 
 def frozen(workload: Workload, mesh: Mesh) -> KVPrefix:
-    """The cartridge as training starts from it."""
+    """The cartridge at the start of training."""
     return _placed_prefix(_prefix(workload, workload.num_slots), mesh, in_use=False)
 
 
@@ -86,7 +86,7 @@ def batch(workload: Workload, mesh: Mesh) -> TrainBatch:
 
 
 def front(workload: Workload, mesh: Mesh) -> Front:
-    """A prefix as the engine keeps it."""
+    """A prefix in the engine's layout."""
     shapes = jax.eval_shape(
         functools.partial(as_front, dtype=DTYPES[workload.dtype]), _prefix(workload, workload.prefix_slots)
     )
@@ -110,7 +110,7 @@ def last_hidden(workload: Workload, mesh: Mesh, num_rows: int) -> Shape:
 
 
 def chunk(mesh: Mesh, num_rows: int, num_tokens: int) -> Shape:
-    """Tokens, or segment ids, as the host hands them over."""
+    """Tokens or segment ids [rows, tokens] that come from the host."""
     return Shape((num_rows, num_tokens), jnp.int32, sharding=parallel.everywhere(mesh))
 
 

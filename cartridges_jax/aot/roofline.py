@@ -1,4 +1,4 @@
-"""The least time that a device needs: for its arithmetic, for its memory, for what it sends.
+"""The least time that a device needs for arithmetic, memory traffic and collectives.
 
 The three are assumed to overlap fully, so the longest of them bounds the program.
 """
@@ -34,7 +34,7 @@ from cartridges_jax.sampling.engine import STEPS_PER_DISPATCH
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Seconds that each of the three takes."""
+    """Seconds of arithmetic, memory traffic and collectives."""
 
     compute: float
     memory: float
@@ -62,7 +62,7 @@ def roofline(program: str, workload: Workload, mesh: Mesh, topology: Topology, s
 
 
 def total_work(program: str, workload: Workload) -> Work:
-    """Operations of a program on all devices, those of layers that run again for the backward pass included."""
+    """Operations of a program on all devices, including layers that are recomputed for the backward pass."""
     config, settings = workload.config, workload.train
     if program == "train":
         rows = settings.rows_per_step
@@ -77,7 +77,7 @@ def total_work(program: str, workload: Workload) -> Work:
         num_rows, tokens, _ = prefill_shape(workload)
         return forward_work(config, num_rows * tokens, 0, num_rows * keys_seen([tokens], workload.prefix_slots))
     if program == "icl":
-        # The last chunk, which sees the most.
+        # The last chunk attends to the most keys.
         tokens, num_slots = icl_shape(workload)
         return forward_work(config, tokens, 0, keys_seen([tokens], num_slots - tokens))
     num_rows = workload.decode_rows
@@ -86,7 +86,7 @@ def total_work(program: str, workload: Workload) -> Work:
 
 
 def flops_per_device(program: str, workload: Workload, mesh: Mesh) -> float:
-    """What the mesh does not divide, every device does in full."""
+    """Operations of one device; every device does in full what the mesh does not divide."""
     work, config = total_work(program, workload), workload.config
     by_layer = (
         work.heads / parts_on(mesh, "kv_heads", config.num_kv_heads)
@@ -110,9 +110,9 @@ def _row_parts(program: str, workload: Workload, mesh: Mesh) -> int:
 
 
 def memory_bytes(program: str, workload: Workload, mesh: Mesh) -> float:
-    """Bytes that a device at least reads and writes: weights, prefix, caches, and the optimizer's state.
+    """The least bytes that a device reads and writes: weights, prefix, caches, and the optimizer's state.
 
-    Activations are not counted: what of them leaves the chip is the compiler's to decide.
+    Activations are not counted: the compiler decides which of them leave the chip.
     """
     weights = _weight_bytes(workload, mesh)
     per_slot = kv_bytes_per_token(workload.config, DTYPES[workload.dtype]) / parts_on(
@@ -120,8 +120,8 @@ def memory_bytes(program: str, workload: Workload, mesh: Mesh) -> float:
     )
     by_rows = _row_parts(program, workload, mesh)
     if program == "train":
-        # Every micro-batch passes forward, perhaps once more, and backward. The optimizer reads and
-        # writes the slots and its two moments, in float32.
+        # Every micro-batch passes forward, again if layers are recomputed, and backward. The optimizer reads
+        # and writes the slots and its two moments, in float32.
         passes = workload.train.micro_batches * (2 + workload.train.remat)
         state = 3 * 2 * kv_bytes_per_token(workload.config, "float32") * workload.num_slots
         split = parts_on(mesh, "kv_heads", workload.config.num_kv_heads) * parts_on(
@@ -138,7 +138,7 @@ def memory_bytes(program: str, workload: Workload, mesh: Mesh) -> float:
 
 
 def _weight_bytes(workload: Workload, mesh: Mesh) -> float:
-    """What a device reads of the weights in one pass: its tensor part, whether or not fsdp gathers it first."""
+    """Bytes of weights that a device reads in one pass: its tensor part, after fsdp's gathering if there is one."""
     read = weights_read(workload.config, inputs.params(workload, mesh))
     return sum(_bytes_in_use(leaf, mesh) for leaf in jax.tree.leaves(read))
 

@@ -1,16 +1,14 @@
-"""Takes a document to a trained cartridge and its report.
+"""Trains a cartridge on a corpus and writes its report.
 
     python launch/train.py --config=experiments/quickstart.py --workdir=runs/quickstart
     python launch/train.py --config=experiments/quickstart.py --config.corpus=my.txt \
         --config.questions=my.jsonl --workdir=runs/mine
 
-After an interruption the same command resumes the run. On several hosts, start the command once on each: as it is
+The same command resumes a run that was interrupted. On several hosts the command is started once on each: as it is
 under SLURM, on Cloud TPU pods and in Kubernetes jobs, elsewhere with
 
         --coordinator=HOST:PORT --num_processes=4 --process_id=0        # … 3; HOST is that of process 0
 """
-
-from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
@@ -26,14 +24,10 @@ _JOB = define_job_flags()
 def main() -> None:
     if _CONFIG.value is None or not _WORKDIR.value:
         raise UserError("give --config=experiments/quickstart.py and --workdir=runs/quickstart (or your own)")
-    # Imported here, so that --help and errors in flags answer at once.
-    from cartridges_jax.parallel import start_job
-    from cartridges_jax.pipeline.config import from_config_dict
-    from cartridges_jax.pipeline.run import run
+    # Imported here, so that --help and typing errors answer at once.
+    from cartridges_jax.pipeline.program import run_from_flags
 
-    config = from_config_dict(_CONFIG.value)
-    with start_job(**_JOB()) as job:
-        run(config, Path(_WORKDIR.value), job=job)
+    run_from_flags(_CONFIG.value, _WORKDIR.value, _JOB())
 
 
 if __name__ == "__main__":

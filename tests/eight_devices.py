@@ -151,13 +151,15 @@ def sampled(model, job) -> dict:
 
 def evaluated(model, job) -> dict:
     """The measures of the four conditions."""
-    from test_evaluation import DOCUMENT, NUM_SLOTS, QUESTIONS, SETTINGS
+    from test_evaluation import DOCUMENT, NUM_SLOTS, QUESTIONS, SETTINGS, corpus_of
 
-    from cartridges_jax.distill.initialise import initialise_from_first_tokens
     from cartridges_jax.evaluation.conditions import conditions
     from cartridges_jax.evaluation.evaluate import evaluate
+    from cartridges_jax.prefixes.first_tokens import initialise_from_first_tokens
 
-    fronts, _ = conditions(model, DOCUMENT, initialise_from_first_tokens(model, DOCUMENT.text, NUM_SLOTS), room=80)
+    fronts, _ = conditions(
+        model, corpus_of(model), initialise_from_first_tokens(model, DOCUMENT.text, NUM_SLOTS), room=80
+    )
     measured = evaluate(model, fronts, QUESTIONS, [], SETTINGS)
     return {"measures": measured.conditions, "answers": measured.answers}
 
@@ -166,7 +168,7 @@ def studied(model, job) -> dict:
     """Self-study's conversations, and the shards that each process wrote."""
     from tiny_runs import DOCUMENT, config_of, settings
 
-    from cartridges_jax.corpus.documents import Document
+    from cartridges_jax.corpus import Corpus, tokenize_corpus
     from cartridges_jax.selfstudy import synthesis
 
     chosen = config_of(settings(model.name, Path())).study
@@ -179,7 +181,9 @@ def studied(model, job) -> dict:
     synthesis.write_shard = noted
     with tempfile.TemporaryDirectory() as directory:
         shared = Path(job.from_first(lambda: directory))
-        conversations = synthesis.synthesise(model, Document("doc", DOCUMENT), shared, chosen, seed=5, job=job)
+        conversations = synthesis.synthesise(
+            model, tokenize_corpus(Corpus.from_text(DOCUMENT, "doc"), model.tokenizer), shared, chosen, seed=5, job=job
+        )
         job.wait_for_all()
     mine = [[c.metadata["id"], *(m.content for m in c.messages)] for c in conversations]
     return {"conversations": everyone(job, mine), "written": everyone(job, written)}

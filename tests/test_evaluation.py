@@ -7,16 +7,24 @@ import pytest
 from tiny import random_prefix, random_tokens
 
 from cartridges_jax import sampling
-from cartridges_jax.corpus.documents import Document
+from cartridges_jax.corpus import Corpus, tokenize_corpus
 from cartridges_jax.corpus.questions import Question
 from cartridges_jax.data.conversations import Conversation, Message, TopLogprobs
-from cartridges_jax.distill.initialise import initialise_from_first_tokens
 from cartridges_jax.errors import UserError
 from cartridges_jax.evaluation.conditions import Condition, conditions, icl_tokens
 from cartridges_jax.evaluation.evaluate import EvaluationSettings, evaluate
 from cartridges_jax.evaluation.scoring import Scored, answer_hidden, token_kl, token_nll
+from cartridges_jax.prefixes.first_tokens import initialise_from_first_tokens
 
-DOCUMENT = Document("sheds", " ".join(f"Shed {n} holds {n * 7} tins of paint and a broom." for n in range(1, 9)))
+DOCUMENT = Corpus.from_text(
+    " ".join(f"Shed {n} holds {n * 7} tins of paint and a broom." for n in range(1, 9)), "sheds"
+)
+
+
+def corpus_of(model, corpus=DOCUMENT):
+    return tokenize_corpus(corpus, model.tokenizer)
+
+
 QUESTIONS = [
     Question("What is in shed 3?", ("21 tins of paint", "paint")),
     Question("Where is the broom?", ("In every shed.",)),
@@ -67,7 +75,7 @@ def heldout(tiny_model):
 def fronts(tiny_model):
     """The four conditions with a cartridge that was never trained."""
     untrained = initialise_from_first_tokens(tiny_model, DOCUMENT.text, NUM_SLOTS)
-    found, cut = conditions(tiny_model, DOCUMENT, untrained, room=80)
+    found, cut = conditions(tiny_model, corpus_of(tiny_model), untrained, room=80)
     assert cut == 0
     return found
 
@@ -268,16 +276,19 @@ def test_progress_ends_at_its_total_and_never_goes_back(tiny_model, fronts, held
 def test_a_document_beyond_the_context_is_cut_at_its_end_and_the_cut_is_told(tiny_model):
     text = DOCUMENT.text * 4
     whole = tiny_model.chat.system_prefix(text)
-    tokens, cut = icl_tokens(tiny_model, Document("long", text), room=70)
+    tokens, cut = icl_tokens(tiny_model, corpus_of(tiny_model, Corpus.from_text(text, "long")), room=70)
     assert cut == len(whole.token_ids) + 70 - 512 > 0 and len(tokens) == 512 - 70
     closing = whole.token_ids[whole.spans[0][1] :]
     assert tokens == whole.token_ids[: len(tokens) - len(closing)] + closing
     found, told = conditions(
-        tiny_model, Document("long", text), initialise_from_first_tokens(tiny_model, text, NUM_SLOTS), room=70
+        tiny_model,
+        corpus_of(tiny_model, Corpus.from_text(text, "long")),
+        initialise_from_first_tokens(tiny_model, text, NUM_SLOTS),
+        room=70,
     )
     assert told == cut and prefix_of(found, "icl").num_slots == 512 - 70
 
 
 def test_a_document_that_fits_is_not_cut(tiny_model):
-    tokens, cut = icl_tokens(tiny_model, DOCUMENT, room=70)
+    tokens, cut = icl_tokens(tiny_model, corpus_of(tiny_model), room=70)
     assert cut == 0 and tokens == tiny_model.chat.system_prefix(DOCUMENT.text).token_ids

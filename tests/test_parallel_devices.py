@@ -210,7 +210,7 @@ def test_a_run_on_a_mesh_is_finished_and_kept_on_another(talker_gguf, tmp_path, 
 
     second = finish(command(values, tmp_path / "run"))
     for stage in ("study", "train", "evaluate"):
-        assert f"{stage}: nothing changed, kept" in second.stdout
+        assert f"{stage}: nothing changed, skipped" in second.stdout
 
 
 def test_rows_that_the_mesh_does_not_divide_are_refused_at_once(tiny_gguf, tmp_path, eight_devices):

@@ -11,19 +11,19 @@ import pytest
 from tiny_runs import DOCUMENT, config_of, contents, settings, talker_gguf, write_inputs  # noqa: F401
 
 from cartridges_jax import sampling
-from cartridges_jax.corpus.documents import Document
+from cartridges_jax.corpus import Corpus, tokenize_corpus
 from cartridges_jax.data.conversations import read_shard
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import load_model
 from cartridges_jax.pipeline import run as pipeline
 from cartridges_jax.selfstudy import synthesis, writer
-from cartridges_jax.selfstudy.plan import askable_sentences, family_sequence, plan_batches
+from cartridges_jax.selfstudy.plan import family_sequence, plan_batches
 from cartridges_jax.selfstudy.seeds import FAMILIES
 from cartridges_jax.selfstudy.synthesis import degenerates, is_about, synthesise
 from cartridges_jax.selfstudy.writer import Request, Writer, is_usable
 
 NAMES = list(FAMILIES)
-DOCUMENT_ITSELF = Document("doc", DOCUMENT.strip())
+DOCUMENT_ITSELF = Corpus.from_text(DOCUMENT, "doc")
 
 
 @pytest.fixture(scope="module")
@@ -46,18 +46,22 @@ def studied(talker, study_settings, tmp_path_factory):
     chosen = dataclasses.replace(
         study_settings, teacher_context="chunk", conversations=14, chunk_min_tokens=100, chunk_max_tokens=100
     )
-    return synthesise(talker, DOCUMENT_ITSELF, directory, chosen, seed=5), directory, chosen
+    return synthesise(talker, corpus_of(talker), directory, chosen, seed=5), directory, chosen
+
+
+def corpus_of(model, corpus=DOCUMENT_ITSELF):
+    return tokenize_corpus(corpus, model.tokenizer)
 
 
 # The plan
 
 
-def plan(model, text=DOCUMENT, **changes):
+def plan(model, corpus=DOCUMENT_ITSELF, **changes):
     values = {
         "num_batches": 4, "requests_per_batch": 10, "chunk_min_tokens": 60, "chunk_max_tokens": 90,
         "families": {"qa": 0.7, "generic": 0.3}, "seed": 3,
     }  # fmt: skip
-    return plan_batches(text, model.tokenizer, **(values | changes))
+    return plan_batches(corpus_of(model, corpus), **(values | changes))
 
 
 def test_the_same_seed_plans_the_same_and_another_does_not(talker):
@@ -74,7 +78,7 @@ def test_more_batches_begin_differently_but_each_batch_keeps_its_families(talker
 def test_no_sentence_is_asked_twice_before_every_one_was_asked(talker, requests_per_batch):
     """When every chunk is the whole document."""
     batches = plan(talker, requests_per_batch=requests_per_batch, chunk_min_tokens=5000, chunk_max_tokens=5000)
-    sentences = askable_sentences(DOCUMENT)
+    sentences = corpus_of(talker).documents[0].sentences
     counts = Counter()
     for batch in batches:
         for request in batch.requests:
@@ -84,10 +88,10 @@ def test_no_sentence_is_asked_twice_before_every_one_was_asked(talker, requests_
 
 
 def test_every_request_is_about_a_sentence_of_its_own_chunk(talker):
-    ids, offsets = talker.tokenizer.encode_with_offsets(DOCUMENT)
+    ids, offsets = talker.tokenizer.encode_with_offsets(DOCUMENT.strip())
     for batch in plan(talker, num_batches=9):
         assert 60 <= batch.chunk.num_tokens <= 90
-        assert batch.text == DOCUMENT[offsets[batch.chunk.start][0] : offsets[batch.chunk.end - 1][1]]
+        assert batch.text == DOCUMENT.strip()[offsets[batch.chunk.start][0] : offsets[batch.chunk.end - 1][1]]
         assert all(request.sentence in batch.text for request in batch.requests)
 
 
@@ -98,9 +102,9 @@ def test_a_chunk_shorter_than_any_sentence_asks_about_the_one_it_cuts(talker):
 
 
 def test_headings_are_never_asked_about(talker):
-    assert all("sheds" not in s.text and "boats" not in s.text for s in askable_sentences(DOCUMENT))
+    assert all("sheds" not in s.text and "boats" not in s.text for s in corpus_of(talker).documents[0].sentences)
     with pytest.raises(UserError, match="no sentence to ask about"):
-        plan(talker, text="# A heading\n\n## Another one\n")
+        plan(talker, Corpus.from_text("# A heading\n\n## Another one\n"))
 
 
 @pytest.mark.parametrize("count", [1, 7, 10, 128])
@@ -168,7 +172,7 @@ def test_an_answer_degenerates_when_four_tokens_come_back_three_times():
 
 @pytest.mark.parametrize("style", ["completion", "chat"])
 def test_either_style_writes_usable_messages_that_depend_on_the_seed(talker, style):
-    sentences = askable_sentences(DOCUMENT)
+    sentences = corpus_of(talker).documents[0].sentences
     requests = [Request("generic", i, s.text, i) for i, s in enumerate(sentences)]
     prefix = sampling.prefill(talker, talker.chat.system_prefix(DOCUMENT).token_ids) if style == "chat" else None
     author = Writer(talker, style=style, max_tokens=12, sampling_settings=sampling.Sampling(1.0))
@@ -229,7 +233,7 @@ def test_the_end_of_turn_is_a_target_where_the_answer_ended(talker, studied):
 
 def test_every_conversation_says_where_it_came_from(talker, studied):
     conversations, directory, chosen = studied
-    sentences = askable_sentences(DOCUMENT_ITSELF.text)
+    sentences = corpus_of(talker).documents[0].sentences
     assert len(conversations) == 14 == len({c.metadata["id"] for c in conversations})
     assert len({c.messages[0].content for c in conversations}) == 14
     for conversation in conversations:
@@ -249,17 +253,17 @@ def test_the_same_seed_gives_the_same_shards_and_missing_ones_are_made_anew_the_
     _, directory, chosen = studied
     before = contents(directory)
     assert len(before) > 1
-    synthesise(talker, DOCUMENT_ITSELF, tmp_path, chosen, seed=5)
+    synthesise(talker, corpus_of(talker), tmp_path, chosen, seed=5)
     assert contents(tmp_path) == before
     sorted(tmp_path.glob("*.parquet"))[1].unlink()
-    synthesise(talker, DOCUMENT_ITSELF, tmp_path, chosen, seed=5)
+    synthesise(talker, corpus_of(talker), tmp_path, chosen, seed=5)
     assert contents(tmp_path) == before
 
 
 def test_with_the_whole_document_in_context_the_teacher_answers_otherwise_than_with_a_chunk(talker, studied, tmp_path):
     _, _, chosen = studied
     whole = dataclasses.replace(chosen, teacher_context="document", conversations=4)
-    (conversation, *_) = synthesise(talker, DOCUMENT_ITSELF, tmp_path, whole, seed=5)
+    (conversation, *_) = synthesise(talker, corpus_of(talker), tmp_path, whole, seed=5)
     user, assistant = conversation.messages
     front = talker.chat.system_prefix(DOCUMENT_ITSELF.text).token_ids
     front += talker.chat.render_continuation([{"role": "user", "content": user.content}]).token_ids
@@ -278,7 +282,7 @@ def test_a_model_that_writes_nothing_usable_is_told_of_after_a_bounded_effort(ti
     """The random model ends no line with a question mark."""
     chosen = dataclasses.replace(study_settings, families={"qa": 1.0}, writer_max_tokens=3, conversations=12)
     with pytest.raises(UserError, match="kept only [0-2] of 12 .*study.writer"):
-        synthesise(tiny_model, DOCUMENT_ITSELF, tmp_path, chosen, seed=0)
+        synthesise(tiny_model, corpus_of(tiny_model), tmp_path, chosen, seed=0)
     assert len(list(tmp_path.glob("*.parquet"))) == 4 * 2
 
 
@@ -309,6 +313,6 @@ def test_no_evaluation_question_reaches_what_a_or_b_read(talker_gguf, tmp_path, 
     monkeypatch.setattr(pipeline, "train", stop)
     values = settings(talker_gguf, tmp_path, study__conversations=4, heldout=1)
     with pytest.raises(UserError, match="studied enough"):
-        pipeline.run(config_of(values), tmp_path / "run", say=lambda text: None)
+        pipeline.run(config_of(values), tmp_path / "run")
     assert len(texts) > 10 and any("Shed 4" in text for text in texts)
     assert not any("Zanzibar" in text or "Xylophone" in text for text in texts)

@@ -46,12 +46,12 @@ from cartridges_jax.benchmarks.rounds import (
     take_turns,
     take_turns_with_ceilings,
 )
-from cartridges_jax.corpus.documents import read_document
-from cartridges_jax.distill.initialise import initialise_from_first_tokens
+from cartridges_jax.corpus import read_corpus
 from cartridges_jax.errors import UserError
 from cartridges_jax.formats.sources import locate
 from cartridges_jax.models import Model
 from cartridges_jax.models.costs import decode_bytes, decode_flops, kv_bytes_per_token
+from cartridges_jax.prefixes.first_tokens import initialise_from_first_tokens
 from cartridges_jax.quantized import num_bytes
 
 NAME = "decode"
@@ -104,7 +104,7 @@ def default_config():
 def run(settings: DecodeSettings, workdir: Path) -> Result:
     """Measures every batch size, then the time to the first token; writes the figure."""
     common = settings.common
-    document = read_document(common.document)
+    document = read_corpus(common.document).documents[0]
     models = read_variants(common, settings.dtype, settings.variants)
     model = models[OURS]
     work = Work(

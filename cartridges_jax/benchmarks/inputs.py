@@ -10,7 +10,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from cartridges_jax.corpus.documents import QUICKSTART, Document
+from cartridges_jax.corpus import QUICKSTART, Corpus, Document, tokenize_corpus
 from cartridges_jax.data.conversations import Conversation, read_shard
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Model, load_model
@@ -106,7 +106,7 @@ def make_conversations(
     """Conversations of a short self-study with the whole document in context, cached in `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
     settings = dataclasses.replace(STUDY, conversations=count, requests_per_batch=2 * count, **overrides)
-    return synthesise(model, document, directory, settings, seed=seed)
+    return synthesise(model, tokenize_corpus(Corpus((document,)), model.tokenizer), directory, settings, seed=seed)
 
 
 def prompts_of_length(model: Model, document: Document, count: int, num_tokens: int, seed: int) -> list[list[int]]:

@@ -21,7 +21,7 @@ from cartridges_jax.benchmarks.machine import Ceilings, flops_per_second, multip
 from cartridges_jax.benchmarks.peers import TRANSFORMERS, hugging_face
 from cartridges_jax.benchmarks.results import Bar, Result, say_absent
 from cartridges_jax.benchmarks.rounds import absent_peers, compared, durations, take_turns_with_ceilings
-from cartridges_jax.corpus.documents import Document, read_document
+from cartridges_jax.corpus import Corpus, TokenizedCorpus, read_corpus, tokenize_corpus
 from cartridges_jax.data.conversations import Conversation, read_shard
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Model, ModelConfig
@@ -93,7 +93,12 @@ class Row(NamedTuple):
 
 
 def rows_of(
-    model: Model, chunk: Document, settings: SynthesisSettings, kept: list[Conversation], num_batches: int, seed: int
+    model: Model,
+    chunk: TokenizedCorpus,
+    settings: SynthesisSettings,
+    kept: list[Conversation],
+    num_batches: int,
+    seed: int,
 ) -> tuple[list[Row], list[Row]]:
     """The peer's rows for the same work, one prompt each: messages, and answers.
 
@@ -101,7 +106,7 @@ def rows_of(
     """
     encode = model.tokenizer.encode
     plan = plan_batches(
-        chunk.text, model.tokenizer, num_batches=num_batches, requests_per_batch=settings.requests_per_batch,
+        chunk, num_batches=num_batches, requests_per_batch=settings.requests_per_batch,
         chunk_min_tokens=settings.chunk_min_tokens, chunk_max_tokens=settings.chunk_max_tokens,
         families=settings.families, seed=seed,
     )  # fmt: skip
@@ -142,9 +147,10 @@ def run(settings: SelfStudySettings, workdir: Path) -> Result:
     common, study = settings.common, settings.study
     weights = chosen_weights(settings.weights, "float32")
     model = read_model(common, weights=weights)
-    document = read_document(common.document)
+    document = read_corpus(common.document).documents[0]
     tokens = model.tokenizer.encode(document.text)[: settings.chunk_tokens]
-    chunk = Document(document.name, model.tokenizer.decode(tokens))
+    text = model.tokenizer.decode(tokens)
+    chunk = tokenize_corpus(Corpus.from_text(text, document.name), model.tokenizer)
     shards = workdir / "shards"
 
     def ours() -> None:

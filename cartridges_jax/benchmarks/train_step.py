@@ -40,14 +40,14 @@ from cartridges_jax.benchmarks.rounds import (
     take_turns_with_ceilings,
 )
 from cartridges_jax.cartridge import KVPrefix
-from cartridges_jax.corpus.documents import read_document
+from cartridges_jax.corpus import read_corpus
 from cartridges_jax.data.packing import Example, PackingPlan, plan_packing, render_example
-from cartridges_jax.distill.initialise import initialise_from_first_tokens
 from cartridges_jax.distill.step import cartridge_trainable, combine_cartridge, init_state, learning_mask, train_step
 from cartridges_jax.distill.trainer import TrainSettings, make_optimizer
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Model
 from cartridges_jax.models.costs import distillation_flops
+from cartridges_jax.prefixes.first_tokens import initialise_from_first_tokens
 
 NAME = "train_step"
 
@@ -157,7 +157,7 @@ def examples_of(model: Model, settings: TrainStepSettings, workdir: Path) -> lis
     else:
         common = settings.common
         directory = workdir / "study" / f"{settings.num_conversations}-{common.seed}-{model.source_sha256[:8]}"
-        document = read_document(common.document)
+        document = read_corpus(common.document).documents[0]
         conversations = make_conversations(model, document, directory, settings.num_conversations, common.seed)
     examples = [render_example(c, model.chat, targets=settings.train.targets) for c in conversations]
     return [example for example in examples if len(example.tokens) <= settings.train.row_tokens]
@@ -168,7 +168,7 @@ def run(settings: TrainStepSettings, workdir: Path) -> Result:
     common, train = settings.common, settings.train
     models = read_variants(common, settings.dtype, settings.variants)
     model = models[OURS]
-    document = read_document(common.document)
+    document = read_corpus(common.document).documents[0]
     examples = examples_of(model, settings, workdir)
     plan = plan_of(examples, settings)
     batches = members(plan)

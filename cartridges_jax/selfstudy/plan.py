@@ -11,12 +11,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from cartridges_jax.corpus.chunks import Chunk, sample_chunks
-from cartridges_jax.corpus.sentences import Sentence, split_sentences
+from cartridges_jax.corpus import Chunk, TokenizedCorpus
+from cartridges_jax.corpus.chunks import sample_chunks
 from cartridges_jax.errors import UserError
 from cartridges_jax.selfstudy.seeds import FAMILIES
 from cartridges_jax.selfstudy.writer import Request
-from cartridges_jax.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +31,6 @@ class BatchPlan:
     chunk: Chunk
     text: str
     requests: list[Request]
-
-
-def askable_sentences(text: str) -> list[Sentence]:
-    """The sentences that questions can be about: no headings, rules or fences."""
-    return [s for s in split_sentences(text) if s.has_words and not s.heading]
 
 
 def family_sequence(weights: Mapping[str, float], count: int, rng: np.random.Generator) -> list[str]:
@@ -62,8 +56,7 @@ def family_sequence(weights: Mapping[str, float], count: int, rng: np.random.Gen
 
 
 def plan_batches(
-    text: str,
-    tokenizer: Tokenizer,
+    corpus: TokenizedCorpus,
     *,
     num_batches: int,
     requests_per_batch: int,
@@ -77,27 +70,32 @@ def plan_batches(
     Raises:
       UserError: a document without a sentence, or bad family weights.
     """
-    sentences = askable_sentences(text)
+    sentences = corpus.sentences
     if not sentences:
         raise UserError("the document has no sentence to ask about: give it text besides headings")
-    token_ids, offsets = tokenizer.encode_with_offsets(text)
     chunks = sample_chunks(
-        len(token_ids), num_batches, min_tokens=chunk_min_tokens, max_tokens=chunk_max_tokens, seed=seed
+        [document.num_tokens for document in corpus.documents],
+        num_batches,
+        min_tokens=chunk_min_tokens,
+        max_tokens=chunk_max_tokens,
+        seed=seed,
     )
     asked = np.zeros(len(sentences), np.int64)
     batches = []
     for number, chunk in enumerate(chunks):
         rng = np.random.default_rng([seed, number])
-        start, end = offsets[chunk.start][0], offsets[chunk.end - 1][1]
-        inside = [i for i, s in enumerate(sentences) if start <= s.start and s.end <= end]
+        chunk = dataclasses.replace(chunk, header=corpus.header(chunk.document))
+        start, end = corpus.documents[chunk.document].characters(chunk.start, chunk.end)
+        own = [(i, s) for i, (document, s) in enumerate(sentences) if document == chunk.document]
+        inside = [i for i, s in own if start <= s.start and s.end <= end]
         # A chunk shorter than a sentence asks about the one it cuts.
-        inside = inside or [i for i, s in enumerate(sentences) if s.start < end and s.end > start]
+        inside = inside or [i for i, s in own if s.start < end and s.end > start]
         requests = []
         for family in family_sequence(families, requests_per_batch, rng):
             if not inside:
                 break
             index = min(inside, key=lambda i: (asked[i], rng.random()))
-            requests.append(Request(family, int(asked[index]) + number, sentences[index].text, index))
+            requests.append(Request(family, int(asked[index]) + number, sentences[index][1].text, index))
             asked[index] += 1
-        batches.append(BatchPlan(chunk, text[start:end], requests))
+        batches.append(BatchPlan(chunk, corpus.chunk_text(chunk), requests))
     return batches

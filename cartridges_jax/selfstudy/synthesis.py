@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from cartridges_jax import sampling
 from cartridges_jax.cartridge import KVPrefix
-from cartridges_jax.corpus.documents import Document
+from cartridges_jax.corpus import TokenizedCorpus
 from cartridges_jax.data.conversations import Conversation, Message, TopLogprobs, read_shard, write_shard
 from cartridges_jax.data.decontaminate import normalise
 from cartridges_jax.errors import UserError
@@ -143,7 +143,7 @@ def _content_words(text: str) -> set[str]:
 
 def synthesise(
     model: Model,
-    document: Document,
+    corpus: TokenizedCorpus,
     directory: Path,
     settings: SynthesisSettings,
     *,
@@ -173,8 +173,7 @@ def synthesise(
     """
     settings.check()
     batches = plan_batches(
-        document.text,
-        model.tokenizer,
+        corpus,
         num_batches=_SPARE * -(-settings.conversations // settings.requests_per_batch),
         requests_per_batch=settings.requests_per_batch,
         chunk_min_tokens=settings.chunk_min_tokens,
@@ -187,7 +186,7 @@ def synthesise(
     if len(parts) > 1:
         model = model.on(parts[mine])
     writes = parts[mine] is None or job.process == min(_processes(parts[mine]))
-    studio = _Studio(model, document, settings, seed, heartbeat)
+    studio = _Studio(model, corpus, settings, seed, heartbeat)
     conversations: list[Conversation] = []
     asked: set[str] = set()
     for first in range(0, len(batches), len(parts)):
@@ -253,11 +252,11 @@ class _Turn(NamedTuple):
 class _Studio:
     """Model, writer and teacher prefixes of one run."""
 
-    def __init__(self, model: Model, document: Document, settings: SynthesisSettings, seed: int, heartbeat):
+    def __init__(self, model: Model, corpus: TokenizedCorpus, settings: SynthesisSettings, seed: int, heartbeat):
         self._seed = seed
         self._heartbeat = heartbeat
         self._model = model
-        self._document = document
+        self._corpus = corpus
         self._settings = settings
         self._document_prefix: KVPrefix | None = None
         self._writer = Writer(
@@ -294,7 +293,7 @@ class _Studio:
                 teacher_prefix,
                 {
                     "id": f"{number:05d}-{place:04d}",
-                    "document": self._document.name,
+                    "document": self._corpus.documents[batch.chunk.document].document.id,
                     "chunk_span": [batch.chunk.start, batch.chunk.end],
                     "teacher": self._model.name,
                     "teacher_context": settings.teacher_context,
@@ -358,5 +357,5 @@ class _Studio:
 
     def _whole_document(self) -> KVPrefix:
         if self._document_prefix is None:
-            self._document_prefix = self._prefill(self._document.text)
+            self._document_prefix = self._prefill(self._corpus.text)
         return self._document_prefix

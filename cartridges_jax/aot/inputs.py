@@ -1,4 +1,4 @@
-"""What programs are called with, as shapes that lie where a run's arrays would."""
+"""Arguments of the programs, as shapes with the shardings of a run's arrays."""
 
 from __future__ import annotations
 
@@ -106,9 +106,9 @@ def batch(workload: Workload, mesh: Mesh) -> TrainBatch:
 
 
 def front(workload: Workload, mesh: Mesh) -> Front:
-    """A prefix as the engine keeps it."""
+    """A prefix in the engine's layout."""
     shapes = jax.eval_shape(
-        functools.partial(as_front, dtype=DTYPES[workload.dtype]), _prefix(workload, workload.front_slots)
+        functools.partial(as_front, dtype=DTYPES[workload.dtype]), _prefix(workload, workload.prefix_slots)
     )
     return Front(_placed_prefix(shapes.prefix, mesh, in_use=True), _everywhere(mesh, shapes.start))
 
@@ -130,20 +130,20 @@ def last_hidden(workload: Workload, mesh: Mesh, num_rows: int) -> Shape:
 
 
 def chunk(mesh: Mesh, num_rows: int, num_tokens: int) -> Shape:
-    """Tokens, or segment ids, as the host hands them over."""
+    """Tokens or segment ids [rows, tokens] that come from the host."""
     return Shape((num_rows, num_tokens), jnp.int32, sharding=parallel.everywhere(mesh))
 
 
 def decode_state(workload: Workload, mesh: Mesh) -> State:
     shapes = jax.eval_shape(
-        lambda: empty_state(workload.config, workload.pod.decode_rows, workload.own_slots, DTYPES[workload.dtype])
+        lambda: empty_state(workload.config, workload.decode_rows, workload.own_slots, DTYPES[workload.dtype])
     )
     per_row = {name: _placed(mesh, ("rows",), getattr(shapes, name)) for name in ("tokens", "num_generated", "running")}
     return State(cache=_cache(mesh, shapes.cache), **per_row)
 
 
 def decode_rows(workload: Workload, mesh: Mesh) -> Rows:
-    return _everywhere(mesh, rows_of([None] * workload.pod.decode_rows))
+    return _everywhere(mesh, rows_of([None] * workload.decode_rows))
 
 
 def enough(mesh: Mesh) -> Shape:

@@ -6,7 +6,6 @@ import dataclasses
 
 import ml_collections
 
-from cartridges_jax.aot.workload import PodSettings
 from cartridges_jax.corpus import QUICKSTART
 from cartridges_jax.distill.settings import TrainSettings
 from cartridges_jax.errors import UserError
@@ -33,6 +32,27 @@ class CartridgeSettings:
     tokens_per_slot: float = 8.0
     num_frozen: int = 1
     init: str = "first_tokens"
+
+
+@dataclasses.dataclass(frozen=True)
+class PodSettings:
+    """The hardware that `launch/aot.py` compiles for; a run itself takes the devices that there are.
+
+    Attributes:
+      topology: such as "v5e:4x4" or "h100:8"; "" for none in particular.
+      decode_rows: conversations that decode together; self-study's 128 (`sampling.generate_tokens`) by default.
+      context_tokens: length of the text that the cartridge replaces; a model sees as much as its context holds.
+    """
+
+    topology: str
+    decode_rows: int
+    context_tokens: int
+
+    def check(self) -> None:
+        """Raises UserError for a value for which no program could be compiled."""
+        for name in ("decode_rows", "context_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"pod.{name}={getattr(self, name)}: must be 1 or more")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,8 @@ from cartridges_jax.pipeline.config import RunConfig
 from cartridges_jax.pipeline.inputs import freeze_questions, read_inputs, tokenized_inputs
 from cartridges_jax.pipeline.preflight import refuse_what_cannot_work
 from cartridges_jax.pipeline.reporting import Reporter
-from cartridges_jax.pipeline.sizes import plan_line, with_sizes
 from cartridges_jax.pipeline.signals import NeverStops
+from cartridges_jax.pipeline.sizes import plan_line, with_sizes
 from cartridges_jax.pipeline.stages.context import RunContext
 from cartridges_jax.pipeline.stages.evaluate import evaluate
 from cartridges_jax.pipeline.stages.report import report

@@ -14,13 +14,14 @@ from cartridges_jax.corpus import QUICKSTART, Corpus, Document, tokenize_corpus
 from cartridges_jax.data.conversations import Conversation, read_shard
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Model, load_model
-from cartridges_jax.selfstudy.synthesis import FOR_SMALL_MODELS, synthesise
+from cartridges_jax.selfstudy.settings import SynthesisSettings
+from cartridges_jax.selfstudy.synthesis import synthesise
 from cartridges_jax.typed_config import build, config_values
 
 # What we are called among those who are measured.
 OURS = "cartridges_jax"
 # The defaults of a run, with shorter answers.
-STUDY = dataclasses.replace(FOR_SMALL_MODELS, conversations=48, requests_per_batch=96, answer_max_tokens=32)
+STUDY = SynthesisSettings(conversations=48, requests_per_batch=96, answer_max_tokens=32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +107,8 @@ def make_conversations(
     """A little self-study with the whole document in context, kept in `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
     settings = dataclasses.replace(STUDY, conversations=count, requests_per_batch=2 * count, **overrides)
-    return synthesise(model, tokenize_corpus(Corpus((document,)), model.tokenizer), directory, settings, seed=seed)
+    corpus = tokenize_corpus(Corpus((document,)), model.tokenizer)
+    return synthesise(model, corpus, directory, settings, seed=seed).conversations
 
 
 def prompts_of_length(model: Model, document: Document, count: int, num_tokens: int, seed: int) -> list[list[int]]:

@@ -13,7 +13,7 @@ from cartridges_jax.errors import UserError
 from cartridges_jax.evaluation.evaluate import EvaluationSettings
 from cartridges_jax.models.model import AUTO, DTYPES, WEIGHTS, chosen_weights
 from cartridges_jax.parallel import parse_mesh
-from cartridges_jax.selfstudy.synthesis import FOR_SMALL_MODELS, SynthesisSettings
+from cartridges_jax.selfstudy.settings import SynthesisSettings
 from cartridges_jax.typed_config import build, config_values
 
 
@@ -130,7 +130,7 @@ def default_config() -> ml_collections.ConfigDict:
                 questions="",
                 heldout=24,
                 cartridge=CartridgeSettings(num_slots=144, num_frozen=1),
-                study=FOR_SMALL_MODELS,
+                study=SynthesisSettings(),
                 train=TrainSettings(
                     steps=230,
                     learning_rate=4e-2,

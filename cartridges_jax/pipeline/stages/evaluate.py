@@ -29,12 +29,12 @@ def evaluate(run: RunContext, train_stage: Stage, cartridge: Cartridge, conversa
     if stage.done:
         return stage
     heldout = split(run, conversations)[1]
-    with stage.clock() as clock, run.bar("evaluate", 1) as bar:
+    with stage.clock() as clock, run.progress("evaluate", 1) as bar:
 
         def advance(done: int, total: int) -> None:
             bar.at(done, total)
             clock.tick()
-            run.signals.check()
+            run.stop.check()
 
         measured_conditions, cut = conditions(
             run.model, run.corpus, cartridge.prefix, room=longest_evaluated(config, run.model, run.questions)

@@ -40,7 +40,14 @@ def report(
         "model": run.model.name,
         "model_fingerprint": run.model.fingerprint,
         "seed": config.seed,
-        "corpus": {"name": corpus.name, "tokens": corpus.num_tokens, "sha256": corpus.sha256},
+        "corpus": {
+            "name": corpus.name,
+            "tokens": corpus.num_tokens,
+            "sha256": corpus.sha256,
+            "documents": [
+                {"name": d.document.name, "tokens": d.num_tokens, "sha256": d.document.sha256} for d in corpus.documents
+            ],
+        },
         "cartridge": {
             "tokens": cartridge.prefix.num_slots,
             "bytes": cartridge.prefix.nbytes,
@@ -52,6 +59,7 @@ def report(
         "dropped_training_questions": trained["dropped_training_questions"],
         "seconds": {**seconds, "total": sum(seconds.values())},
         "conversations": trained["trained_on"],
+        "study": study_stage.result(),
         "heldout_conversations": config.heldout,
         "steps": config.train.steps,
         "refused_steps": trained["refused_steps"],
@@ -68,7 +76,7 @@ def report(
     }
     _, page = write_report(run.workdir.path, content)
     print_summary(content, page)
-    run.say(f"Cartridge: {run.workdir.path / 'cartridge'}")
+    run.reporter.say(f"Cartridge: {run.workdir.path / 'cartridge'}")
     return content
 
 

@@ -37,6 +37,6 @@ def study(run: RunContext) -> tuple[Stage, list[Conversation]]:
             clock.tick()
             run.stop.check()
 
-        studied = converse(on_progress=bar.at, heartbeat=heartbeat, warn=run.say)
+        studied = converse(on_progress=bar.at, heartbeat=heartbeat, warn=run.reporter.say)
     stage.finish(studied.counts)
     return stage, studied.conversations

@@ -166,21 +166,20 @@ def studied(model, job) -> dict:
     from tiny_runs import DOCUMENT, config_of, settings
 
     from cartridges_jax.corpus import Corpus, tokenize_corpus
-    from cartridges_jax.selfstudy import synthesis
+    from cartridges_jax.selfstudy import shards, synthesis
 
     chosen = config_of(settings(model.name, Path())).study
-    written, write_shard = [], synthesis.write_shard
+    written, write_shard = [], shards.write_shard
 
     def noted(path, conversations):
         written.append(path.name)
         write_shard(path, conversations)
 
-    synthesis.write_shard = noted
+    shards.write_shard = noted
     with tempfile.TemporaryDirectory() as directory:
         shared = Path(job.from_first(lambda: directory))
-        conversations = synthesis.synthesise(
-            model, tokenize_corpus(Corpus.from_text(DOCUMENT, "doc"), model.tokenizer), shared, chosen, seed=5, job=job
-        )
+        corpus = tokenize_corpus(Corpus.from_text(DOCUMENT, "doc"), model.tokenizer)
+        conversations = synthesis.synthesise(model, corpus, shared, chosen, seed=5, job=job).conversations
         job.wait_for_all()
     mine = [[c.metadata["id"], *(m.content for m in c.messages)] for c in conversations]
     return {"conversations": everyone(job, mine), "written": everyone(job, written)}

@@ -13,7 +13,7 @@ from cartridges_jax.evaluation.evaluate import EvaluationSettings
 from cartridges_jax.models.model import AUTO, DTYPES, WEIGHTS, chosen_weights
 from cartridges_jax.parallel import parse_mesh
 from cartridges_jax.prefixes import check_prefix_name
-from cartridges_jax.selfstudy.synthesis import FOR_SMALL_MODELS, SynthesisSettings
+from cartridges_jax.selfstudy.settings import SynthesisSettings
 from cartridges_jax.typed_config import build, config_values
 
 
@@ -158,7 +158,7 @@ def default_config() -> ml_collections.ConfigDict:
                 questions="",
                 heldout=24,
                 cartridge=CartridgeSettings(),
-                study=FOR_SMALL_MODELS,
+                study=SynthesisSettings(),
                 train=TrainSettings(),
                 evaluation=EvaluationSettings(max_answer_tokens=40, max_questions=48),
                 pod=PodSettings(topology="", decode_rows=128, context_tokens=4096),

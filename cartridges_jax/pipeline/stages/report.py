@@ -59,6 +59,7 @@ def report(
         "dropped_training_questions": trained["dropped_training_questions"],
         "seconds": {**seconds, "total": sum(seconds.values())},
         "conversations": trained["trained_on"],
+        "study": study_stage.result(),
         "dropped_heldout_conversations": trained["dropped_heldout_conversations"],
         "heldout_conversations": trained["heldout"],
         "steps": trained["steps"],

@@ -10,6 +10,7 @@ from cartridges_jax.aot.workload import Workload
 from cartridges_jax.errors import UserError
 from cartridges_jax.models.published import config_without_weights
 from cartridges_jax.pipeline.config import AUTO, RunConfig, default_config
+from cartridges_jax.pipeline.sizes import auto_slots
 from cartridges_jax.selfstudy.settings import PAPER
 
 # Tokens of a chat template around a system message; some templates write dates and rules there.
@@ -51,14 +52,16 @@ def workload_of(config: RunConfig) -> Workload:
     if not config.pod.topology:
         raise UserError("pod.topology is empty: name the devices, for example --config.pod.topology=v5e:4x4")
     shapes = dataclasses.replace(config_without_weights(config.model), windows_see_prefix=config.windows_see_prefix)
+    # The text is not read here: "auto" goes by the length that the pod is planned for.
+    num_slots = config.cartridge.num_slots or auto_slots(config.pod.context_tokens, config.cartridge.tokens_per_slot)
     return Workload(
         model=config.model,
         config=shapes,
         dtype=config.dtype,
         # "auto" chooses among CPUs' ways of storing weights.
         weights="" if config.weights == AUTO else config.weights,
-        num_slots=config.cartridge.num_slots,
-        prefix_slots=max(config.cartridge.num_slots, _teacher_slots(config, shapes.context_length)),
+        num_slots=num_slots,
+        prefix_slots=max(num_slots, _teacher_slots(config, shapes.context_length)),
         train=config.train,
         prompt_tokens=config.study.writer_max_tokens,
         answer_tokens=config.study.answer_max_tokens,

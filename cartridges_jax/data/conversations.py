@@ -200,7 +200,11 @@ def _of_entries(column: str) -> bool:
     return ".top_logprobs." in column and ".top_logprobs.shape." not in column
 
 
-_groups: BoundedCache[pa.ChunkedArray] = BoundedCache(_GROUP_BYTES, lambda rows: rows.nbytes)
+def _nbytes(rows: pa.ChunkedArray) -> int:
+    return rows.nbytes
+
+
+_groups: BoundedCache[pa.ChunkedArray] = BoundedCache(_GROUP_BYTES, _nbytes)
 
 
 class _OpenShard:

@@ -43,7 +43,7 @@ _POSSESSIVE = re.compile(r"['’]s\b")
 def normalise(text: str) -> str:
     """The content words of `text` in order, case-folded and joined by spaces; all words where none has content."""
     folded = _POSSESSIVE.sub("", unicodedata.normalize("NFKC", text).casefold())
-    words = [_SAME_WORD.get(word, word) for word in _WORD.findall(folded)]
+    words = [_SAME_WORD.get(match[0], match[0]) for match in _WORD.finditer(folded)]
     return " ".join([word for word in words if word not in _EMPTY_WORDS] or words)
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -39,6 +39,9 @@ def _target_cache() -> BoundedCache[_Targets]:
 class TrainBatch(NamedTuple):
     """One optimizer step's data: A micro-batches of B rows of T tokens.
 
+    The arrays are NumPy's on the host and JAX's on devices. The same tuple also holds their
+    shapes, dtypes, logical axes or shardings.
+
     Attributes:
       tokens, positions, segment_ids: [A, B, T] int32; positions count from 0 within a
         segment (the model adds the prefix's); segment 0 is padding.
@@ -48,13 +51,13 @@ class TrainBatch(NamedTuple):
       weight: [A, M] float32, 1 for a target, 0 for padding.
     """
 
-    tokens: np.ndarray
-    positions: np.ndarray
-    segment_ids: np.ndarray
-    rows: np.ndarray
-    ids: np.ndarray
-    logprobs: np.ndarray
-    weight: np.ndarray
+    tokens: Any
+    positions: Any
+    segment_ids: Any
+    rows: Any
+    ids: Any
+    logprobs: Any
+    weight: Any
 
 
 # Logical axis names of the arrays (see `parallel.rules`).

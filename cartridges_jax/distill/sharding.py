@@ -42,7 +42,11 @@ def placed_batch(plan: PackingPlan, step: int, mesh: Mesh | None) -> TrainBatch:
 
     def placed(field: int, shape: tuple[int, ...], where: NamedSharding) -> Array:
         size = shape[1] // plan.row_parts
-        return jax.make_array_from_callback(shape, where, lambda index: part((index[1].start or 0) // size)[field])
+
+        def rows(index: Any) -> Any:
+            return part((index[1].start or 0) // size)[field]
+
+        return jax.make_array_from_callback(shape, where, rows)
 
     return TrainBatch(*map(placed, itertools.count(), plan.shapes, batch_shardings(mesh)))
 

@@ -177,7 +177,7 @@ def checked_files() -> list[Path]:
     """The package, the programs, the configs, and the README."""
     folders = [ROOT / name for name in ("cartridges_jax", "launch", "experiments")]
     files = [path for folder in folders for path in folder.rglob("*")]
-    kinds = (".py", ".sh", ".sbatch", ".yaml", ".jinja")
+    kinds = (".py", ".ipynb", ".sh", ".sbatch", ".yaml", ".jinja")
     return sorted([*(path for path in files if path.suffix in kinds), ROOT / "README.md"])
 
 

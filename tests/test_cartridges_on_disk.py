@@ -34,10 +34,19 @@ from cartridges_jax.errors import UserError
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 def test_a_cartridge_comes_back_bit_for_bit(tmp_path, rng, dtype, bias):
     prefix = compose(random_prefix(rng, 3, dtype, bias), random_prefix(rng, 5, dtype, bias))
-    prefix = prefix.replace(positions=jnp.asarray([0, 2, 9, 0, 1, 2, 3, 8]), next_position=21)
+    prefix = prefix.replace(positions=jnp.asarray([0, 2, 9, 0, 1, 2, 3, 8]), next_position=jnp.int32(21))
     if bias:
         prefix = prefix.replace(bias=prefix.bias.at[0, 0, 0].set(-jnp.inf))
     save(tmp_path / "c", prefix)
+    assert_same(checkpoint.load_cartridge(tmp_path / "c").prefix, prefix)
+
+
+def test_the_group_array_that_earlier_releases_wrote_is_ignored(tmp_path, rng, monkeypatch):
+    prefix = random_prefix(rng, 6)
+    today = cartridges._prefix_arrays
+    monkeypatch.setattr(cartridges, "_prefix_arrays", lambda p: today(p) | {"group": np.zeros((6,), np.int32)})
+    save(tmp_path / "c", prefix)
+    assert "group" in json.loads((tmp_path / "c" / "cartridge.json").read_text())["arrays"]
     assert_same(checkpoint.load_cartridge(tmp_path / "c").prefix, prefix)
 
 

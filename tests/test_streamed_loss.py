@@ -159,9 +159,9 @@ def step_memory(vocab_size):
     )  # fmt: skip
     slot = jax.ShapeDtypeStruct((num_layers, 1, slots, 32), jnp.float32)
     number = jax.ShapeDtypeStruct((slots,), jnp.int32)
-    prefix = KVPrefix(keys=slot, values=slot, positions=number, group=number, next_position=slots)
+    prefix = KVPrefix(keys=slot, values=slot, positions=number, next_position=jax.ShapeDtypeStruct((), jnp.int32))
     optimizer = optax.adam(1e-2)
-    state = jax.eval_shape(lambda front: init_state(cartridge_trainable(front), optimizer), prefix)
+    state = jax.eval_shape(lambda prefix: init_state(cartridge_trainable(prefix), optimizer), prefix)
 
     def array(dtype, *shape):
         return jax.ShapeDtypeStruct((1, *shape), dtype)

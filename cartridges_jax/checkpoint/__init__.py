@@ -8,7 +8,7 @@ before orbax opens them: on damage that it does notice, it prints hundreds of li
 One process reads and writes: of several, the first for all (see `distill.checkpoints`), or each for itself.
 
     <cartridge>/cartridge.json        format version, model, corpus, config, checksums
-    <cartridge>/arrays/               keys, values, positions, group, (bias)
+    <cartridge>/arrays/               keys, values, positions, (bias)
     <checkpoints>/<step>/state/       the train state's leaves by name
     <checkpoints>/<step>/record/      the caller's JSON and the arrays' checksums
     <checkpoints>/<step>/files.json   the files' checksums

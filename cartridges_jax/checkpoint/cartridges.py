@@ -80,7 +80,7 @@ def save_cartridge(directory: str | os.PathLike, prefix: KVPrefix, metadata: Car
     if described_shape != prefix.keys.shape or m.next_position != prefix.next_position:
         raise ValueError(
             f"metadata of keys {described_shape}, next_position {m.next_position} for a prefix of "
-            f"keys {prefix.keys.shape}, next_position {prefix.next_position}: make it with "
+            f"keys {prefix.keys.shape}, next_position {int(prefix.next_position)}: make it with "
             "CartridgeMetadata.of"
         )
     if directory.exists() and not (directory / RECORD).exists():
@@ -110,7 +110,7 @@ def save_cartridge(directory: str | os.PathLike, prefix: KVPrefix, metadata: Car
 
 def _prefix_arrays(prefix: KVPrefix) -> dict[str, np.ndarray]:
     """The prefix's arrays by field name, a bias only where there is one."""
-    names = ("keys", "values", "positions", "group", "bias")
+    names = ("keys", "values", "positions", "bias")
     arrays = {name: getattr(prefix, name) for name in names}
     return {name: np.asarray(array) for name, array in arrays.items() if array is not None}
 
@@ -215,9 +215,10 @@ def _read_cartridge(directory: pathlib.Path) -> Cartridge:
     fields["corpus"] = CorpusSource(**fields["corpus"])
     fields["frozen_slots"] = tuple((start, stop) for start, stop in fields["frozen_slots"])
     metadata = CartridgeMetadata(**fields)
+    arrays.pop("group", None)  # written by earlier releases; all 0 and without effect
     prefix = KVPrefix(
         **{name: jnp.asarray(array) for name, array in arrays.items()},
-        next_position=metadata.next_position,
+        next_position=jnp.asarray(metadata.next_position, jnp.int32),
     )
     return Cartridge(prefix=prefix, metadata=metadata)
 

@@ -66,12 +66,12 @@ class KVPrefix:
         return sum(int(np.prod(x.shape)) * jnp.dtype(x.dtype).itemsize for x in parts)
 
     def astype(self, dtype: Any) -> KVPrefix:
-        """The same prefix with keys and values stored as `dtype`."""
+        """This prefix with keys and values stored as `dtype`."""
         keys, values = jax.tree.map(lambda part: part.astype(dtype), (self.keys, self.values))
         return self.replace(keys=keys, values=values)
 
     def unstacked(self) -> KVPrefix:
-        """The same prefix with keys and values as tuples of the layers' arrays."""
+        """This prefix with keys and values as tuples of the layers' arrays."""
         return self.replace(keys=tuple(self.keys), values=tuple(self.values))
 
 

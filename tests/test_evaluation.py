@@ -9,12 +9,12 @@ from tiny import random_prefix, random_tokens
 from cartridges_jax import sampling
 from cartridges_jax.corpus import Corpus, tokenize_corpus
 from cartridges_jax.corpus.questions import Question
-from cartridges_jax.data.conversations import Conversation, Message, TopLogprobs
-from cartridges_jax.distill.initialise import initialise_from_first_tokens
+from cartridges_jax.data.schema import Conversation, Message, TopLogprobs
 from cartridges_jax.errors import UserError
 from cartridges_jax.evaluation.conditions import Condition, conditions, icl_tokens
 from cartridges_jax.evaluation.evaluate import EvaluationSettings, evaluate
 from cartridges_jax.evaluation.scoring import Scored, answer_hidden, token_kl, token_nll
+from cartridges_jax.prefixes.first_tokens import initialise_from_first_tokens
 
 DOCUMENT = Corpus.from_text(
     " ".join(f"Shed {n} holds {n * 7} tins of paint and a broom." for n in range(1, 9)), "sheds"

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
+from peers import torch
 from tiny import (
     at_position,
     make_pair,
@@ -24,8 +24,6 @@ from tiny import (
 from cartridges_jax import sampling
 from cartridges_jax.models import Decoder, empty_cache, lm_logits, row_as_prefix
 from cartridges_jax.models.decoder import abstract_params
-
-torch.set_num_threads(1)
 
 
 def close(found, expected, tolerance=1e-4):

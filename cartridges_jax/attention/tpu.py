@@ -38,7 +38,7 @@ MAX_BLOCK = 512
 
 
 def supports(head_dim: int) -> bool:
-    """Whether heads of this width fill whole vector registers, or halves of them."""
+    """True if heads of this width fill whole vector registers, or halves of them."""
     return head_dim % (LANES // 2) == 0
 
 

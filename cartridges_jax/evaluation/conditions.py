@@ -7,9 +7,9 @@ import dataclasses
 from cartridges_jax import sampling
 from cartridges_jax.cartridge import KVPrefix
 from cartridges_jax.corpus import TokenizedCorpus
-from cartridges_jax.distill.initialise import first_tokens
 from cartridges_jax.models import Model
 from cartridges_jax.parallel import place_prefix
+from cartridges_jax.prefixes.first_tokens import first_tokens
 
 
 @dataclasses.dataclass(frozen=True)

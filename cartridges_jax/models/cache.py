@@ -51,7 +51,7 @@ class Cache:
 
     @property
     def is_unstacked(self) -> bool:
-        """Whether every layer has arrays of its own."""
+        """True if every layer has arrays of its own."""
         return isinstance(self.values, tuple)
 
     def mapped(self, function: Callable[[Array, int], Array]) -> Cache:
@@ -92,7 +92,7 @@ class Cache:
         )
         return self.replace(keys=all_keys, values=all_values), all_keys[layer], all_values[layer]
 
-    def with_rows(self, read: Cache, at: Int[Array, " R"] | np.ndarray) -> Cache:
+    def with_rows(self, read: Cache, at: Int[np.ndarray, " R"]) -> Cache:
         """Keys and values of R rows written into rows `at`; `lengths` are unchanged.
 
         Starts compiled programs itself, so it is not for use inside of one. The keys and values

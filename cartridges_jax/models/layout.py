@@ -19,7 +19,7 @@ def layer_name(layer: int) -> str:
 
 
 def layer_path(config: ModelConfig, layer: int) -> tuple[tuple[str, ...], int | None]:
-    """Where loaded parameters of a layer are: keys into the tree, and the index in the stack.
+    """The place of a layer's loaded parameters: keys into the tree, and the index in the stack.
 
     The index is None for a layer after the last whole period, which has no stack.
     """

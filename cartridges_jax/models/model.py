@@ -118,7 +118,7 @@ class Model:
         return placed.unstacked() if self._decodes_unstacked else placed
 
     def on(self, part: Mesh) -> Model:
-        """The same on one of its mesh's `parallel.independent_parts`, of which this process has devices."""
+        """This model on one of its mesh's `parallel.independent_parts`, of which this process has devices."""
         return dataclasses.replace(self, params=params_on(self.params, part), mesh=part)
 
     @functools.cached_property
@@ -126,6 +126,16 @@ class Model:
         """sha256 over config and tokenizer; a cartridge only fits the same one."""
         both = self.config.fingerprint() + self.tokenizer.fingerprint
         return hashlib.sha256(both.encode()).hexdigest()
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """Hash of everything that decides the token ids."""
+        return self.tokenizer.fingerprint
+
+    @functools.cached_property
+    def chat_template_sha256(self) -> str:
+        """Hash of the chat template's source."""
+        return hashlib.sha256(self.chat.source.encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,7 +53,7 @@ def _view(stack: Array, index: Any) -> Array:
 
 
 def runs_unstacked(params: Any) -> bool:
-    """Whether a model decodes fastest unrolled: all of it is on one CPU device, and on no mesh, even of one."""
+    """True if a model decodes fastest unrolled: all of it is on one CPU device, and on no mesh, even of one."""
     return all(
         isinstance(leaf, Array)
         and isinstance(leaf.sharding, SingleDeviceSharding)

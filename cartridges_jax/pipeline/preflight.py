@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 from cartridges_jax.corpus import TokenizedCorpus
 from cartridges_jax.corpus.questions import Question
-from cartridges_jax.distill.initialise import first_tokens
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Model
 from cartridges_jax.pipeline.config import RunConfig
 from cartridges_jax.pipeline.workdir import Workdir
+from cartridges_jax.prefixes import check_initial_prefix
+from cartridges_jax.prefixes.first_tokens import first_tokens
 
 # For the report, the logs, and what file systems round up.
 _SPARE_BYTES = 50_000_000
@@ -42,7 +43,9 @@ def refuse_what_cannot_work(
     Raises:
       UserError: the first thing that would fail later, with the setting that helps.
     """
+    # The "truncated" condition of evaluation, whatever the cartridge starts from.
     first_tokens(model, corpus.text, config.cartridge.num_slots)
+    check_initial_prefix(config.cartridge.init, model, corpus, config.cartridge.num_slots)
     if not questions and not config.heldout:
         raise UserError("there is nothing to evaluate on: give questions, or hold conversations out (heldout=24)")
     if config.study.top_logprobs > model.config.vocab_size:

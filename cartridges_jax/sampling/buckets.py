@@ -62,7 +62,7 @@ def prompt_bucket(num_tokens: int) -> int:
 
 
 def prefix_bucket(num_slots: int) -> int:
-    """Slots of a prefix: multiples of 256. Small prefixes of all sizes share their programs."""
+    """Slots of a prefix: multiples of 256, so that small prefixes of all sizes share their programs."""
     return round_up(num_slots, 256)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 from jaxtyping import Bool, Int, Int32
@@ -54,7 +55,7 @@ def empty_state(cache: Cache, mesh: Mesh | None = None) -> State:
 
 
 def admit(
-    state: State, read: Cache, tokens: Int[Array, " R"], running: Bool[Array, " R"], at: Int[Array, " R"]
+    state: State, read: Cache, tokens: Int[Array, " R"], running: Bool[Array, " R"], at: Int[np.ndarray, " R"]
 ) -> State:
     """Writes R prompts that were read, and their first tokens, into rows `at`.
 

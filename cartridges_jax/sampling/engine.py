@@ -44,7 +44,7 @@ class _Resident:
 
 
 class Engine:
-    """Continuous batching (see the module). Not for several threads at once.
+    """Continuous batching (see the module), for one thread at a time.
 
     Attributes:
       num_dispatches: programs started so far, for measurements and tests.
@@ -97,7 +97,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether a request is unfinished."""
+        """True while a request is unfinished."""
         return bool(self._lives)
 
     def add_prefix(self, prefix: KVPrefix) -> PrefixHandle:

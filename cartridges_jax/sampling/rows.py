@@ -81,7 +81,7 @@ def choose_tokens(
 
 
 def continues(token: Int[Array, " B"], num_generated: Int[Array, " B"], rows: Rows) -> Bool[Array, " B"]:
-    """Whether a row takes another token after `token`: no stop token, and fewer than its limit."""
+    """True where a row takes another token after `token`: no stop token, and fewer than its limit."""
     return jnp.all(rows.stop_ids != token[:, None], axis=-1) & (num_generated < rows.limits)
 
 

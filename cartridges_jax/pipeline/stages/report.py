@@ -10,7 +10,7 @@ import numpy as np
 from cartridges_jax.checkpoint import Cartridge
 from cartridges_jax.corpus.chunks import Chunk, token_coverage
 from cartridges_jax.corpus.questions import questions_hash
-from cartridges_jax.data.conversations import Conversation
+from cartridges_jax.data.schema import Conversation
 from cartridges_jax.evaluation.report import print_summary, write_report
 from cartridges_jax.pipeline.stages.context import RunContext
 from cartridges_jax.pipeline.stages.evaluate import asked_questions
@@ -40,7 +40,14 @@ def report(
         "model": run.model.name,
         "model_fingerprint": run.model.fingerprint,
         "seed": config.seed,
-        "corpus": {"name": corpus.name, "tokens": corpus.num_tokens, "sha256": corpus.sha256},
+        "corpus": {
+            "name": corpus.name,
+            "tokens": corpus.num_tokens,
+            "sha256": corpus.sha256,
+            "documents": [
+                {"name": d.document.name, "tokens": d.num_tokens, "sha256": d.document.sha256} for d in corpus.documents
+            ],
+        },
         "cartridge": {
             "tokens": cartridge.prefix.num_slots,
             "bytes": cartridge.prefix.nbytes,
@@ -52,8 +59,9 @@ def report(
         "dropped_training_questions": trained["dropped_training_questions"],
         "seconds": {**seconds, "total": sum(seconds.values())},
         "conversations": trained["trained_on"],
-        "heldout_conversations": config.heldout,
-        "steps": config.train.steps,
+        "dropped_heldout_conversations": trained["dropped_heldout_conversations"],
+        "heldout_conversations": trained["heldout"],
+        "steps": trained["steps"],
         "refused_steps": trained["refused_steps"],
         "packing_efficiency": trained["packing_efficiency"],
         "epochs": trained["epochs"],
@@ -68,7 +76,7 @@ def report(
     }
     _, page = write_report(run.workdir.path, content)
     print_summary(content, page)
-    run.say(f"Cartridge: {run.workdir.path / 'cartridge'}")
+    run.reporter.say(f"Cartridge: {run.workdir.path / 'cartridge'}")
     return content
 
 

@@ -51,6 +51,7 @@ class RunConfig:
       questions: JSONL of {"question", "answers"}; "" for none. A SQuAD article brings
         its own; "quickstart" has one too.
       heldout: self-study conversations that are kept out of training.
+      new_evaluation: replaces the evaluation questions that are frozen in the workdir, which the report says.
     """
 
     model: str
@@ -71,6 +72,7 @@ class RunConfig:
     train: TrainSettings
     evaluation: EvaluationSettings
     pod: PodSettings
+    new_evaluation: bool = False
 
     def check(self) -> None:
         """Raises UserError for a value that no run could use, before anything is loaded."""
@@ -149,7 +151,7 @@ def default_config() -> ml_collections.ConfigDict:
                     keep_checkpoints=2,
                     max_refused_in_a_row=5,
                 ),
-                evaluation=EvaluationSettings(max_answer_tokens=40, max_questions=48),
+                evaluation=EvaluationSettings(),
                 pod=PodSettings(topology="", decode_rows=128, context_tokens=4096),
             )
         )

@@ -26,7 +26,8 @@ def longest_evaluated(config: RunConfig, model: Model, questions: Sequence[Quest
     encode = model.tokenizer.encode
     longest = max(
         (
-            len(encode(q.question)) + max(len(encode(q.answers[0])), config.evaluation.max_answer_tokens)
+            # A reference answer is scored with the end of its turn.
+            len(encode(q.question)) + max(len(encode(q.answers[0])) + 1, config.evaluation.max_answer_tokens)
             for q in questions
         ),
         default=config.study.writer_max_tokens + config.evaluation.max_answer_tokens,

@@ -81,8 +81,9 @@ def run(
         corpus, questions = tokenized_inputs(inputs, config, model.tokenizer)
         refuse_what_cannot_work(config, model, corpus, questions, workdir)
         context = RunContext(config, workdir, model, corpus, questions, job, signals, say)
-        if job.is_first:
-            freeze_questions(workdir, questions)
+        replaced = job.from_first(lambda: freeze_questions(workdir, questions, new_evaluation=config.new_evaluation))
+        if replaced:
+            say("new evaluation: this workdir held other evaluation questions before")
         say(
             f"{corpus.name}: {corpus.num_tokens:,} tokens, {len(questions)} questions; "
             f"cartridge of {config.cartridge.num_slots} slots"

@@ -36,7 +36,9 @@ _EVALUATE_CODE = (
     *_TRAIN_CODE,
     "evaluation/conditions.py",
     "evaluation/evaluate.py",
+    "evaluation/measuring.py",
     "evaluation/metrics.py",
+    "evaluation/results.py",
     "evaluation/scoring.py",
     "evaluation/tasks",
 )

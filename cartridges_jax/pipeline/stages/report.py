@@ -1,8 +1,11 @@
-"""The report: what the finished stages left, in one place."""
+"""The report: the results of the finished stages in one place."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +14,11 @@ from cartridges_jax.checkpoint import Cartridge
 from cartridges_jax.corpus.chunks import Chunk, token_coverage
 from cartridges_jax.corpus.questions import questions_hash
 from cartridges_jax.data.conversations import Conversation
-from cartridges_jax.evaluation.report import print_summary, write_report
+from cartridges_jax.evaluation.report import write_report
+from cartridges_jax.evaluation.summary import format_summary
+from cartridges_jax.pipeline.inputs import replaced_questions
 from cartridges_jax.pipeline.stages.context import RunContext
-from cartridges_jax.pipeline.stages.evaluate import asked_questions
+from cartridges_jax.pipeline.stages.evaluate import ANSWERS, asked_questions
 from cartridges_jax.pipeline.workdir import Stage
 
 
@@ -25,51 +30,81 @@ def report(
     conversations: list[Conversation],
     cartridge: Cartridge,
 ) -> dict[str, Any]:
-    """Writes `report.json` and `report.html` into the workdir and prints the summary."""
+    """Writes `report.json`, `report.html` and `answers.parquet` into the workdir, and reports the summary."""
     config, corpus = run.config, run.corpus
-    trained, measured = train_stage.result(), evaluate_stage.result()
+    studied, trained, measured = study_stage.result(), train_stage.result(), evaluate_stage.result()
     seconds = {
         "synthesis": study_stage.spent(),
         "training": train_stage.spent(),
         "evaluation": evaluate_stage.spent(),
     }
-    document_judge = "the model with the whole document in context"
-    if measured["cut_from_icl"]:
-        document_judge += f" (its last {measured['cut_from_icl']} tokens did not fit and were cut)"
+    judge = "the model with the whole document in context"
+    if measured["tokens_cut"]:
+        judge += f" (its last {measured['tokens_cut']} tokens did not fit and were cut)"
     content = {
         "model": run.model.name,
         "model_fingerprint": run.model.fingerprint,
         "seed": config.seed,
-        "corpus": {"name": corpus.name, "tokens": corpus.num_tokens, "sha256": corpus.sha256},
+        "corpus": {
+            "name": corpus.name,
+            "tokens": corpus.num_tokens,
+            "sha256": corpus.sha256,
+            "documents": [
+                {"name": part.document.name, "tokens": part.num_tokens, "sha256": part.document.sha256}
+                for part in corpus.documents
+            ],
+        },
         "cartridge": {
             "tokens": cartridge.prefix.num_slots,
             "bytes": cartridge.prefix.nbytes,
             "frozen": cartridge.metadata.num_frozen,
         },
         "conditions": measured["conditions"],
-        **measured["closed"],
+        "condition_list": measured["condition_list"],
+        "metric_list": measured["metric_list"],
+        **measured["headline"],
         "reasons": measured["reasons"],
         "dropped_training_questions": trained["dropped_training_questions"],
+        "dropped_heldout_conversations": trained.get("dropped_heldout_conversations", 0),
         "seconds": {**seconds, "total": sum(seconds.values())},
         "conversations": trained["trained_on"],
-        "heldout_conversations": config.heldout,
+        "heldout_conversations": trained.get("heldout_conversations", config.heldout),
+        "study": {
+            "asked": studied.get("asked", config.study.conversations),
+            "conversations": studied.get("conversations", len(conversations)),
+            "dropped": studied.get("dropped", {}),
+        },
         "steps": config.train.steps,
         "refused_steps": trained["refused_steps"],
         "packing_efficiency": trained["packing_efficiency"],
         "epochs": trained["epochs"],
         "questions": len(asked_questions(run)),
         "questions_sha256": questions_hash(run.questions),
-        "judge": document_judge,
+        "replaced_questions": replaced_questions(run.workdir),
+        "examples": measured["examples"],
+        "judge": judge,
         "trained_by": f"the model with the {config.study.teacher_context} in context",
         "coverage": _coverage(run, conversations),
         "history": trained["history"],
         "answers": measured["answers"],
+        "answers_file": ANSWERS,
         "config": dataclasses.asdict(config),
     }
+    _copy(evaluate_stage.directory / ANSWERS, run.workdir.path / ANSWERS)
     _, page = write_report(run.workdir.path, content)
-    print_summary(content, page)
+    run.say(format_summary(content, page))
     run.say(f"Cartridge: {run.workdir.path / 'cartridge'}")
     return content
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copies a file, whole or not at all."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _coverage(run: RunContext, conversations: list[Conversation]) -> dict[str, Any]:

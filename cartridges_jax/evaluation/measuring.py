@@ -36,9 +36,9 @@ def scored_reference(model: Model, example: Example) -> Scored:
     start, end = rendered.spans[-1]
     if rendered.token_ids[: len(prompt)] == prompt and start >= len(prompt):
         start = len(prompt)
-    closing = rendered.token_ids[end : end + 1]
-    if not set(closing) & model.chat.stop_ids:
-        closing = [model.chat.end_of_turn_id]
+    stops = (n for n, token in enumerate(rendered.token_ids) if n >= end and token in model.chat.stop_ids)
+    stop = next(stops, None)
+    closing = [model.chat.end_of_turn_id] if stop is None else rendered.token_ids[end : stop + 1]
     return Scored(prompt, rendered.token_ids[start:end] + closing)
 
 

@@ -1,15 +1,34 @@
-"""Cartridges in JAX: small trained KV caches that stand in for a long text.
+"""Cartridges in JAX: small trained KV caches that replace a long text in a model's context.
 
 import cartridges_jax as cj
+
 model = cj.load_model("smollm2-135m-instruct")
 cartridge = cj.load_cartridge("runs/quickstart/cartridge")
-cj.generate(model, ["How many steps does the tower have?"], prefix=cartridge, max_tokens=64)
+cj.generate(model, "How many steps does the tower have?", prefix=cartridge)
 """
 
 import importlib
 
 __version__ = "0.1.0"
-__all__ = ["compose", "generate", "load_cartridge", "load_model", "logits", "make_mesh", "prefill"]
+__all__ = [
+    "Cartridge",
+    "Chunk",
+    "Corpus",
+    "Document",
+    "Interrupted",
+    "KVPrefix",
+    "Model",
+    "UserError",
+    "compose",
+    "generate",
+    "load_cartridge",
+    "load_model",
+    "logits",
+    "make_mesh",
+    "prefill",
+    "read_corpus",
+    "stream",
+]
 
 
 def __getattr__(name: str):

@@ -1,22 +1,25 @@
-"""The few calls that most users need; stable, and re-exported by the package."""
+"""The public calls of `import cartridges_jax as cj`: stable, silent, and without signal handlers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import overload
 
 import numpy as np
 
 from cartridges_jax import cartridge as prefixes
 from cartridges_jax import sampling
 from cartridges_jax.cartridge import KVPrefix
-from cartridges_jax.checkpoint import Cartridge, check_compatible, load_cartridge
-from cartridges_jax.errors import UserError
-from cartridges_jax.models import Model, load_model
-from cartridges_jax.parallel import make_mesh
-
-__all__ = ["compose", "generate", "load_cartridge", "load_model", "logits", "make_mesh", "prefill"]
+from cartridges_jax.chat import TooLong
+from cartridges_jax.checkpoint import Cartridge, check_compatible, load_cartridge  # noqa: F401
+from cartridges_jax.corpus import Chunk, Corpus, Document, read_corpus  # noqa: F401
+from cartridges_jax.errors import Interrupted, UserError  # noqa: F401
+from cartridges_jax.models import Model, load_model  # noqa: F401
+from cartridges_jax.parallel import make_mesh  # noqa: F401
 
 Prefix = KVPrefix | Cartridge
+# A user's message, or a conversation as [{"role", "content"}, …] that ends with the user's message.
+Prompt = str | Sequence[Mapping[str, str]]
 
 
 def compose(*parts: Prefix) -> KVPrefix:
@@ -32,9 +35,15 @@ def compose(*parts: Prefix) -> KVPrefix:
     return prefixes.compose(*(part.prefix if isinstance(part, Cartridge) else part for part in parts))
 
 
+@overload
+def generate(model: Model, prompts: str, **options) -> str: ...
+@overload
+def generate(model: Model, prompts: Sequence[Prompt], **options) -> list[str]: ...
+
+
 def generate(
     model: Model,
-    prompts: Sequence[str | Sequence[Mapping[str, str]]],
+    prompts: str | Sequence[Prompt],
     *,
     prefix: Prefix | None = None,
     max_tokens: int = 128,
@@ -42,39 +51,73 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
-) -> list[str]:
-    """Answers chat turns.
+) -> str | list[str]:
+    """Answers users' messages or conversations.
 
     Args:
-      prompts: each a user's message, or a conversation as [{"role", "content"}, …] that
-        ends with the user's turn.
-      prefix: what stands in front; None is the chat template's default.
-      max_tokens: answers are cut after so many tokens.
+      prompts: a list of prompts (see `Prompt`); a bare string is one prompt.
+      prefix: a cartridge or KV prefix; None is the chat template's default.
+      max_tokens: an answer is cut after this many tokens.
       temperature: 0 answers greedily.
+      seed: with a prompt's place it determines its draws.
 
     Returns:
-      One text per prompt.
+      One text per prompt; the text alone for a bare string.
 
     Raises:
-      UserError: a cartridge of another model, or a conversation that does not fit.
+      UserError: a cartridge of another model, or a conversation that does not fit the context.
     """
-    conversations = [
-        [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt) for prompt in prompts
-    ]
-    front = _prefix_of(model, prefix)
-    if front is None:
-        rendered = [model.chat.render(turns, add_generation_prompt=True) for turns in conversations]
-    else:
-        rendered = [model.chat.render_continuation(turns) for turns in conversations]
+    if isinstance(prompts, str):
+        (text,) = generate(
+            model, [prompts], prefix=prefix, max_tokens=max_tokens, temperature=temperature, top_k=top_k,
+            top_p=top_p, seed=seed,
+        )  # fmt: skip
+        return text
+    kv_prefix = _prefix_of(model, prefix)
     generations = sampling.generate_tokens(
         model,
-        [r.token_ids for r in rendered],
-        front,
+        [_rendered(model, prompt, kv_prefix) for prompt in prompts],
+        kv_prefix,
         max_tokens=max_tokens,
         sampling=sampling.Sampling(temperature, top_k, top_p),
         seed=seed,
     )
     return [model.tokenizer.decode(generation.token_ids).strip() for generation in generations]
+
+
+def stream(
+    model: Model,
+    prompt: Prompt,
+    *,
+    prefix: Prefix | None = None,
+    max_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[str]:
+    """Answers one prompt piece by piece; the pieces joined are what `generate` returns.
+
+    Raises:
+      UserError: as `generate`, before the first piece; `chat.TooLong` where the conversation does not fit the context.
+    """
+    kv_prefix = _prefix_of(model, prefix)
+    token_ids = _rendered(model, prompt, kv_prefix)
+    start = 0 if kv_prefix is None else int(kv_prefix.next_position)
+    needed = start + len(token_ids) + max_tokens
+    if needed > model.config.context_length:
+        raise TooLong(
+            f"the conversation needs {needed} positions with its answer, the model's context has "
+            f"{model.config.context_length}: shorten it or lower max_tokens={max_tokens}"
+        )
+    return sampling.stream_text(
+        model,
+        token_ids,
+        kv_prefix,
+        max_tokens=max_tokens,
+        sampling=sampling.Sampling(temperature, top_k, top_p),
+        seed=seed,
+    )
 
 
 def logits(model: Model, token_ids: Sequence[int], *, prefix: Prefix | None = None) -> np.ndarray:
@@ -83,8 +126,15 @@ def logits(model: Model, token_ids: Sequence[int], *, prefix: Prefix | None = No
 
 
 def prefill(model: Model, token_ids: Sequence[int], *, prefix: Prefix | None = None) -> KVPrefix:
-    """Tokens to a KV prefix; behind `prefix`, the result stands for both (see `sampling.prefill`)."""
+    """Tokens to a KV prefix; after `prefix`, the result contains both (see `sampling.prefill`)."""
     return sampling.prefill(model, token_ids, _prefix_of(model, prefix))
+
+
+def _rendered(model: Model, prompt: Prompt, prefix: KVPrefix | None) -> list[int]:
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if prefix is None:
+        return model.chat.render(messages, add_generation_prompt=True).token_ids
+    return model.chat.render_continuation(messages).token_ids
 
 
 def _prefix_of(model: Model, prefix: Prefix | None) -> KVPrefix | None:

@@ -153,9 +153,9 @@ def evaluated(model, job) -> dict:
     """The measures of the default conditions."""
     from test_evaluation import DOCUMENT, NUM_SLOTS, QUESTIONS, SETTINGS, corpus_of, tasks_of
 
-    from cartridges_jax.distill.initialise import initialise_from_first_tokens
     from cartridges_jax.evaluation.conditions import make_conditions
     from cartridges_jax.evaluation.evaluate import evaluate
+    from cartridges_jax.prefixes.first_tokens import initialise_from_first_tokens
 
     prefixes = make_conditions(
         model, corpus_of(model), initialise_from_first_tokens(model, DOCUMENT.text, NUM_SLOTS), room=80

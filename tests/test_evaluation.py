@@ -15,7 +15,6 @@ from cartridges_jax import sampling
 from cartridges_jax.corpus import Corpus, tokenize_corpus
 from cartridges_jax.corpus.questions import Question
 from cartridges_jax.data.conversations import Conversation, Message, TopLogprobs
-from cartridges_jax.distill.initialise import initialise_from_first_tokens
 from cartridges_jax.errors import UserError
 from cartridges_jax.evaluation import conditions as evaluation_conditions
 from cartridges_jax.evaluation.conditions import CONDITIONS, Condition, make_conditions, tokens_cut
@@ -25,6 +24,7 @@ from cartridges_jax.evaluation.metrics import normalise_answer
 from cartridges_jax.evaluation.results import SHOWN_ANSWERS, write_answers
 from cartridges_jax.evaluation.scoring import Scored, answer_hidden, token_kl, token_nll
 from cartridges_jax.evaluation.tasks import TASKS, Example, Metric, TaskInputs, make_tasks, register
+from cartridges_jax.prefixes.first_tokens import initialise_from_first_tokens
 from cartridges_jax.text.chat import ChatTemplate
 from cartridges_jax.text.tokenizer import tokenizer_from_directory
 
@@ -265,7 +265,10 @@ def test_what_each_condition_answered_is_kept_beside_the_references(tiny_model, 
 def test_the_order_of_the_questions_does_not_matter(tiny_model, prefixes, heldout, measured):
     again = evaluate(tiny_model, prefixes, tasks_of(tiny_model, QUESTIONS[::-1], heldout[::-1]), SETTINGS)
     for name, values in measured.conditions.items():
-        assert again.conditions[name] == pytest.approx(values, rel=1e-4, abs=1e-5), name
+        for measure, value in values.items():
+            # Differences of likelihoods may be small, so what follows from them is compared less strictly.
+            other = again.conditions[name][measure]
+            assert other == (None if value is None else pytest.approx(value, rel=1e-3, abs=1e-3)), (name, measure)
 
 
 # What is missing

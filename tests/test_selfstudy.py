@@ -313,6 +313,6 @@ def test_no_evaluation_question_reaches_what_a_or_b_read(talker_gguf, tmp_path, 
     monkeypatch.setattr(pipeline, "train", stop)
     values = settings(talker_gguf, tmp_path, study__conversations=4, heldout=1)
     with pytest.raises(UserError, match="studied enough"):
-        pipeline.run(config_of(values), tmp_path / "run", say=lambda text: None)
+        pipeline.run(config_of(values), tmp_path / "run")
     assert len(texts) > 10 and any("Shed 4" in text for text in texts)
     assert not any("Zanzibar" in text or "Xylophone" in text for text in texts)

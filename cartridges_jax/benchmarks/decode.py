@@ -47,11 +47,11 @@ from cartridges_jax.benchmarks.rounds import (
     take_turns_with_ceilings,
 )
 from cartridges_jax.corpus import read_corpus
-from cartridges_jax.distill.initialise import initialise_from_first_tokens
 from cartridges_jax.errors import UserError
 from cartridges_jax.formats.sources import locate
 from cartridges_jax.models import Model
 from cartridges_jax.models.costs import decode_bytes, decode_flops, kv_bytes_per_token
+from cartridges_jax.prefixes.first_tokens import initialise_from_first_tokens
 from cartridges_jax.quantized import num_bytes
 
 NAME = "decode"

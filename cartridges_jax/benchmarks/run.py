@@ -21,6 +21,11 @@ BENCHMARKS = {
 }
 
 
+def default_config(name: str) -> ml_collections.ConfigDict:
+    """The settings of the benchmark `name`, one of `BENCHMARKS`."""
+    return importlib.import_module(f"cartridges_jax.benchmarks.{name}").default_config()
+
+
 def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
     """Runs the benchmark that a config names; writes its JSON and PNG, prints the JSON as the last line.
 

@@ -42,12 +42,12 @@ from cartridges_jax.benchmarks.rounds import (
 from cartridges_jax.cartridge import KVPrefix
 from cartridges_jax.corpus import read_corpus
 from cartridges_jax.data.packing import Example, PackingPlan, plan_packing, render_example
-from cartridges_jax.distill.initialise import initialise_from_first_tokens
 from cartridges_jax.distill.step import cartridge_trainable, combine_cartridge, init_state, learning_mask, train_step
 from cartridges_jax.distill.trainer import TrainSettings, make_optimizer
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Model
 from cartridges_jax.models.costs import distillation_flops
+from cartridges_jax.prefixes.first_tokens import initialise_from_first_tokens
 
 NAME = "train_step"
 

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cartridges_jax import sampling
 from cartridges_jax.cartridge import KVPrefix
 from cartridges_jax.corpus import TokenizedCorpus
-from cartridges_jax.distill.initialise import first_tokens
-from cartridges_jax.errors import UserError
 from cartridges_jax.models import Model
 from cartridges_jax.parallel import place_prefix
+from cartridges_jax.prefixes import make_prefix, prefix_fingerprint, prefix_title
+from cartridges_jax.prefixes.whole_text import whole_text_tokens
 
 # The condition that the others are compared with, the one whose answers count as right, and the one under test.
 BASELINE, JUDGE, SUBJECT = "none", "whole_text", "cartridge"
@@ -93,45 +92,20 @@ def condition_title(name: str) -> str:
     return "Cartridge" if name == SUBJECT else prefix_title(name)
 
 
+def condition_fingerprints(names: Sequence[str]) -> dict[str, str]:
+    """Condition to the hash of the files that its name refers to; conditions without files are left out.
+
+    Raises:
+      UserError: an unknown name.
+    """
+    found = {name: prefix_fingerprint(name) for name in names if name != SUBJECT}
+    return {name: fingerprint for name, fingerprint in found.items() if fingerprint}
+
+
 def tokens_cut(model: Model, corpus: TokenizedCorpus, room: int) -> int:
-    """Tokens at the corpus's end that the whole text's condition leaves out, because the context has no room.
+    """Tokens at the corpus's end that the condition "whole_text" leaves out, because the context has no room.
 
     Args:
       room: positions to keep free for a conversation.
     """
-    return max(0, len(model.chat.system_prefix(corpus.text).token_ids) + room - model.config.context_length)
-
-
-_TITLES = {"none": "No document", "first_tokens": "First tokens", "whole_text": "Whole text"}
-
-
-def prefix_title(name: str) -> str:
-    """A prefix's name for readers.
-
-    Raises:
-      UserError: an unknown name.
-    """
-    if name not in _TITLES:
-        raise UserError(f"prefix {name!r}: choose among {', '.join([*_TITLES, SUBJECT])}")
-    return _TITLES[name]
-
-
-def make_prefix(
-    name: str, model: Model, corpus: TokenizedCorpus, num_slots: int, rng: np.random.Generator, *, room: int = 0
-) -> KVPrefix | None:
-    """Returns the prefix with this name; None where the template itself writes nothing before a conversation.
-
-    Raises:
-      UserError: an unknown name.
-    """
-    prefix_title(name)
-    if name == "none":
-        head = model.chat.default_head()
-        return sampling.prefill(model, head) if head else None
-    if name == "first_tokens":
-        return sampling.prefill(model, first_tokens(model, corpus.text, num_slots))
-    rendered = model.chat.system_prefix(corpus.text)
-    end = rendered.spans[0][1]
-    return sampling.prefill(
-        model, rendered.token_ids[: end - tokens_cut(model, corpus, room)] + rendered.token_ids[end:]
-    )
+    return whole_text_tokens(model, corpus, room)[1]

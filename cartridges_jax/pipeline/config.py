@@ -13,21 +13,24 @@ from cartridges_jax.errors import UserError
 from cartridges_jax.evaluation.evaluate import EvaluationSettings
 from cartridges_jax.models.model import AUTO, DTYPES, WEIGHTS, chosen_weights
 from cartridges_jax.parallel import parse_mesh
+from cartridges_jax.prefixes import check_prefix_name
 from cartridges_jax.selfstudy.synthesis import FOR_SMALL_MODELS, SynthesisSettings
 from cartridges_jax.typed_config import build, config_values
 
 
 @dataclasses.dataclass(frozen=True)
 class CartridgeSettings:
-    """The cartridge's size.
+    """The cartridge's size and what it starts from.
 
     Attributes:
       num_slots: P.
       num_frozen: first slots that are not trained (paper: 1, the attention sink).
+      init: the initial prefix, by its name in `prefixes` ("first_tokens", "pretrained:DIR", …).
     """
 
     num_slots: int
     num_frozen: int
+    init: str = "first_tokens"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +102,7 @@ class RunConfig:
                 f"cartridge.num_slots={self.cartridge.num_slots} with cartridge.num_frozen="
                 f"{self.cartridge.num_frozen} leaves no slot to train: raise num_slots"
             )
+        check_prefix_name(self.cartridge.init)
         self.study.check()
         self.train.check()
         if self.train.targets == "all" and not self.study.score_user_messages:

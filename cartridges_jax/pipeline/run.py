@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from cartridges_jax.parallel import ALONE, Job, make_mesh, row_parts
 from cartridges_jax.pipeline.config import RunConfig
 from cartridges_jax.pipeline.inputs import freeze_questions, read_inputs, tokenized_inputs
 from cartridges_jax.pipeline.preflight import refuse_what_cannot_work
-from cartridges_jax.pipeline.signals import StopSignals
+from cartridges_jax.pipeline.reporting import Reporter
+from cartridges_jax.pipeline.signals import NeverStops
 from cartridges_jax.pipeline.stages.context import RunContext
 from cartridges_jax.pipeline.stages.evaluate import evaluate
 from cartridges_jax.pipeline.stages.report import report
@@ -24,14 +24,16 @@ from cartridges_jax.pipeline.stages.study import study
 from cartridges_jax.pipeline.stages.train import train
 from cartridges_jax.pipeline.workdir import Workdir
 
-
-def _print_at_once(text: str) -> None:
-    # A log that a scheduler reads is a pipe, and this process may be ended from outside.
-    print(text, flush=True)
+_SILENT = Reporter()
 
 
 def run(
-    config: RunConfig, path: Path, *, job: Job = ALONE, say: Callable[[str], None] = _print_at_once
+    config: RunConfig,
+    path: Path,
+    *,
+    job: Job = ALONE,
+    reporter: Reporter = _SILENT,
+    stopping: type[NeverStops] = NeverStops,
 ) -> dict[str, Any] | None:
     """Turns a corpus into a cartridge and its report, or resumes a run that was stopped.
 
@@ -39,7 +41,8 @@ def run(
       config: the run's settings.
       path: the workdir; `cartridge/`, `report.json` and `report.html` end up there.
       job: the processes that take part; each calls this function.
-      say: receives progress messages, in process 0.
+      reporter: receives messages and progress, in process 0.
+      stopping: how the run may be stopped; `StopSignals` by SIGINT and SIGTERM.
 
     Returns:
       The report, in process 0.
@@ -58,8 +61,9 @@ def run(
     check_rows(config.train.rows_per_step, config.train.micro_batches, row_parts(mesh))
     workdir = Workdir(path, job)
     if not job.is_first:
-        say = _say_nothing
-    with workdir.held(), StopSignals(job) as signals:
+        reporter = _Nowhere()
+    say = reporter.say
+    with workdir.held(), stopping(job) as stop:
         if job.num_processes > 1:
             say(f"{job.num_processes} processes")
         stored = f", weights stored in {config.weights}" if config.weights else ""
@@ -77,12 +81,11 @@ def run(
             say(f"{mesh.size} devices: {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items() if size > 1)}")
             for words in undivided(model.config, mesh) + undivided_slots(config.cartridge.num_slots, mesh):
                 say(words)
-        signals.check()
+        stop.check()
         corpus, questions = tokenized_inputs(inputs, config, model.tokenizer)
         refuse_what_cannot_work(config, model, corpus, questions, workdir)
-        context = RunContext(config, workdir, model, corpus, questions, job, signals, say)
-        replaced = job.from_first(lambda: freeze_questions(workdir, questions, new_evaluation=config.new_evaluation))
-        if replaced:
+        context = RunContext(config, workdir, model, corpus, questions, job, stop, reporter)
+        if job.from_first(lambda: freeze_questions(workdir, questions, new_evaluation=config.new_evaluation)):
             say("new evaluation: this workdir held other evaluation questions before")
         say(
             f"{corpus.name}: {corpus.num_tokens:,} tokens, {len(questions)} questions; "
@@ -101,5 +104,8 @@ def _stages(run: RunContext) -> dict[str, Any] | None:
     return report(run, study_stage, train_stage, evaluate_stage, conversations, cartridge)
 
 
-def _say_nothing(text: str) -> None:
-    """The `say` of every process but process 0."""
+class _Nowhere(Reporter):
+    """The reporter of every process but process 0."""
+
+    def say(self, text: str) -> None:
+        pass

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from cartridges_jax.corpus import TokenizedCorpus
@@ -11,8 +12,8 @@ from cartridges_jax.corpus.questions import Question
 from cartridges_jax.models import Model
 from cartridges_jax.parallel import Job
 from cartridges_jax.pipeline.config import RunConfig
-from cartridges_jax.pipeline.progress import progress
-from cartridges_jax.pipeline.signals import StopSignals
+from cartridges_jax.pipeline.reporting import Progress, Reporter
+from cartridges_jax.pipeline.signals import NeverStops
 from cartridges_jax.pipeline.workdir import Stage, Workdir, code_hash
 
 # The source files that a stage's outcome depends on.
@@ -56,8 +57,8 @@ class RunContext:
       corpus: the documents, in tokens.
       questions: human questions about them; may be empty.
       job: the processes that take part.
-      signals: SIGINT and SIGTERM.
-      say: receives one line of text at a time, in process 0.
+      stop: tells whether the run was asked to stop.
+      reporter: receives messages and progress; silent in every process but process 0.
       code: stage to the hash of the code that its outcome depends on.
     """
 
@@ -67,8 +68,8 @@ class RunContext:
     corpus: TokenizedCorpus
     questions: list[Question]
     job: Job
-    signals: StopSignals
-    say: Callable[[str], None]
+    stop: NeverStops
+    reporter: Reporter
     # Hashed at the start, because the files may change under a long run.
     code: Mapping[str, str] = dataclasses.field(
         default_factory=lambda: {name: code_hash(*parts) for name, parts in _CODE.items()}
@@ -78,16 +79,16 @@ class RunContext:
         """The stage with these inputs; reports whether it is done, resumed or run again."""
         stage, changes = self.workdir.stage(name, {"code": self.code[name], **inputs})
         if stage.done:
-            self.say(f"{name}: nothing changed, skipped")
+            self.reporter.say(f"{name}: nothing changed, skipped")
         elif changes:
-            self.say(f"{name}: runs again, changed: {'; '.join(changes)}")
+            self.reporter.say(f"{name}: runs again, changed: {'; '.join(changes)}")
         elif stage.spent():
-            self.say(f"{name}: resumes after {stage.spent():.0f} s of earlier work")
+            self.reporter.say(f"{name}: resumes after {stage.spent():.0f} s of earlier work")
         return stage
 
-    def bar(self, name: str, total: int):
-        """A progress bar, shown by process 0."""
-        return progress(name, total, shown=self.job.is_first)
+    def progress(self, name: str, total: int) -> AbstractContextManager[Progress]:
+        """The progress of a stage."""
+        return self.reporter.progress(name, total)
 
 
 def flat(name: str, settings: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 from cartridges_jax.checkpoint import Cartridge
 from cartridges_jax.corpus.questions import Question, questions_hash
 from cartridges_jax.data.conversations import Conversation
-from cartridges_jax.evaluation.conditions import make_conditions, tokens_cut
+from cartridges_jax.evaluation.conditions import condition_fingerprints, make_conditions, tokens_cut
 from cartridges_jax.evaluation.evaluate import evaluate as measure
 from cartridges_jax.evaluation.measuring import longest_example
 from cartridges_jax.evaluation.results import write_answers
@@ -30,16 +30,17 @@ def evaluate(run: RunContext, train_stage: Stage, cartridge: Cartridge, conversa
         "questions": questions_hash(questions),
         # JSON has no tuples, and a stage compares its inputs with recorded ones.
         **{k: list(v) if isinstance(v, tuple) else v for k, v in flat("evaluation", settings).items()},
+        "prefixes": condition_fingerprints(settings.conditions),
     })  # fmt: skip
     if stage.done:
         return stage
     heldout = split(run, conversations)[1]
-    with stage.clock() as clock, run.bar("evaluate", 1) as bar:
+    with stage.clock() as clock, run.progress("evaluate", 1) as bar:
 
         def advance(done: int, total: int) -> None:
             bar.at(done, total)
             clock.tick()
-            run.signals.check()
+            run.stop.check()
 
         tasks = make_tasks(settings.tasks, TaskInputs(run.corpus, questions, heldout))
         room = longest_example(run.model, tasks, settings.max_answer_tokens)

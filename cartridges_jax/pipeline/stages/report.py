@@ -92,8 +92,8 @@ def report(
     }
     _copy(evaluate_stage.directory / ANSWERS, run.workdir.path / ANSWERS)
     _, page = write_report(run.workdir.path, content)
-    run.say(format_summary(content, page))
-    run.say(f"Cartridge: {run.workdir.path / 'cartridge'}")
+    run.reporter.say(format_summary(content, page))
+    run.reporter.say(f"Cartridge: {run.workdir.path / 'cartridge'}")
     return content
 
 

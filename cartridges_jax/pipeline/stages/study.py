@@ -31,11 +31,11 @@ def study(run: RunContext) -> tuple[Stage, list[Conversation]]:
 
     if stage.done:
         return stage, converse()
-    with stage.clock() as clock, run.bar("study", config.study.conversations) as bar:
+    with stage.clock() as clock, run.progress("study", config.study.conversations) as bar:
 
         def heartbeat() -> None:
             clock.tick()
-            run.signals.check()
+            run.stop.check()
 
         conversations = converse(on_progress=bar.at, heartbeat=heartbeat)
     stage.finish({"conversations": len(conversations)})

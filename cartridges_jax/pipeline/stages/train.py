@@ -12,12 +12,12 @@ from cartridges_jax.corpus.questions import questions_hash
 from cartridges_jax.data.conversations import Conversation
 from cartridges_jax.data.decontaminate import split_contaminated
 from cartridges_jax.data.packing import render_example
-from cartridges_jax.distill.initialise import initialise_from_first_tokens
 from cartridges_jax.distill.trainer import StopRequested
 from cartridges_jax.distill.trainer import train as distil
 from cartridges_jax.errors import UserError
 from cartridges_jax.pipeline.stages.context import RunContext, flat
 from cartridges_jax.pipeline.workdir import Stage
+from cartridges_jax.prefixes import make_initial_prefix, prefix_fingerprint
 
 
 def split(run: RunContext, conversations: list[Conversation]) -> tuple[list[Conversation], list[Conversation], int]:
@@ -41,6 +41,7 @@ def train(run: RunContext, study: Stage, conversations: list[Conversation]) -> t
         "heldout": config.heldout,
         "questions": questions_hash(run.questions),
         **flat("cartridge", config.cartridge),
+        "initial": prefix_fingerprint(config.cartridge.init),
         **flat("train", config.train),
     })  # fmt: skip
     directory = stage.directory / "cartridge"
@@ -64,8 +65,18 @@ def _train(run: RunContext, stage: Stage, conversations: list[Conversation], dir
             f"of {len(conversations)} conversations {dropped} equal evaluation questions and the others are held "
             "out: raise study.conversations"
         )
-    initial = initialise_from_first_tokens(model, run.corpus.text, config.cartridge.num_slots)
-    with run.bar("train", config.train.steps) as bar:
+    size = config.cartridge
+    initial = make_initial_prefix(
+        size.init,
+        model,
+        run.corpus,
+        size.num_slots,
+        np.random.default_rng([config.seed, 2]),
+        num_frozen=size.num_frozen,
+    )
+    if initial.num_slots < size.num_slots:
+        run.reporter.say(f"cartridge.init={size.init!r} fills {initial.num_slots} of {size.num_slots} slots")
+    with run.progress("train", config.train.steps) as bar:
 
         def on_step(step: int, loss: float | None) -> None:
             bar.at(step, note="" if loss is None else f"loss {loss:.3f}")
@@ -83,16 +94,16 @@ def _train(run: RunContext, stage: Stage, conversations: list[Conversation], dir
                 seed=config.seed,
                 job=run.job,
                 on_step=on_step,
-                should_stop=run.signals.requested,
+                should_stop=run.stop.requested,
             )
         except StopRequested:
-            run.signals.check()
+            run.stop.check()
             raise
     metadata = CartridgeMetadata.of(
         result.prefix,
         model_name=model.name,
         model_fingerprint=model.fingerprint,
-        learning_mask=np.arange(config.cartridge.num_slots) >= config.cartridge.num_frozen,
+        learning_mask=np.arange(result.prefix.num_slots) >= config.cartridge.num_frozen,
         corpus=CorpusSource(run.corpus.name, run.corpus.sha256, run.corpus.num_tokens),
         step=config.train.steps,
         config=dataclasses.asdict(config),

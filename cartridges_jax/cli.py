@@ -60,9 +60,14 @@ def chat() -> Callable[..., None]:
     """cartridges chat CARTRIDGE: a conversation in the terminal, or with --prompt one answer."""
     directory = flags.DEFINE_string("cartridge", None, "Directory of the cartridge, or of a run.")
     prompt = flags.DEFINE_string("prompt", None, "One message to answer; without it a chat starts.")
-    name = flags.DEFINE_string("model", None, "The model, if it is not where the cartridge was trained with it.")
+    name = flags.DEFINE_string(
+        "model", None, "The model; needed for a cartridge that was trained for a local file or directory."
+    )
     max_tokens = flags.DEFINE_integer("max_tokens", 128, "Longest answer, in tokens.", lower_bound=1)
     temperature = flags.DEFINE_float("temperature", 0.0, "0 answers greedily.", lower_bound=0.0)
+    allow_other_weights = flags.DEFINE_bool(
+        "allow_other_weights", False, "Accept a cartridge trained with other weights of the same architecture."
+    )
 
     def main(arguments: list[str] | None = None) -> None:
         place = directory.value or (arguments or [None])[0]
@@ -74,11 +79,16 @@ def chat() -> Callable[..., None]:
 
         cartridge = cj.load_cartridge(place)
         metadata = cartridge.metadata
-        model = cj.load_model(name.value or metadata.model_name, **metadata.model_options)
+        model = cj.load_model(name.value or metadata.model_to_load(), **metadata.model_options)
 
         def answer(messages):
             return cj.stream(
-                model, messages, prefix=cartridge, max_tokens=max_tokens.value, temperature=temperature.value
+                model,
+                messages,
+                prefix=cartridge,
+                max_tokens=max_tokens.value,
+                temperature=temperature.value,
+                allow_other_weights=allow_other_weights.value,
             )
 
         def write(text: str) -> None:
@@ -89,8 +99,8 @@ def chat() -> Callable[..., None]:
                 write(piece)
             write("\n")
             return
-        corpus = metadata.corpus
-        write(f"{corpus.name}: {corpus.tokens:,} tokens in {cartridge.prefix.num_slots} slots. {HELP}\n")
+        names = ", ".join(document.name for document in metadata.documents)
+        write(f"{names}: {metadata.num_tokens:,} tokens in {cartridge.prefix.num_slots} slots. {HELP}\n")
         converse(answer, read=lambda: input("\n> "), write=write)
 
     return main

@@ -15,7 +15,7 @@ from tiny_runs import Collected, config_of, contents, copied, finished, settings
 
 import cartridges_jax
 from cartridges_jax import sampling
-from cartridges_jax.checkpoint import load_cartridge
+from cartridges_jax.checkpoint import load_cartridge, portable_config
 from cartridges_jax.corpus import Corpus, tokenize_corpus
 from cartridges_jax.corpus.questions import Question, questions_hash, read_questions
 from cartridges_jax.data.conversations import read_shard
@@ -82,8 +82,10 @@ def test_the_published_cartridge_is_the_one_that_was_measured(finished):
     published = load_cartridge(finished / "run" / "cartridge")
     (staged,) = (finished / "run" / "train").glob("*/cartridge")
     np.testing.assert_array_equal(published.prefix.keys, load_cartridge(staged).prefix.keys)
-    assert published.metadata.corpus.sha256 == report["corpus"]["sha256"]
-    assert published.metadata.config == report["config"]
+    assert [document.sha256 for document in published.metadata.documents] == [report["corpus"]["sha256"]]
+    assert published.metadata.config == portable_config(report["config"])
+    assert "accept_license" not in published.metadata.config
+    assert published.metadata.config["model"] == Path(report["config"]["model"]).name
     assert published.metadata.num_frozen == 1 and published.metadata.step == 12
 
 
@@ -240,7 +242,7 @@ def test_every_source_file_of_the_package_belongs_to_a_stage_or_cannot_change_it
     """A new part that a stage uses must be added to its list, or stale results would be kept."""
     root = Path(cartridges_jax.__file__).parent
     outside = (
-        {"__init__.py", "api.py", "chat.py", "cli.py", "errors.py", "typed_config.py"}
+        {"__init__.py", "api.py", "chat.py", "cli.py", "errors.py", "files.py", "typed_config.py"}
         | {f"evaluation/{name}.py" for name in ("__init__", "report", "page", "summary", "units", "figures", "svg")}
         | {f"parallel/{name}" for name in ("__init__.py", "job.py", "local.py", "start.py")}
     )

@@ -10,7 +10,7 @@ import torch
 from tiny import random_prefix
 
 from cartridges_jax import sampling
-from cartridges_jax.checkpoint import CartridgeMetadata, CorpusSource, save_cartridge
+from cartridges_jax.checkpoint import CartridgeMetadata, DocumentSource, save_cartridge
 from cartridges_jax.corpus import Corpus, Document, tokenize_corpus
 from cartridges_jax.errors import UserError
 from cartridges_jax.pipeline.config import default_config, from_config_dict
@@ -66,10 +66,9 @@ def registered():
 def save(directory, model, prefix):
     metadata = CartridgeMetadata.of(
         prefix,
-        model_name=model.name,
-        model_fingerprint=model.fingerprint,
+        model=model,
         learning_mask=np.arange(prefix.num_slots) > 0,
-        corpus=CorpusSource("a book", "ab" * 32, 1234),
+        documents=[DocumentSource("a book", "ab" * 32, 1234)],
         step=1,
         config={},
     )

@@ -166,6 +166,23 @@ def test_the_hash_is_that_of_sha256sum_and_follows_weights_and_config(sharded):
     assert len({before, other_config, SafetensorsDirectory(sharded).sha256()}) == 3
 
 
+def test_the_second_start_does_not_read_the_weights_for_their_hash(sharded, tmp_path, monkeypatch):
+    monkeypatch.setenv("CARTRIDGES_JAX_CACHE", str(tmp_path / "cache"))
+    large = sharded / "two.safetensors"
+    save_file({"c": torch.zeros(2**19)}, large)
+    before = SafetensorsDirectory(sharded).sha256()
+    # Another value behind the cache's back shows whether the file is read.
+    status = large.stat()
+    with open(large, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x40")
+    os.utime(large, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert SafetensorsDirectory(sharded).read("c")[-1] != 0
+    assert SafetensorsDirectory(sharded).sha256() == before
+    os.utime(large)
+    assert SafetensorsDirectory(sharded).sha256() != before
+
+
 def test_the_generation_config_is_read(sharded):
     (sharded / "generation_config.json").write_text('{"eos_token_id": [1, 106]}')
     assert SafetensorsDirectory(sharded).generation_config == {"eos_token_id": [1, 106]}

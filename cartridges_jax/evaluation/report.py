@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from cartridges_jax.files import write_atomically
 
 HEADLINE = ("kl_closed", "gap_closed", "facts")
 
@@ -56,8 +57,8 @@ def write_report(workdir: str | Path, report: Mapping[str, Any]) -> tuple[Path, 
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     json_path, html_path = workdir / "report.json", workdir / "report.html"
-    _write_atomically(json_path, json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    _write_atomically(html_path, render_html(report))
+    write_atomically(json_path, json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_atomically(html_path, render_html(report))
     return json_path, html_path
 
 
@@ -130,12 +131,3 @@ def _missing_keys(report: Mapping[str, Any]) -> Iterator[str]:
         for index, item in enumerate(report.get("answers") or ()):
             if condition not in item.get("answers", {condition: ""}):
                 yield f"answers.{index}.answers.{condition}"
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

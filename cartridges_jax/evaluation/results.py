@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from cartridges_jax.evaluation.conditions import BASELINE, JUDGE, Condition
 from cartridges_jax.evaluation.measuring import TOKEN_MEASURES
 from cartridges_jax.evaluation.metrics import closed_fraction
 from cartridges_jax.evaluation.tasks import Metric, Task
+from cartridges_jax.files import write_atomically
 
 # Examples in report.json; all of them are in the Parquet file.
 SHOWN_ANSWERS = 24
@@ -215,12 +215,7 @@ def write_answers(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         [{**row, **row["scores"]} for row in rows],
         pa.schema(fields),
     )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        pq.write_table(table, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, lambda file: pq.write_table(table, file))
 
 
 def _token_mean(rows: Sequence[dict[str, Any]], measure: str) -> float | None:

@@ -96,6 +96,16 @@ class Model:
         both = self.config.fingerprint() + self.tokenizer.fingerprint
         return hashlib.sha256(both.encode()).hexdigest()
 
+    @property
+    def tokenizer_sha256(self) -> str:
+        """Hash of everything that decides the token ids."""
+        return self.tokenizer.fingerprint
+
+    @functools.cached_property
+    def chat_template_sha256(self) -> str:
+        """Hash of the chat template's source."""
+        return hashlib.sha256(self.chat.source.encode()).hexdigest()
+
 
 @dataclasses.dataclass(frozen=True)
 class _Opened:

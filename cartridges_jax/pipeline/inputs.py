@@ -9,6 +9,7 @@ from importlib import resources
 from cartridges_jax.corpus import QUICKSTART, Corpus, TokenizedCorpus, read_corpus, tokenize_corpus
 from cartridges_jax.corpus.questions import Question, questions_hash, read_questions
 from cartridges_jax.errors import UserError
+from cartridges_jax.files import write_atomically
 from cartridges_jax.pipeline.config import RunConfig
 from cartridges_jax.pipeline.workdir import Workdir, read_json, write_json
 from cartridges_jax.text.tokenizer import Tokenizer
@@ -89,7 +90,7 @@ def freeze_questions(workdir: Workdir, questions: list[Question], *, new_evaluat
         json.dumps({"question": q.question, "answers": q.answers, "evidence": q.evidence}, ensure_ascii=False) + "\n"
         for q in questions
     ]
-    path.write_text("".join(lines), encoding="utf-8")
+    write_atomically(path, "".join(lines))
     write_json(record, {"sha256": sha256, "count": len(questions), "replaced": replaced})
     return replaced
 

@@ -14,7 +14,7 @@ from cartridges_jax.parallel import Job
 from cartridges_jax.pipeline.config import RunConfig
 from cartridges_jax.pipeline.reporting import Progress, Reporter
 from cartridges_jax.pipeline.signals import NeverStops
-from cartridges_jax.pipeline.workdir import Stage, Workdir, code_hash
+from cartridges_jax.pipeline.workdir import Stage, Workdir, code_hash, library_versions
 
 # The source files that a stage's outcome depends on.
 _MODEL_CODE = (
@@ -77,7 +77,7 @@ class RunContext:
 
     def open(self, name: str, inputs: Mapping[str, Any]) -> Stage:
         """The stage with these inputs; reports whether it is done, resumed or run again."""
-        stage, changes = self.workdir.stage(name, {"code": self.code[name], **inputs})
+        stage, changes = self.workdir.stage(name, {"code": self.code[name], **library_versions(), **inputs})
         if stage.done:
             self.reporter.say(f"{name}: nothing changed, skipped")
         elif changes:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +11,9 @@ from cartridges_jax.checkpoint import Cartridge
 from cartridges_jax.corpus.chunks import Chunk, token_coverage
 from cartridges_jax.corpus.questions import questions_hash
 from cartridges_jax.data.conversations import Conversation
-from cartridges_jax.evaluation.report import write_report
+from cartridges_jax.evaluation.report import complete_report, write_report
 from cartridges_jax.evaluation.summary import format_summary
+from cartridges_jax.files import write_atomically
 from cartridges_jax.pipeline.inputs import replaced_questions
 from cartridges_jax.pipeline.stages.context import RunContext
 from cartridges_jax.pipeline.stages.evaluate import ANSWERS, asked_questions
@@ -90,21 +88,13 @@ def report(
         "answers_file": ANSWERS,
         "config": dataclasses.asdict(config),
     }
-    _copy(evaluate_stage.directory / ANSWERS, run.workdir.path / ANSWERS)
+    write_atomically(run.workdir.path / ANSWERS, (evaluate_stage.directory / ANSWERS).read_bytes())
+    # The same as a reader of the file gets.
+    content = complete_report(content)
     _, page = write_report(run.workdir.path, content)
     run.reporter.say(format_summary(content, page))
     run.reporter.say(f"Cartridge: {run.workdir.path / 'cartridge'}")
     return content
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Copies a file, whole or not at all."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        shutil.copyfile(source, temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _coverage(run: RunContext, conversations: list[Conversation]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cartridges_jax.checkpoint import Cartridge, CartridgeMetadata, CorpusSource, load_cartridge, save_cartridge
+from cartridges_jax.checkpoint import Cartridge, CartridgeMetadata, DocumentSource, load_cartridge, save_cartridge
 from cartridges_jax.corpus.questions import questions_hash
 from cartridges_jax.data.conversations import Conversation
 from cartridges_jax.data.decontaminate import split_contaminated
@@ -101,10 +101,11 @@ def _train(run: RunContext, stage: Stage, conversations: list[Conversation], dir
             raise
     metadata = CartridgeMetadata.of(
         result.prefix,
-        model_name=model.name,
-        model_fingerprint=model.fingerprint,
+        model=model,
         learning_mask=np.arange(result.prefix.num_slots) >= config.cartridge.num_frozen,
-        corpus=CorpusSource(run.corpus.name, run.corpus.sha256, run.corpus.num_tokens),
+        documents=[
+            DocumentSource(each.document.name, each.document.sha256, each.num_tokens) for each in run.corpus.documents
+        ],
         step=config.train.steps,
         config=dataclasses.asdict(config),
     )

@@ -446,6 +446,12 @@ def test_settings_that_no_evaluation_could_use_are_refused(changes, words):
         dataclasses.replace(EvaluationSettings(), **changes).check()
 
 
+def test_names_may_be_a_list_or_separated_by_commas():
+    chosen = ("none", "whole_text", "summary:64")
+    for given in (list(chosen), "none, whole_text,summary:64", ("none,whole_text", "summary:64")):
+        assert EvaluationSettings(conditions=given).conditions == chosen
+
+
 def test_many_answers_are_all_in_the_rows_and_some_are_shown(tiny_model, prefixes):
     questions = [Question(f"What is in shed {n}?", ("paint",)) for n in range(SHOWN_ANSWERS + 2)]
     short = dataclasses.replace(SETTINGS, max_answer_tokens=2)

@@ -34,6 +34,13 @@ class EvaluationSettings:
     conditions: tuple[str, ...] = CONDITIONS
     tasks: tuple[str, ...] = ("questions", "heldout")
 
+    def __post_init__(self) -> None:
+        # A flag gives "none,whole_text" as one name.
+        for field in ("conditions", "tasks"):
+            names = getattr(self, field)
+            given = [names] if isinstance(names, str) else names
+            object.__setattr__(self, field, tuple(part.strip() for name in given for part in name.split(",")))
+
     def check(self) -> None:
         """Raises UserError for a value that no run could use."""
         if self.max_answer_tokens < 1:

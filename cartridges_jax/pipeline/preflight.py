@@ -46,7 +46,9 @@ def refuse_what_cannot_work(
     if "first_tokens" in config.evaluation.conditions:
         first_tokens(model, corpus.text, config.cartridge.num_slots)
     check_initial_prefix(config.cartridge.init, model, corpus, config.cartridge.num_slots)
-    if not questions and not config.heldout:
+    tasks = make_tasks(config.evaluation.tasks, TaskInputs(corpus, questions))
+    keeps_out = config.heldout and "heldout" in config.evaluation.tasks
+    if not keeps_out and not any(task.examples for task in tasks):
         raise UserError("there is nothing to evaluate on: give questions, or hold conversations out (heldout=24)")
     if config.study.top_logprobs > model.config.vocab_size:
         raise UserError(

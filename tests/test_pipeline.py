@@ -294,7 +294,7 @@ def test_weights_are_chosen_once_and_what_was_chosen_is_what_a_run_is_known_by()
 
 
 def test_the_defaults_are_a_config_that_is_accepted():
-    assert from_config_dict(default_config()).train.steps > 0
+    assert from_config_dict(default_config()).train.epochs > 0
 
 
 @pytest.mark.parametrize(

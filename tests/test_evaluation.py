@@ -9,7 +9,7 @@ from tiny import random_prefix, random_tokens
 from cartridges_jax import sampling
 from cartridges_jax.corpus import Corpus, tokenize_corpus
 from cartridges_jax.corpus.questions import Question
-from cartridges_jax.data.conversations import Conversation, Message, TopLogprobs
+from cartridges_jax.data.schema import Conversation, Message, TopLogprobs
 from cartridges_jax.errors import UserError
 from cartridges_jax.evaluation.conditions import Condition, conditions, icl_tokens
 from cartridges_jax.evaluation.evaluate import EvaluationSettings, evaluate

@@ -15,7 +15,7 @@ import numpy as np
 
 from cartridges_jax import sampling
 from cartridges_jax.corpus.questions import Question
-from cartridges_jax.data.conversations import Conversation
+from cartridges_jax.data.schema import Conversation
 from cartridges_jax.errors import UserError
 from cartridges_jax.evaluation.conditions import Condition
 from cartridges_jax.evaluation.metrics import closed_fraction, exact_match, token_f1

@@ -10,7 +10,7 @@ import numpy as np
 from cartridges_jax.checkpoint import Cartridge
 from cartridges_jax.corpus.chunks import Chunk, token_coverage
 from cartridges_jax.corpus.questions import questions_hash
-from cartridges_jax.data.conversations import Conversation
+from cartridges_jax.data.schema import Conversation
 from cartridges_jax.evaluation.report import print_summary, write_report
 from cartridges_jax.pipeline.stages.context import RunContext
 from cartridges_jax.pipeline.stages.evaluate import asked_questions
@@ -59,8 +59,10 @@ def report(
         "dropped_training_questions": trained["dropped_training_questions"],
         "seconds": {**seconds, "total": sum(seconds.values())},
         "conversations": trained["trained_on"],
-        "heldout_conversations": config.heldout,
-        "steps": config.train.steps,
+        "study": study_stage.result(),
+        "dropped_heldout_conversations": trained["dropped_heldout_conversations"],
+        "heldout_conversations": trained["heldout"],
+        "steps": trained["steps"],
         "refused_steps": trained["refused_steps"],
         "packing_efficiency": trained["packing_efficiency"],
         "epochs": trained["epochs"],

@@ -147,17 +147,17 @@ def sampled(model, job) -> dict:
 
 
 def evaluated(model, job) -> dict:
-    """The measures of the four conditions."""
-    from test_evaluation import DOCUMENT, NUM_SLOTS, QUESTIONS, SETTINGS, corpus_of
+    """The measures of the default conditions."""
+    from test_evaluation import DOCUMENT, NUM_SLOTS, QUESTIONS, SETTINGS, corpus_of, tasks_of
 
-    from cartridges_jax.evaluation.conditions import conditions
+    from cartridges_jax.evaluation.conditions import make_conditions
     from cartridges_jax.evaluation.evaluate import evaluate
     from cartridges_jax.prefixes.first_tokens import initialise_from_first_tokens
 
-    fronts, _ = conditions(
+    prefixes = make_conditions(
         model, corpus_of(model), initialise_from_first_tokens(model, DOCUMENT.text, NUM_SLOTS), room=80
     )
-    measured = evaluate(model, fronts, QUESTIONS, [], SETTINGS)
+    measured = evaluate(model, prefixes, tasks_of(model, QUESTIONS), SETTINGS)
     return {"measures": measured.conditions, "answers": measured.answers}
 
 

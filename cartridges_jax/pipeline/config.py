@@ -76,6 +76,7 @@ class RunConfig:
       questions: JSONL of {"question", "answers"}; "" for none. A SQuAD article brings
         its own; "quickstart" has one too.
       heldout: self-study conversations that are kept out of training.
+      new_evaluation: replaces the evaluation questions that are frozen in the workdir, which the report says.
     """
 
     model: str
@@ -96,6 +97,7 @@ class RunConfig:
     train: TrainSettings
     evaluation: EvaluationSettings
     pod: PodSettings
+    new_evaluation: bool = False
 
     def check(self) -> None:
         """Raises UserError for a value that no run could use, before anything is loaded."""
@@ -160,7 +162,7 @@ def default_config() -> ml_collections.ConfigDict:
                 cartridge=CartridgeSettings(),
                 study=SynthesisSettings(),
                 train=TrainSettings(),
-                evaluation=EvaluationSettings(max_answer_tokens=40, max_questions=48),
+                evaluation=EvaluationSettings(),
                 pod=PodSettings(topology="", decode_rows=128, context_tokens=4096),
             )
         )

@@ -1,15 +1,45 @@
-"""Cartridges in JAX: small trained KV caches that stand in for a long text.
+"""Cartridges in JAX: small trained KV caches that replace a long text in a model's context.
 
 import cartridges_jax as cj
+
 model = cj.load_model("smollm2-135m-instruct")
-cartridge = cj.load_cartridge("runs/quickstart/cartridge")
-cj.generate(model, ["How many steps does the tower have?"], prefix=cartridge, max_tokens=64)
+corpus = cj.read_corpus("my.txt")
+study = cj.self_study(model, corpus)
+cartridge = cj.train(model, corpus, study)
+cj.save_cartridge(cartridge, "my.cartridge")
+cj.generate(model, "How many steps does the tower have?", prefix=cartridge)
 """
 
 import importlib
 
 __version__ = "0.1.0"
-__all__ = ["compose", "generate", "load_cartridge", "load_model", "logits", "make_mesh", "prefill"]
+__all__ = [
+    "Cartridge",
+    "Chunk",
+    "Corpus",
+    "Document",
+    "Evaluation",
+    "Interrupted",
+    "KVPrefix",
+    "Model",
+    "Question",
+    "Study",
+    "UserError",
+    "compose",
+    "evaluate",
+    "generate",
+    "load_cartridge",
+    "load_model",
+    "logits",
+    "make_mesh",
+    "prefill",
+    "read_corpus",
+    "read_questions",
+    "save_cartridge",
+    "self_study",
+    "stream",
+    "train",
+]
 
 
 def __getattr__(name: str):

@@ -1,16 +1,14 @@
-"""Takes a document to a trained cartridge and its report.
+"""Trains a cartridge on a corpus and writes its report.
 
     python launch/train.py --config=experiments/quickstart.py --workdir=runs/quickstart
     python launch/train.py --config=experiments/quickstart.py --config.corpus=my.txt \
         --config.questions=my.jsonl --workdir=runs/mine
 
-The same command after an interruption goes on where it stopped. On several hosts the command is started once on
-each, under SLURM, on Cloud TPU pods and in Kubernetes jobs as it is, elsewhere with
+The same command resumes a run that was interrupted. On several hosts the command is started once on each: as it is
+under SLURM, on Cloud TPU pods and in Kubernetes jobs, elsewhere with
 
         --coordinator=HOST:PORT --num_processes=4 --process_id=0        # … 3; HOST is that of process 0
 """
-
-from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
@@ -19,7 +17,7 @@ from cartridges_jax.errors import UserError
 from cartridges_jax.pipeline.program import define_job_flags, run_program
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, e.g. experiments/quickstart.py.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything, e.g. runs/quickstart.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, e.g. runs/quickstart.")
 _JOB = define_job_flags()
 
 
@@ -27,13 +25,9 @@ def main() -> None:
     if _CONFIG.value is None or not _WORKDIR.value:
         raise UserError("give --config=experiments/quickstart.py and --workdir=runs/quickstart (or your own)")
     # Imported here, so that --help and typing errors answer at once.
-    from cartridges_jax.parallel import start_job
-    from cartridges_jax.pipeline.config import from_config_dict
-    from cartridges_jax.pipeline.run import run
+    from cartridges_jax.pipeline.program import run_from_flags
 
-    config = from_config_dict(_CONFIG.value)
-    with start_job(**_JOB()) as job:
-        run(config, Path(_WORKDIR.value), job=job)
+    run_from_flags(_CONFIG.value, _WORKDIR.value, _JOB())
 
 
 if __name__ == "__main__":

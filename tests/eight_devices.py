@@ -148,15 +148,17 @@ def sampled(model, job) -> dict:
 
 
 def evaluated(model, job) -> dict:
-    """The measures of the four conditions."""
-    from test_evaluation import DOCUMENT, NUM_SLOTS, QUESTIONS, SETTINGS
+    """The measures of the default conditions."""
+    from test_evaluation import DOCUMENT, NUM_SLOTS, QUESTIONS, SETTINGS, corpus_of, tasks_of
 
-    from cartridges_jax.distill.initialise import initialise_from_first_tokens
-    from cartridges_jax.evaluation.conditions import conditions
+    from cartridges_jax.evaluation.conditions import make_conditions
     from cartridges_jax.evaluation.evaluate import evaluate
+    from cartridges_jax.prefixes.first_tokens import initialise_from_first_tokens
 
-    fronts, _ = conditions(model, DOCUMENT, initialise_from_first_tokens(model, DOCUMENT.text, NUM_SLOTS), room=80)
-    measured = evaluate(model, fronts, QUESTIONS, [], SETTINGS)
+    prefixes = make_conditions(
+        model, corpus_of(model), initialise_from_first_tokens(model, DOCUMENT.text, NUM_SLOTS), room=80
+    )
+    measured = evaluate(model, prefixes, tasks_of(model, QUESTIONS), SETTINGS)
     return {"measures": measured.conditions, "answers": measured.answers}
 
 
@@ -164,20 +166,21 @@ def studied(model, job) -> dict:
     """Self-study's conversations, and the shards that each process wrote."""
     from tiny_runs import DOCUMENT, config_of, settings
 
-    from cartridges_jax.corpus.documents import Document
-    from cartridges_jax.selfstudy import synthesis
+    from cartridges_jax.corpus import Corpus, tokenize_corpus
+    from cartridges_jax.selfstudy import shards, synthesis
 
     chosen = config_of(settings(model.name, Path())).study
-    written, write_shard = [], synthesis.write_shard
+    written, write_shard = [], shards.write_shard
 
     def noted(path, conversations):
         written.append(path.name)
         write_shard(path, conversations)
 
-    synthesis.write_shard = noted
+    shards.write_shard = noted
     with tempfile.TemporaryDirectory() as directory:
         shared = Path(job.from_first(lambda: directory))
-        conversations = synthesis.synthesise(model, Document("doc", DOCUMENT), shared, chosen, seed=5, job=job)
+        corpus = tokenize_corpus(Corpus.from_text(DOCUMENT, "doc"), model.tokenizer)
+        conversations = synthesis.synthesise(model, corpus, shared, chosen, seed=5, job=job).conversations
         job.wait_for_all()
     mine = [[c.metadata["id"], *(m.content for m in c.messages)] for c in conversations]
     return {"conversations": everyone(job, mine), "written": everyone(job, written)}

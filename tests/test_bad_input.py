@@ -14,6 +14,7 @@ import pytest
 from tiny_runs import (  # noqa: F401
     DOCUMENT,
     ROOT,
+    Collected,
     command,
     config_of,
     contents,
@@ -44,7 +45,7 @@ def refusal(values, workdir) -> str:
     """The one line with which a run is refused, and nothing was studied for it."""
     before = contents(workdir) if workdir.is_dir() else {}
     with pytest.raises(UserError) as caught:
-        run(config_of(values), workdir, say=lambda text: None)
+        run(config_of(values), workdir)
     message = str(caught.value)
     assert "\n" not in message
     if workdir.is_dir():
@@ -235,7 +236,7 @@ def test_more_log_probabilities_than_the_vocabulary_has_tokens_are_refused(talke
 )
 def test_a_value_that_no_run_could_use_is_named(talker_gguf, inputs, changes, words):
     with pytest.raises(UserError, match=words):
-        run(config_of(settings(talker_gguf, inputs, **changes)), inputs / "run", say=lambda text: None)
+        run(config_of(settings(talker_gguf, inputs, **changes)), inputs / "run")
     assert not list(inputs.rglob("*.parquet"))
 
 
@@ -280,9 +281,9 @@ def test_a_damaged_run_record_costs_nothing(talker_gguf, finished, copied):
     """It only serves to say what changed."""
     (copied / "run.json").write_text('{"stages": ')
     said = []
-    run(config_of(settings(talker_gguf, finished)), copied, say=said.append)
-    assert [line for line in said if "kept" in line] == [
-        f"{stage}: nothing changed, kept" for stage in ("study", "train", "evaluate")
+    run(config_of(settings(talker_gguf, finished)), copied, reporter=Collected(said))
+    assert [line for line in said if "skipped" in line] == [
+        f"{stage}: nothing changed, skipped" for stage in ("study", "train", "evaluate")
     ]
 
 
@@ -300,7 +301,7 @@ def test_a_damaged_run_record_costs_nothing(talker_gguf, finished, copied):
 def test_a_refused_command_leaves_the_earlier_run_as_it_was(talker_gguf, finished, copied, changes):
     before = contents(copied)
     with pytest.raises(UserError):
-        run(config_of(settings(talker_gguf, finished) | changes), copied, say=lambda text: None)
+        run(config_of(settings(talker_gguf, finished) | changes), copied)
     assert contents(copied) == before
 
 
@@ -315,11 +316,11 @@ def test_a_truncated_shard_is_named_and_made_anew_alone_when_it_is_deleted(talke
     shards[0].unlink()
     others = contents(copied, "train", "cartridge")
     said = []
-    run(config_of(values), copied, say=said.append)
+    run(config_of(values), copied, reporter=Collected(said))
     again = read_shard(shards[0])
     assert [c.messages[0].content for c in again] == [c.messages[0].content for c in whole]
     assert [c.messages[1].token_ids for c in again] == [c.messages[1].token_ids for c in whole]
-    assert contents(copied, "train", "cartridge") == others and "train: nothing changed, kept" in said
+    assert contents(copied, "train", "cartridge") == others and "train: nothing changed, skipped" in said
 
 
 def unfinished_training(workdir):
@@ -341,7 +342,7 @@ def damage(checkpoint):
 def test_a_damaged_checkpoint_is_passed_over_and_training_ends_as_it_would_have(talker_gguf, finished, copied, caplog):
     *_, newest = unfinished_training(copied)
     damage(newest)
-    run(config_of(settings(talker_gguf, finished)), copied, say=lambda text: None)
+    run(config_of(settings(talker_gguf, finished)), copied)
     assert any("damaged" in record.getMessage() for record in caplog.records)
     found, expected = load_cartridge(copied / "cartridge"), load_cartridge(finished / "run" / "cartridge")
     np.testing.assert_array_equal(found.prefix.keys, expected.prefix.keys)
@@ -356,7 +357,7 @@ def test_when_every_checkpoint_is_damaged_the_directory_to_delete_is_named(talke
     message = refusal(values, copied)
     assert str(checkpoints[0].parent) in message and "delete that directory" in message
     shutil.rmtree(checkpoints[0].parent)
-    run(config_of(values), copied, say=lambda text: None)
+    run(config_of(values), copied)
     found, expected = load_cartridge(copied / "cartridge"), load_cartridge(finished / "run" / "cartridge")
     np.testing.assert_array_equal(found.prefix.keys, expected.prefix.keys)
 
@@ -369,7 +370,7 @@ def test_a_damaged_cartridge_of_a_finished_stage_is_made_anew_by_what_the_messag
     stage = cartridge.parent
     assert f"delete {stage}" in message
     shutil.rmtree(stage)
-    run(config_of(values), copied, say=lambda text: None)
+    run(config_of(values), copied)
     assert load_cartridge(cartridge).metadata == load_cartridge(finished / "run" / "cartridge").metadata
 
 
@@ -381,4 +382,4 @@ def test_a_damaged_record_is_named_and_deleting_it_helps(talker_gguf, finished, 
     message = refusal(values, copied)
     assert str(path) in message and "delete it and run again" in message
     path.unlink()
-    run(config_of(values), copied, say=lambda text: None)
+    run(config_of(values), copied)

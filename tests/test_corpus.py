@@ -1,18 +1,19 @@
 """Readers, the sentence splitter and the chunk sampler."""
 
+import dataclasses
 import json
 import os
 import re
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from cartridges_jax.corpus import Corpus, Document, read_corpus, readers, tokenize_corpus
 from cartridges_jax.corpus.chunks import Chunk, sample_chunks, token_coverage
-from cartridges_jax.corpus.documents import Document, read_document
 from cartridges_jax.corpus.questions import Question, questions_hash, read_questions
 from cartridges_jax.corpus.sentences import split_sentences
-from cartridges_jax.corpus.squad import read_squad_article
 from cartridges_jax.errors import UserError
 
 DATA = Path(os.environ.get("CARTRIDGES_JAX_DATA") or Path(__file__).parents[1] / ".." / "shared" / "data")
@@ -23,7 +24,7 @@ class WordTokenizer:
 
     def encode_with_offsets(self, text):
         spans = [match.span() for match in re.finditer(r"\S+", text)]
-        return [hash(text[start:end]) for start, end in spans], spans
+        return [hash(text[start:end]) % 1000 for start, end in spans], spans
 
     def encode(self, text):
         return self.encode_with_offsets(text)[0]
@@ -38,8 +39,57 @@ def write(path: Path, content: str | bytes) -> Path:
 
 
 def test_a_document_has_the_files_name_and_text_whatever_its_line_ends_and_byte_order_mark(tmp_path):
-    document = read_document(write(tmp_path / "hostel guide.md", b"\xef\xbb\xbf# Hostel\r\nK\xc3\xb8kken\r\n"))
-    assert document == Document("hostel guide", "# Hostel\nKøkken")
+    path = write(tmp_path / "hostel guide.md", b"\xef\xbb\xbf# Hostel\r\nK\xc3\xb8kken\r\n")
+    assert read_corpus(path).documents == (Document("hostel guide", "# Hostel\nKøkken", source=str(path)),)
+
+
+def test_a_suffix_that_names_no_format_belongs_to_the_documents_name(tmp_path):
+    assert read_corpus(write(tmp_path / "Apache-2.0", "Terms.")).name == "Apache-2.0"
+    assert read_corpus(write(tmp_path / "notes.txt", "Notes.")).name == "notes"
+
+
+def test_a_folder_a_glob_and_a_list_become_one_corpus_in_order(tmp_path):
+    for name in ("b.md", "a.txt", "deep/a.txt", "deep/c.bin", ".hidden/d.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, f"Text of {name}.")
+    folder = read_corpus(tmp_path)
+    assert [document.text for document in folder] == ["Text of a.txt.", "Text of b.md.", "Text of deep/a.txt."]
+    assert len({document.id for document in folder}) == 3
+    assert read_corpus(str(tmp_path / "*.*")).text == "a\n\nText of a.txt.\n\nb\n\nText of b.md."
+    both = f"{tmp_path / 'b.md'},{tmp_path / 'a.txt'}"
+    for listed in (both, both.split(",")):
+        assert [document.name for document in read_corpus(listed)] == ["b", "a"]
+    assert read_corpus(both).sha256 != read_corpus(tmp_path).sha256
+    with_comma = write(tmp_path / "one,two.txt", "Both.")
+    assert read_corpus(str(with_comma)).name == "one,two"
+
+
+def test_a_corpus_comes_from_a_pipe_that_can_be_read_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=("Some text.\n",))
+    writer.start()
+    assert read_corpus(str(tmp_path / "pipe")).text == "Some text."
+    writer.join()
+
+
+def test_a_reader_that_is_registered_reads_the_files_of_its_suffix(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "READERS", dict(readers.READERS))
+
+    @readers.register(".rows")
+    def read_rows(path, data):
+        return [Document(f"row {number}", line) for number, line in enumerate(data.decode().splitlines())]
+
+    corpus = read_corpus(write(tmp_path / "x.ROWS", "one\ntwo"))
+    assert corpus.documents == (Document("row 0", "one"), Document("row 1", "two"))
+
+
+def test_documents_with_one_id_and_names_that_are_not_there_are_refused():
+    with pytest.raises(UserError, match="two documents have the id 'a'"):
+        Corpus((Document("a", "x"), Document("a", "y")))
+    with pytest.raises(UserError, match="no document 'c'; it has: a, b"):
+        Corpus((Document("a", "x"), Document("b", "y"))).select("a, c")
+    with pytest.raises(UserError, match="no documents"):
+        Corpus(())
 
 
 def test_documents_have_equal_hashes_exactly_when_their_texts_are_equal():
@@ -58,15 +108,21 @@ def test_documents_have_equal_hashes_exactly_when_their_texts_are_equal():
 )
 def test_a_file_that_is_no_text_is_refused_in_one_line_that_says_why(tmp_path, content, complaint):
     with pytest.raises(UserError, match=re.escape(complaint)) as caught:
-        read_document(write(tmp_path / "file.txt", content))
+        read_corpus(write(tmp_path / "file.txt", content))
     assert "file.txt" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_missing_file_and_a_directory_are_refused(tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
-        read_document(tmp_path / "nowhere.txt")
-    with pytest.raises(UserError, match="is a directory"):
-        read_document(tmp_path)
+def test_what_names_no_readable_file_is_refused(tmp_path):
+    for source in (tmp_path / "nowhere.txt", f"{tmp_path}/a.txt,{tmp_path}/b.txt"):
+        with pytest.raises(UserError, match="does not exist"):
+            read_corpus(source)
+    with pytest.raises(UserError, match="holds no file with one of the suffixes .txt"):
+        read_corpus(tmp_path)
+    with pytest.raises(UserError, match="no file matches"):
+        read_corpus(f"{tmp_path}/*.txt")
+    for nothing in ("", []):
+        with pytest.raises(UserError, match="names no file"):
+            read_corpus(nothing)
 
 
 # Questions
@@ -131,10 +187,16 @@ def squad_file(tmp_path: Path) -> Path:
     return write(tmp_path / "squad.json", json.dumps({"data": [{"title": "Dukes_of_N", "paragraphs": paragraphs}]}))
 
 
+def squad_article(path, title, max_tokens, tokenizer=None):
+    """One article of a file, cut: the document without its questions, and these without their spans."""
+    corpus = tokenize_corpus(read_corpus(path).select(title), tokenizer or WordTokenizer(), max_tokens=max_tokens)
+    (document,) = corpus.corpus
+    questions = [dataclasses.replace(question, spans=()) for question in document.questions]
+    return Document(document.name, document.text), questions
+
+
 def test_a_squad_article_is_cut_at_a_sentence_end_and_keeps_the_questions_it_answers(tmp_path):
-    document, questions = read_squad_article(
-        squad_file(tmp_path), "dukes of n", max_tokens=12, tokenizer=WordTokenizer()
-    )
+    document, questions = squad_article(squad_file(tmp_path), "dukes of n", 12, WordTokenizer())
     assert document == Document("Dukes of N", "Rollo came first. He was a duke.\n\nLater came William.")
     assert questions == [
         Question("Who came first?", ("Rollo",), "Rollo came first."),
@@ -144,9 +206,7 @@ def test_a_squad_article_is_cut_at_a_sentence_end_and_keeps_the_questions_it_ans
 
 
 def test_a_squad_article_within_the_budget_is_kept_whole_without_unanswerable_questions(tmp_path):
-    document, questions = read_squad_article(
-        squad_file(tmp_path), "Dukes_of_N", max_tokens=14, tokenizer=WordTokenizer()
-    )
+    document, questions = squad_article(squad_file(tmp_path), "Dukes_of_N", 14, WordTokenizer())
     assert document.text.endswith("William was a king.")
     assert [question.answers for question in questions] == [("Rollo",), ("a duke", "duke"), ("William",), ("a king",)]
 
@@ -156,31 +216,31 @@ def test_a_tokenizer_that_needs_more_tokens_for_a_prefix_still_gets_a_text_withi
         def encode(self, text):
             return [*super().encode(text), 0, 0, 0]
 
-    document, _ = read_squad_article(squad_file(tmp_path), "Dukes_of_N", max_tokens=12, tokenizer=EndTokenizer())
+    document, _ = squad_article(squad_file(tmp_path), "Dukes_of_N", 12, EndTokenizer())
     assert document.text.endswith("He was a duke.")
 
 
 def test_an_unknown_title_is_refused_with_the_titles_there_are(tmp_path):
-    with pytest.raises(UserError, match="no article 'Kings'; it has: Dukes_of_N"):
-        read_squad_article(squad_file(tmp_path), "Kings", max_tokens=9, tokenizer=WordTokenizer())
+    with pytest.raises(UserError, match="no document 'Kings'; it has: Dukes of N"):
+        squad_article(squad_file(tmp_path), "Kings", 9)
 
 
 def test_files_of_another_form_and_too_small_budgets_are_refused(tmp_path):
     for content in ("[]", '{"data": [{"paragraphs": []}]}', '{"data": [{"title": "T", "paragraphs": [{}]}]}'):
         with pytest.raises(UserError, match="is not SQuAD JSON"):
-            read_squad_article(write(tmp_path / "x.json", content), "T", max_tokens=9, tokenizer=WordTokenizer())
+            read_corpus(write(tmp_path / "x.json", content))
     with pytest.raises(UserError, match="is not JSON"):
-        read_squad_article(write(tmp_path / "x.json", "title,text"), "T", max_tokens=9, tokenizer=WordTokenizer())
-    with pytest.raises(UserError, match="max_tokens = 2 does not hold the first sentence"):
-        read_squad_article(squad_file(tmp_path), "Dukes_of_N", max_tokens=2, tokenizer=WordTokenizer())
+        read_corpus(write(tmp_path / "x.json", "title,text"))
+    with pytest.raises(UserError, match="max_tokens=2 does not hold the first sentence"):
+        squad_article(squad_file(tmp_path), "Dukes_of_N", 2, WordTokenizer())
 
 
 def test_a_real_article_keeps_only_answers_that_its_text_holds():
     path = DATA / "squad_v2_dev_8_articles.json"
     if not path.exists():
         pytest.skip("squad_v2_dev_8_articles.json is not here; set CARTRIDGES_JAX_DATA to the folder that has it")
-    whole, every = read_squad_article(path, "Normans", max_tokens=10**6, tokenizer=WordTokenizer())
-    cut, some = read_squad_article(path, "Normans", max_tokens=600, tokenizer=WordTokenizer())
+    whole, every = squad_article(path, "Normans", 10**6)
+    cut, some = squad_article(path, "Normans", 600)
     assert whole.text.startswith(cut.text) and cut.text.endswith(".")
     assert 550 < len(WordTokenizer().encode(cut.text)) <= 600
     assert 0 < len(some) < len(every)
@@ -297,40 +357,49 @@ def test_every_visible_character_is_in_exactly_one_sentence():
 
 
 def test_chunks_have_lengths_in_bounds_and_stay_in_the_document():
-    chunks = sample_chunks(1000, 400, min_tokens=50, max_tokens=90, seed=1)
+    chunks = sample_chunks([1000], 400, min_tokens=50, max_tokens=90, seed=1)
     lengths = [chunk.num_tokens for chunk in chunks]
     assert len(chunks) == 400 and min(lengths) == 50 and max(lengths) == 90  # both bounds are drawn
     assert all(0 <= chunk.start and chunk.end <= 1000 for chunk in chunks)
 
 
 def test_chunks_cover_a_document_evenly_where_uniform_starts_would_leave_holes():
-    chunks = sample_chunks(10_000, 200, min_tokens=100, max_tokens=100, seed=3)
-    assert token_coverage(chunks, 10_000) == 1.0
+    chunks = sample_chunks([10_000], 200, min_tokens=100, max_tokens=100, seed=3)
+    assert token_coverage(chunks, [10_000]) == 1.0
     random_starts = np.random.default_rng(3).integers(0, 9901, size=200)
-    assert token_coverage([Chunk(start, start + 100) for start in random_starts], 10_000) < 0.95
+    assert token_coverage([Chunk(0, start, start + 100) for start in random_starts], [10_000]) < 0.95
 
 
 def test_chunks_come_in_random_order_and_depend_on_the_seed_alone():
-    chunks = sample_chunks(5000, 50, min_tokens=10, max_tokens=20, seed=7)
-    assert chunks == sample_chunks(5000, 50, min_tokens=10, max_tokens=20, seed=7)
-    assert chunks != sample_chunks(5000, 50, min_tokens=10, max_tokens=20, seed=8)
+    chunks = sample_chunks([5000], 50, min_tokens=10, max_tokens=20, seed=7)
+    assert chunks == sample_chunks([5000], 50, min_tokens=10, max_tokens=20, seed=7)
+    assert chunks != sample_chunks([5000], 50, min_tokens=10, max_tokens=20, seed=8)
     starts = [chunk.start for chunk in chunks]
     assert starts != sorted(starts)
 
 
+def test_chunks_stay_within_their_document_and_cover_documents_by_their_length(rng):
+    sizes = [400, 3, 97, 1500]
+    chunks = sample_chunks(sizes, 2000, min_tokens=20, max_tokens=60, seed=int(rng.integers(2**31)))
+    counts = np.bincount([chunk.document for chunk in chunks], minlength=4)
+    np.testing.assert_allclose(counts / 2000, np.array(sizes) / sum(sizes), atol=2 / 2000)
+    assert all(0 <= chunk.start < chunk.end <= sizes[chunk.document] for chunk in chunks)
+    assert {(chunk.start, chunk.end) for chunk in chunks if chunk.document == 1} == {(0, 3)}
+
+
 def test_a_document_shorter_than_a_chunk_is_the_chunk():
-    assert sample_chunks(30, 3, min_tokens=50, max_tokens=90, seed=0) == [Chunk(0, 30)] * 3
+    assert sample_chunks([30], 3, min_tokens=50, max_tokens=90, seed=0) == [Chunk(0, 0, 30)] * 3
 
 
 @pytest.mark.parametrize(
-    "bad", [{"num_tokens": 0}, {"num_chunks": -1}, {"min_tokens": 0}, {"min_tokens": 9, "max_tokens": 8}]
+    "bad", [{"document_tokens": [0]}, {"num_chunks": -1}, {"min_tokens": 0}, {"min_tokens": 9, "max_tokens": 8}]
 )
 def test_chunk_sizes_that_make_no_sense_are_refused_with_their_values(bad):
-    sizes = {"num_tokens": 100, "num_chunks": 3, "min_tokens": 5, "max_tokens": 8, "seed": 0} | bad
-    with pytest.raises(ValueError, match=str(next(iter(bad.values())))):
-        sample_chunks(sizes.pop("num_tokens"), sizes.pop("num_chunks"), **sizes)
+    sizes = {"document_tokens": [100], "num_chunks": 3, "min_tokens": 5, "max_tokens": 8, "seed": 0} | bad
+    with pytest.raises(ValueError, match=re.escape(str(next(iter(bad.values()))))):
+        sample_chunks(sizes.pop("document_tokens"), sizes.pop("num_chunks"), **sizes)
 
 
 def test_token_coverage_counts_a_token_once():
-    assert token_coverage([Chunk(0, 5), Chunk(3, 6)], 10) == 0.6
-    assert token_coverage([], 10) == 0.0
+    assert token_coverage([Chunk(0, 0, 5), Chunk(0, 3, 6)], [10]) == 0.6
+    assert token_coverage([], [10]) == 0.0

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
+from peers import torch
 from targets import log_softmax, random_targets
 from tiny import random_prefix, random_tokens, twin_run
 
@@ -22,8 +22,6 @@ from cartridges_jax.data.examples import Example
 from cartridges_jax.data.packing import TrainBatch, plan_packing
 from cartridges_jax.distill.learner import CartridgeLearner
 from cartridges_jax.distill.step import batch_loss, eval_step, init_state, train_step
-
-torch.set_num_threads(1)
 
 P, FROZEN = 6, 1
 LEARNER = CartridgeLearner(FROZEN)

@@ -10,26 +10,28 @@ import cartridges_jax
 PACKAGE = Path(cartridges_jax.__file__).parent
 # From the top down; parts on one line do not import each other.
 ORDER = [
-    {"__init__", "__main__", "api"},
+    {"__init__", "__main__", "cli"},
+    {"api"},
+    {"chat"},
     {"pipeline"},
     {"benchmarks", "aot"},
     {"serving"},
     {"evaluation"},
     {"selfstudy"},
     {"distill"},
-    {"compress"},
+    {"prefixes"},
     {"data"},
-    {"corpus"},
     {"sampling"},
     {"interop"},
     {"checkpoint"},
     {"models"},
     {"attention"},
+    {"corpus"},
     {"text"},
     {"formats"},
     {"parallel"},
     {"cartridge", "rope", "quantized", "typed_config"},
-    {"errors"},
+    {"errors", "files"},
 ]
 LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts}
 

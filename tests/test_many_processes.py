@@ -111,7 +111,7 @@ def test_sigterm_to_one_stops_all_and_other_meshes_and_hosts_go_on_to_the_same_e
 
     second = stop_one(by_one(values, studied, "fsdp:8"), studied, 0, cache, after=stopped_at)
     assert second.returncode == 128 + signal.SIGTERM, second.stderr[-3000:]
-    assert "study: nothing changed, kept" in second.stdout
+    assert "study: nothing changed, skipped" in second.stdout
     assert stopped_at < saved_steps(studied)[-1] < STEPS
 
     third = finish(by_several(values, studied, "data:2,fsdp:2", processes=2, devices=2), cache=cache, timeout=300)
@@ -135,10 +135,10 @@ def test_a_run_of_two_processes_speaks_once_and_is_kept_by_one(values, tmp_path,
     lines = [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip()]
     assert all(re.match(r"\[0\] (study|train|evaluate|$)|\[\d\] \[Gloo\]", line) for line in lines), done.stderr
     report = json.loads((run / "report.json").read_text())
-    assert report["conditions"]["icl"]["teacher_kl"] == 0 and report["steps"] == 6
+    assert report["conditions"]["whole_text"]["teacher_kl"] == 0 and report["steps"] == 6
     again = finish(command(values | {"train.steps": 6}, run), cache=cache)
     for stage in ("study", "train", "evaluate"):
-        assert f"{stage}: nothing changed, kept" in again.stdout
+        assert f"{stage}: nothing changed, skipped" in again.stdout
 
 
 @pytest.mark.long

@@ -6,19 +6,16 @@ import os
 
 import numpy as np
 import pytest
-import torch
-import transformers
 from oracles.llama_server import LlamaServer
+from peers import torch, transformers
 from tiny import twin_run
 
 from cartridges_jax import sampling
-from cartridges_jax.corpus.documents import QUICKSTART, read_document
+from cartridges_jax.corpus import QUICKSTART, read_corpus
 from cartridges_jax.errors import UserError
 from cartridges_jax.formats.sources import locate
 from cartridges_jax.models import load_model
-from cartridges_jax.models.decoder import layer_path
-
-torch.set_num_threads(1)
+from cartridges_jax.models.layout import layer_path
 
 NAME = "gemma3-270m"
 HF_NAMES = {
@@ -44,7 +41,7 @@ def model():
 
 @pytest.fixture(scope="session")
 def text(model):
-    document = read_document(QUICKSTART).text
+    document = read_corpus(QUICKSTART).text
     tokens = [model.tokenizer.bos_id, *model.tokenizer.encode(document)][:1000]
     assert len(tokens) == 1000
     return tokens

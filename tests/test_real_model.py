@@ -13,18 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from oracles.llama_server import LlamaServer
 from tiny import rope_base, twin_of, twin_run
 
 from cartridges_jax import sampling
-from cartridges_jax.corpus.documents import QUICKSTART, read_document
+from cartridges_jax.corpus import QUICKSTART, read_corpus
 from cartridges_jax.errors import UserError
 from cartridges_jax.formats.sources import locate
 from cartridges_jax.models import load_model
 from cartridges_jax.quantized import num_bytes
-
-torch.set_num_threads(1)
 
 NAME = "smollm2-135m-instruct"
 DATA = Path(os.environ.get("CARTRIDGES_JAX_DATA") or Path(__file__).parents[1] / ".." / "shared" / "data")
@@ -59,7 +56,7 @@ def twin(model):
 @pytest.fixture(scope="session")
 def texts(model):
     """Two stretches of 1,000 tokens: the quickstart's document, and other prose."""
-    quickstart = read_document(QUICKSTART).text
+    quickstart = read_corpus(QUICKSTART).text
     articles = DATA / "squad_v2_dev_8_articles.json"
     if articles.is_file():
         first = json.loads(articles.read_text(encoding="utf-8"))["data"][0]
@@ -105,7 +102,7 @@ def test_greedy_tokens_and_their_probabilities_are_llama_cpps_of_the_same_file(m
 
     llama.cpp multiplies 4-bit weights with activations rounded to 8 bits, hence the tolerance.
     """
-    text = read_document(QUICKSTART).text
+    text = read_corpus(QUICKSTART).text
     head = model.chat.system_prefix("").token_ids[:-2] + model.tokenizer.encode(text)[:300]
     close = model.chat.render_continuation([{"role": "user", "content": "What is this text about?"}]).token_ids
     prompt = head + [model.chat.end_of_turn_id, *model.tokenizer.encode("\n"), *close]

@@ -52,7 +52,7 @@ def outcome(workdir):
     cartridge = load_cartridge(workdir / "cartridge")
     arrays = {
         name: (array.dtype.name, array.shape, bytes(array.tobytes()))
-        for name in ("keys", "values", "positions", "group")
+        for name in ("keys", "values", "positions")
         for array in [np.asarray(getattr(cartridge.prefix, name))]
     }
     report = json.loads((workdir / "report.json").read_text())
@@ -142,5 +142,5 @@ def test_the_same_command_again_keeps_everything(values, uninterrupted, cache):
     done = finish(command(values, workdir), cache=cache)
     assert done.returncode == 0
     for stage in ("study", "train", "evaluate"):
-        assert f"{stage}: nothing changed, kept" in done.stdout
+        assert f"{stage}: nothing changed, skipped" in done.stdout
     assert outcome(workdir) == before

@@ -21,6 +21,7 @@ import pytest
 from tiny import CONTROL_TOKENS, gguf_tensors, random_weights, tiny_config, vocabulary, write_gguf
 
 from cartridges_jax.pipeline.config import RunConfig, default_config, from_config_dict
+from cartridges_jax.pipeline.reporting import Reporter
 from cartridges_jax.pipeline.run import run
 
 ROOT = Path(__file__).parents[1]
@@ -70,6 +71,16 @@ SMALL = {
 }
 
 
+class Collected(Reporter):
+    """Collects a run's messages in a list."""
+
+    def __init__(self, said: list[str]):
+        self.said = said
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
 def write_talker(path: Path, *, seed: int = 0) -> Path:
     """A GGUF file of a tiny model that writes short messages of `WORDS`, most of them questions."""
     config = tiny_config(tie_embeddings=False)
@@ -108,7 +119,7 @@ def finished(talker_gguf, tmp_path_factory) -> Path:
     if not directory.exists():
         directory.mkdir()
         write_inputs(directory)
-        run(config_of(settings(talker_gguf, directory)), directory / "run", say=lambda text: None)
+        run(config_of(settings(talker_gguf, directory)), directory / "run")
     return directory
 
 

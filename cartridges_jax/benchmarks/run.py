@@ -12,13 +12,18 @@ from cartridges_jax.benchmarks import inputs, results
 from cartridges_jax.errors import UserError
 from cartridges_jax.typed_config import config_values
 
-# Name to the settings' class; the module is called like the benchmark.
+# The settings' class by name; the module has the benchmark's name.
 BENCHMARKS = {
     "train_step": "TrainStepSettings",
     "decode": "DecodeSettings",
     "self_study": "SelfStudySettings",
     "cache_sweep": "CacheSweepSettings",
 }
+
+
+def default_config(name: str) -> ml_collections.ConfigDict:
+    """The settings of the benchmark `name`, one of `BENCHMARKS`."""
+    return importlib.import_module(f"cartridges_jax.benchmarks.{name}").default_config()
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:

@@ -40,31 +40,31 @@ from cartridges_jax.benchmarks.rounds import (
     take_turns_with_ceilings,
 )
 from cartridges_jax.cartridge import KVPrefix
-from cartridges_jax.corpus.documents import read_document
+from cartridges_jax.corpus import read_corpus
 from cartridges_jax.data.examples import Example, render_example
 from cartridges_jax.data.packing import PackingPlan, plan_packing
-from cartridges_jax.distill.initialise import initialise_from_first_tokens
 from cartridges_jax.distill.learner import make_learner
 from cartridges_jax.distill.settings import TrainSettings, make_optimizer
 from cartridges_jax.distill.step import init_state, train_step
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Model
 from cartridges_jax.models.costs import distillation_flops
+from cartridges_jax.prefixes.first_tokens import initialise_from_first_tokens
 
 NAME = "train_step"
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainStepSettings:
-    """What is measured.
+    """The settings of the measurement.
 
     Attributes:
       slots: P, one setting each; the first gives the headline.
-      dtype: ours.
-      variants: how our weights are kept in further measurements ("bfloat16", "int8").
-      peer_dtypes: the peer's.
-      conversations: study directory of a finished run; "" makes a few.
-      num_conversations: how many are made.
+      dtype: dtype of cartridges_jax.
+      variants: storage of our weights in further measurements ("bfloat16", "int8").
+      peer_dtypes: dtypes of the peer.
+      conversations: study directory of a finished run; "" generates conversations.
+      num_conversations: number of conversations to generate.
       steps_per_round: different batches in a measured round.
       measure_memory: also run each side by itself in a process of its own.
       num_frozen: first slots that do not learn.
@@ -84,7 +84,7 @@ class TrainStepSettings:
     train: TrainSettings
 
     def check(self) -> None:
-        """Raises UserError for a value that the benchmark could not use."""
+        """Raises UserError for a value that the benchmark cannot use."""
         if not self.slots or min(self.slots) <= self.num_frozen:
             raise UserError(f"slots={self.slots}: give sizes above num_frozen={self.num_frozen}")
         if self.steps_per_round < 1 or self.num_conversations < 1:
@@ -157,7 +157,7 @@ def examples_of(model: Model, settings: TrainStepSettings, workdir: Path) -> lis
     else:
         common = settings.common
         directory = workdir / "study" / f"{settings.num_conversations}-{common.seed}-{model.source_sha256[:8]}"
-        document = read_document(common.document)
+        document = read_corpus(common.document).documents[0]
         conversations = make_conversations(model, document, directory, settings.num_conversations, common.seed)
     examples = [render_example(c, model.chat, targets=settings.train.targets) for c in conversations]
     return [example for example in examples if len(example.tokens) <= settings.train.row_tokens]
@@ -168,7 +168,7 @@ def run(settings: TrainStepSettings, workdir: Path) -> Result:
     common, train = settings.common, settings.train
     models = read_variants(common, settings.dtype, settings.variants)
     model = models[OURS]
-    document = read_document(common.document)
+    document = read_corpus(common.document).documents[0]
     examples = examples_of(model, settings, workdir)
     plan = plan_of(examples, settings)
     batches = members(plan)
@@ -240,7 +240,7 @@ def _row(
     ceilings: Ceilings,
     workdir: Path,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Everybody on one cartridge, in turns: the row, and what the machine reached."""
+    """All sides on one cartridge, in turns: the row, and the machine's ceilings."""
     config, num_slots, batches = models[OURS].config, prefix.num_slots, members(plan)
     rounds = {name: Ours(model, prefix, plan, settings).round for name, model in models.items()}
     rounds |= _peer_rounds(settings, theirs, batches, prefix)
@@ -287,7 +287,7 @@ def _peaks(
     """Peak bytes of each side, weights and libraries included, in steady steps.
 
     Args:
-      kept_as: our names, and how weights are kept under them.
+      kept_as: storage of the weights by our sides' names.
       rivals: the peers' names, which end in their dtype.
     """
     data = workdir / "memory.npz"

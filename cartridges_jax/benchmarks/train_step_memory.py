@@ -1,4 +1,4 @@
-"""One side of `train_step` in a process of its own, for its peak memory: python -m … TASK (JSON)."""
+"""One side of `train_step` in a process of its own, which reports its peak memory: python -m … TASK (JSON)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def main() -> None:
 
 
 def _measured(step: Callable[[], object]) -> None:
-    # Twice before: what compilation takes is not the step's.
+    # Steps before the reset compile; their memory is not the step's.
     for _ in range(_STEPS):
         step()
     memory.reset_high_water_mark()

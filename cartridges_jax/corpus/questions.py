@@ -5,20 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from cartridges_jax.corpus.documents import read_text
+from cartridges_jax.corpus.files import read_text
 from cartridges_jax.errors import UserError
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question, the answers that count as right, and the passage that holds the answer where it is known."""
+    """A human question about a document.
+
+    Attributes:
+      question: the question's words.
+      answers: the answers that count as right.
+      evidence: the passage that holds the answer, where it is known.
+      spans: (start, end) of every answer in the document's text, in characters, where they are known.
+    """
 
     question: str
     answers: tuple[str, ...]
     evidence: str | None = None
+    spans: tuple[tuple[int, int], ...] = ()
 
 
 def read_questions(path: str | Path) -> list[Question]:
@@ -33,7 +41,9 @@ def read_questions(path: str | Path) -> list[Question]:
 
 def questions_hash(questions: Sequence[Question]) -> str:
     """Hex SHA-256 over questions, answers, evidence and their order."""
-    canonical = json.dumps([asdict(question) for question in questions], ensure_ascii=True, sort_keys=True)
+    canonical = json.dumps(
+        [[question.question, question.answers, question.evidence] for question in questions], ensure_ascii=True
+    )
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 

@@ -23,7 +23,8 @@ class TrainSettings:
 
     Attributes:
       learner: name of what is trained, one of `learner.LEARNERS`.
-      steps: optimizer steps; 0 means "auto", which the caller of `train` resolves.
+      steps: optimizer steps; 0 means "auto": `epochs` passes over the conversations that there are.
+      epochs: passes over the conversations, where `steps` is auto.
       learning_rate: Adam's, after the warm-up (paper: 2e-2 at about 65,000 tokens a step).
       schedule: "constant" (paper) or "cosine", down to `final_fraction` of the rate.
       warmup_steps: steps of linear warm-up.
@@ -41,7 +42,8 @@ class TrainSettings:
     """
 
     learner: str = "cartridge"
-    steps: int = 230
+    steps: int = 0
+    epochs: float = 5.5
     learning_rate: float = 4e-2
     schedule: str = "cosine"
     warmup_steps: int = 10
@@ -74,6 +76,8 @@ class TrainSettings:
                 raise UserError(f"train.{name}={getattr(self, name)}: must be 1 or more")
         if self.steps < 0:
             raise UserError(f"train.steps={self.steps}: must be 1 or more, or 0 for auto")
+        if not (self.epochs > 0 and math.isfinite(self.epochs)):
+            raise UserError(f"train.epochs={self.epochs}: must be above 0")
         for name in ("warmup_steps", "clip_norm"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"train.{name}={getattr(self, name)}: must be 0 or more")

@@ -1,65 +1,100 @@
-"""What a run reads before it starts: the document and its questions."""
+"""The inputs of a run: the corpus and the questions, read before the model is loaded."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from importlib import resources
-from pathlib import Path
 
-from cartridges_jax.corpus.documents import QUICKSTART, Document, read_document
-from cartridges_jax.corpus.questions import Question, read_questions
-from cartridges_jax.corpus.squad import read_squad_article
+from cartridges_jax.corpus import QUICKSTART, Corpus, TokenizedCorpus, read_corpus, tokenize_corpus
+from cartridges_jax.corpus.questions import Question, questions_hash, read_questions
 from cartridges_jax.errors import UserError
+from cartridges_jax.files import write_atomically
 from cartridges_jax.pipeline.config import RunConfig
-from cartridges_jax.pipeline.workdir import Workdir
+from cartridges_jax.pipeline.workdir import Workdir, read_json, write_json
 from cartridges_jax.text.tokenizer import Tokenizer
 
-# A SQuAD article has no length limit of its own.
-_ALL_TOKENS = 2**31 - 1
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Everything that a run reads from files; each file is read once.
+
+    Attributes:
+      corpus: whole documents.
+      questions: those of a questions file; None where the documents bring their own, if any.
+    """
+
+    corpus: Corpus
+    questions: list[Question] | None
 
 
-def read_inputs(config: RunConfig, tokenizer: Tokenizer) -> tuple[Document, list[Question]]:
-    """The document, and the human questions about it (perhaps none).
+def read_inputs(config: RunConfig) -> Inputs:
+    """Reads the corpus and the questions file.
 
     Raises:
       UserError: a missing, empty or binary file, or settings that contradict each other.
     """
-    if config.max_tokens < 0:
-        raise UserError(f"max_tokens={config.max_tokens}: must be 0 (all) or more")
-    if config.article:
-        if config.questions:
-            raise UserError(
-                f"article={config.article!r} brings its own questions: leave out questions={config.questions!r}"
-            )
-        return read_squad_article(
-            config.corpus, config.article, max_tokens=config.max_tokens or _ALL_TOKENS, tokenizer=tokenizer
-        )
-    if config.max_tokens:
-        raise UserError(f"max_tokens={config.max_tokens} cuts a SQuAD article only: name one with --config.article=…")
-    document = read_document(config.corpus)
+    corpus = read_corpus(config.corpus).select(config.article)
     if config.questions:
-        return document, read_questions(config.questions)
+        if corpus.questions:
+            raise UserError(
+                f"corpus={config.corpus!r} brings its own questions: leave out questions={config.questions!r}"
+            )
+        return Inputs(corpus, read_questions(config.questions))
     if config.corpus == QUICKSTART:
         with resources.as_file(resources.files("cartridges_jax") / "assets" / "quickstart_questions.jsonl") as path:
-            return document, read_questions(path)
-    return document, []
+            return Inputs(corpus, read_questions(path))
+    return Inputs(corpus, None)
 
 
-def check_paths(config: RunConfig) -> None:
-    """Refuses files that cannot be read, before the model is loaded."""
-    if not config.article:
-        read_document(config.corpus)
-    elif not Path(config.corpus).is_file():
-        raise UserError(f"corpus {config.corpus} does not exist: give a SQuAD JSON file")
-    if config.questions:
-        read_questions(config.questions)
+def tokenized_inputs(inputs: Inputs, config: RunConfig, tokenizer: Tokenizer) -> tuple[TokenizedCorpus, list[Question]]:
+    """The corpus in tokens, cut to `config.max_tokens` per document, and the questions it answers.
+
+    Raises:
+      UserError: as `tokenize_corpus`, or a text that leaves nothing to ask about.
+    """
+    corpus = tokenize_corpus(inputs.corpus, tokenizer, max_tokens=config.max_tokens)
+    return corpus, corpus.corpus.questions if inputs.questions is None else inputs.questions
 
 
-def freeze_questions(workdir: Workdir, questions: list[Question]) -> Path:
-    """Writes the evaluation questions into the workdir, before self-study starts (rule 1)."""
-    path = workdir.path / "questions.jsonl"
+def freeze_questions(workdir: Workdir, questions: list[Question], *, new_evaluation: bool = False) -> list[str]:
+    """Freezes the evaluation questions in the workdir before self-study starts (rule 1 of evaluation).
+
+    `questions.jsonl` holds the questions whole; `questions.json` holds their hash, and those of the sets that they
+    replaced.
+
+    Args:
+      new_evaluation: replaces a different frozen set instead of refusing these questions.
+
+    Returns:
+      Hashes of the sets that were frozen in this workdir before, oldest first.
+
+    Raises:
+      UserError: the workdir holds other questions.
+    """
+    path, record = workdir.path / "questions.jsonl", workdir.path / "questions.json"
+    sha256, replaced = questions_hash(questions), []
+    if record.exists():
+        frozen = read_json(record)
+        replaced = frozen["replaced"]
+        if frozen["sha256"] != sha256:
+            if not new_evaluation:
+                raise UserError(
+                    f"workdir {workdir.path} was started with {frozen['count']} other evaluation questions "
+                    f"(sha256 {frozen['sha256'][:12]}), which are frozen; these {len(questions)} have sha256 "
+                    f"{sha256[:12]}: give the same questions, choose another --workdir, or start a new evaluation with "
+                    "--config.new_evaluation=True, which the report will say"
+                )
+            replaced = [*replaced, frozen["sha256"]]
     lines = [
-        json.dumps({"question": q.question, "answers": list(q.answers)}, ensure_ascii=False) + "\n" for q in questions
+        json.dumps({"question": q.question, "answers": q.answers, "evidence": q.evidence}, ensure_ascii=False) + "\n"
+        for q in questions
     ]
-    path.write_text("".join(lines), encoding="utf-8")
-    return path
+    write_atomically(path, "".join(lines))
+    write_json(record, {"sha256": sha256, "count": len(questions), "replaced": replaced})
+    return replaced
+
+
+def replaced_questions(workdir: Workdir) -> list[str]:
+    """Hashes of the evaluation questions that were frozen in this workdir before the present ones, oldest first."""
+    return read_json(workdir.path / "questions.json")["replaced"]

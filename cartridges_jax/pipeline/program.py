@@ -1,4 +1,4 @@
-"""What the launch programs share: plain messages and exit codes instead of tracebacks."""
+"""The frame of every program: flags in, plain messages and exit codes out instead of tracebacks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import absl.logging
@@ -17,12 +18,19 @@ from cartridges_jax.errors import Interrupted, UserError
 
 
 def run_program(
-    main: Callable[[], None], *, fields: str = "cartridges_jax/pipeline/config.py lists the fields"
+    main: Callable[..., None],
+    *,
+    fields: str = "cartridges_jax/pipeline/config.py lists the fields",
+    argv: Sequence[str] | None = None,
+    doc: str | None = None,
 ) -> None:
     """Parses the flags, runs `main` and exits.
 
     Args:
+      main: called without arguments; with `argv`, with the list of those that are not flags.
       fields: where a user finds the config's fields, for the message about an unknown one.
+      argv: the command's name and its arguments; by default `sys.argv`, which may hold flags alone.
+      doc: the help text of a command, printed before its flags.
 
     Exit codes: 0; 2 for bad input, after one line on stderr; 128 + the signal's number
     when stopped by SIGINT or SIGTERM; 75 where another process of the job was lost.
@@ -30,9 +38,15 @@ def run_program(
 
     def parse(argv: list[str]) -> list[str]:
         if _wants_help(argv):
-            return app.parse_flags_with_usage(argv)
+            if doc is None:
+                return app.parse_flags_with_usage(argv)
+            print(f"{doc}\n\nflags:{flags.FLAGS.module_help('cartridges_jax.cli')}")
+            sys.exit(0)
         try:
             return flags.FLAGS(argv)
+        except UserError as error:
+            # Of a config that takes a name, such as experiments/pods.py.
+            _fail(str(error), error.exit_code)
         except (KeyError, AttributeError) as error:
             # What ml_collections raises for a field that the config does not have.
             name = str(error).strip("\"'")
@@ -40,9 +54,9 @@ def run_program(
         except (flags.Error, TypeError, ValueError) as error:
             _fail(str(error))
 
-    def guarded(argv: list[str]) -> None:
-        if len(argv) > 1:
-            _fail(f"unexpected argument {argv[1]!r}: options are written --name=value")
+    def guarded(parsed: list[str]) -> None:
+        if len(parsed) > 1 and argv is None:
+            _fail(f"unexpected argument {parsed[1]!r}: options are written --name=value")
         # Orbax tells of every file it writes.
         absl.logging.set_verbosity(absl.logging.WARNING)
         # Not needed by --help, and not free.
@@ -50,11 +64,11 @@ def run_program(
 
         keep_compilations()
         try:
-            main()
+            main() if argv is None else main(parsed[1:])
         except UserError as error:
             _fail(str(error), error.exit_code)
         except Interrupted as stop:
-            print(f"\n{stop}; the same command goes on from here", file=sys.stderr)
+            print(f"\n{stop}; the same command resumes from here", file=sys.stderr)
             _exit(stop.exit_code)
         except KeyboardInterrupt:
             print("\nstopped by SIGINT", file=sys.stderr)
@@ -63,14 +77,35 @@ def run_program(
     sys.excepthook = _report
     # JAX reports at every start which accelerators it did not find.
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
-    app.run(guarded, flags_parser=parse)
+    app.run(guarded, argv=None if argv is None else list(argv), flags_parser=parse)
+
+
+def run_from_flags(config: Any, workdir: str, job_flags: dict[str, Any]) -> dict[str, Any] | None:
+    """Runs the pipeline as a program: with bars and messages in the terminal, stopped by SIGINT and SIGTERM.
+
+    Args:
+      config: the `ml_collections` config.
+      job_flags: as `define_job_flags` gives them.
+
+    Returns:
+      The report, in process 0.
+    """
+    from cartridges_jax.parallel import start_job
+    from cartridges_jax.pipeline.config import from_config_dict
+    from cartridges_jax.pipeline.run import run
+    from cartridges_jax.pipeline.signals import StopSignals
+    from cartridges_jax.pipeline.terminal import TerminalReporter
+
+    settings = from_config_dict(config)
+    with start_job(**job_flags) as job:
+        return run(settings, Path(workdir), job=job, reporter=TerminalReporter(), stopping=StopSignals)
 
 
 def define_job_flags() -> Callable[[], dict[str, Any]]:
     """Defines the flags of a program that several processes may run together.
 
     Returns:
-      What gives their values, as `parallel.start_job` takes them, once they are parsed.
+      A function that gives their values, as `parallel.start_job` takes them, once they are parsed.
     """
     distributed = flags.DEFINE_enum(
         "distributed",
@@ -101,7 +136,7 @@ def _fail(message: str, code: int = UserError.exit_code) -> None:
 
 
 def _report(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
-    """What nobody expected: with its traceback, and the process ends without waiting for the others."""
+    """Prints an unexpected error with its traceback; a connected process ends without waiting for the others."""
     sys.__excepthook__(kind, error, trace)
     if _connected():
         _exit(1)

@@ -1,26 +1,49 @@
-"""SIGINT and SIGTERM end a run cleanly: what was made is kept, the same command goes on."""
+"""Ways for a run to be stopped cleanly: all work so far is saved, and the same call resumes."""
 
 from __future__ import annotations
 
 import signal
+from types import TracebackType
 
 from cartridges_jax.errors import Interrupted
 from cartridges_jax.parallel import ALONE, Job
 
 
-class StopSignals:
-    """Notes the first SIGINT or SIGTERM; the work asks for it where stopping is safe.
-
-    Raising from the handler itself would not do: Python may run it inside a callback
-    whose exceptions are dropped (the garbage collector's, which JAX has one of). A second
-    signal is not waited for: it ends the process as if nobody handled it.
-
-    Args:
-      job: whose processes stop together, whichever of them a signal came to.
-    """
+class NeverStops:
+    """The default in library code: nothing stops a run but exceptions."""
 
     def __init__(self, job: Job = ALONE):
         self._job = job
+
+    def __enter__(self) -> NeverStops:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        return None
+
+    def requested(self) -> bool:
+        """Whether to stop here. Polled after every step that all processes take together; the same in each."""
+        return self._job.stops_here(None)
+
+    def check(self) -> None:
+        """Raises `Interrupted` if a stop was requested, at a place where no other process has to stop as well."""
+        signum = self._job.stop_wanted(None)
+        if signum is not None:
+            raise Interrupted(signum)
+
+
+class StopSignals(NeverStops):
+    """Stops at the first SIGINT or SIGTERM; for programs, whose main thread installs the handlers.
+
+    The handler only records the signal: raising from it would not do, because Python may run it inside a callback
+    whose exceptions are dropped (JAX has one for the garbage collector). A second signal ends the process at once.
+
+    Args:
+      job: the processes that stop together, whichever of them received the signal.
+    """
+
+    def __init__(self, job: Job = ALONE):
+        super().__init__(job)
         self._signum: int | None = None
         self._previous: dict[int, object] = {}
 
@@ -33,11 +56,9 @@ class StopSignals:
         self._restore()
 
     def requested(self) -> bool:
-        """Whether to stop here. To be asked after every step that all processes take together."""
         return self._job.stops_here(self._signum)
 
     def check(self) -> None:
-        """Raises `Interrupted` if a signal has come, where no other process need stop at the same place."""
         signum = self._job.stop_wanted(self._signum)
         if signum is not None:
             raise Interrupted(signum)

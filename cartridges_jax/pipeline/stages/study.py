@@ -1,0 +1,42 @@
+"""Self-study: the corpus to conversations."""
+
+from __future__ import annotations
+
+from cartridges_jax.data.schema import Conversation
+from cartridges_jax.pipeline.stages.context import RunContext, flat
+from cartridges_jax.pipeline.workdir import Stage
+from cartridges_jax.selfstudy.synthesis import Study, synthesise
+
+
+# The mesh is not an input of any stage: it changes the order of sums, in the last digits only, and a stage may
+# finish on another mesh than it began on.
+def study(run: RunContext) -> tuple[Stage, list[Conversation]]:
+    """Runs self-study, or reads a finished study's shards back."""
+    config = run.config
+    stage = run.open("study", {
+        "seed": config.seed,
+        "model": run.model.source_sha256,
+        "dtype": config.dtype,
+        "weights": config.weights,
+        "thinking": config.thinking,
+        "windows_see_prefix": config.windows_see_prefix,
+        "corpus": run.corpus.sha256,
+        **flat("study", config.study),
+    })  # fmt: skip
+
+    def converse(**callbacks) -> Study:
+        return synthesise(
+            run.model, run.corpus, stage.directory, config.study, seed=config.seed, job=run.job, **callbacks
+        )
+
+    if stage.done:
+        return stage, converse().conversations
+    with stage.clock() as clock, run.progress("study", config.study.conversations) as bar:
+
+        def heartbeat() -> None:
+            clock.tick()
+            run.stop.check()
+
+        studied = converse(on_progress=bar.at, heartbeat=heartbeat, warn=run.reporter.say)
+    stage.finish(studied.counts)
+    return stage, studied.conversations

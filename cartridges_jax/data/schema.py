@@ -67,7 +67,7 @@ class TeacherEntries(Protocol):
         ...
 
     def dense(self) -> tuple[np.ndarray, np.ndarray]:
-        """As `TopLogprobs.dense`."""
+        """Dense arrays of the entries (see `TopLogprobs.dense`)."""
         ...
 
 

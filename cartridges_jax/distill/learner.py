@@ -1,4 +1,4 @@
-"""What is trained: a learner splits a starting prefix into frozen and trainable parts and joins them again.
+"""Learners: each splits a starting prefix into frozen and trainable parts and joins them again.
 
 The trainer, the train step and the shardings know learners only by the protocol below. A
 learner is chosen by name (`train.learner`); another one is a class and a call of `register`.
@@ -20,7 +20,7 @@ from cartridges_jax.models import Model
 
 
 class Learner(Protocol):
-    """One way to train. Immutable and hashable: compiled steps are looked up by it."""
+    """One way to train, immutable and hashable, because compiled steps are looked up by it."""
 
     def init(self, model: Model, prefix: KVPrefix) -> tuple[Any, Any]:
         """Splits the start into (frozen, trainable), two pytrees of arrays.
@@ -37,7 +37,10 @@ class Learner(Protocol):
         ...
 
     def combine(self, params: Any, frozen: Any, trainable: Any) -> tuple[Any, KVPrefix]:
-        """Joins the parts to the (parameters, prefix) of the student's forward pass. Pure; traced by the step."""
+        """Joins the parts to the (parameters, prefix) of the student's forward pass.
+
+        The function is pure, and the step traces it.
+        """
         ...
 
     def mask(self, frozen: Any, trainable: Any) -> Any:

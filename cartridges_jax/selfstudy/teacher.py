@@ -1,4 +1,4 @@
-"""The teacher: whoever answers in self-study, chosen by name (`study.teacher`).
+"""Teachers: they answer in self-study, and are chosen by name (`study.teacher`).
 
 A teacher is a class with the method `reply`, registered under a name:
 

@@ -86,12 +86,12 @@ class Row(NamedTuple):
     """One row of the peer's batches.
 
     Attributes:
-      front: what other rows have in front as well.
+      prefix: the start of the prompt, which other rows share.
       own: the rest of the prompt.
-      new_tokens: how many follow.
+      new_tokens: the number of tokens to generate.
     """
 
-    front: tuple[int, ...]
+    prefix: tuple[int, ...]
     own: list[int]
     new_tokens: int
 
@@ -122,24 +122,24 @@ def rows_of(
         pattern = FAMILIES[request.family].pattern
         own = encode(f"Fact: {request.sentence}\n{pattern.label}:")
         messages.append(Row(tuple(encode(examples_text(pattern))), own, typical))
-    front = tuple(model.chat.system_prefix(chunk.text).token_ids)
+    prefix = tuple(model.chat.system_prefix(chunk.text).token_ids)
     for conversation in kept:
         user, assistant = conversation.messages
-        turn = model.chat.render_continuation([{"role": "user", "content": user.content}])
-        answers.append(Row(front, turn.token_ids, len(assistant.token_ids)))
+        rendered = model.chat.render_continuation([{"role": "user", "content": user.content}])
+        answers.append(Row(prefix, rendered.token_ids, len(assistant.token_ids)))
     return messages, answers
 
 
 def batched(rows: list[Row], num_rows: int) -> list[list[Row]]:
     """Rows of like length together, so that little of a batch is padding."""
-    ordered = sorted(rows, key=lambda row: len(row.front) + len(row.own))
+    ordered = sorted(rows, key=lambda row: len(row.prefix) + len(row.own))
     return [ordered[at : at + num_rows] for at in range(0, len(ordered), num_rows)]
 
 
 def flops_with_sharing(config: ModelConfig, rows: list[Row]) -> int:
-    """Products with weights when every front is read once; attention is left out (a lower bound)."""
+    """Products with weights when every prefix is read once; attention is left out (a lower bound)."""
     generated = sum(row.new_tokens for row in rows)
-    read = sum(map(len, {row.front for row in rows})) + sum(len(row.own) for row in rows)
+    read = sum(map(len, {row.prefix for row in rows})) + sum(len(row.own) for row in rows)
     layers = 2 * config.num_layers * layer_weights(config) * (read + generated)
     return layers + 2 * config.d_model * config.vocab_size * generated
 
@@ -185,7 +185,7 @@ def run(settings: SelfStudySettings, workdir: Path) -> Result:
             def theirs(loaded=loaded) -> None:
                 for batch in batches:
                     transformers_peft.generate_padded(
-                        loaded, [[*row.front, *row.own] for row in batch], max(row.new_tokens for row in batch),
+                        loaded, [[*row.prefix, *row.own] for row in batch], max(row.new_tokens for row in batch),
                         study.top_logprobs,
                     )  # fmt: skip
 

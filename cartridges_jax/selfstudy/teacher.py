@@ -1,4 +1,4 @@
-"""The teacher: whoever answers in self-study, chosen by name (`study.teacher`).
+"""The teacher, which answers in self-study: a protocol, and a registry to choose from by name (`study.teacher`).
 
 A teacher is a class with the method `reply`, registered under a name:
 

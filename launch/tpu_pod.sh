@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU slice: takes or creates it, copies this checkout, runs on all its hosts, shows their output.
+# Trains on a Cloud TPU slice: creates it or uses the one there is, copies this checkout, runs on all hosts, shows their output.
 #
 #   launch/tpu_pod.sh --name=books --zone=us-west4-a --type=v5litepod-16 --nfs=10.0.0.2:/runs \
-#       --config=experiments/pods/llama31_8b_v5e16.py --run=books --spot -- --config.corpus=/mnt/runs/books.txt
+#       --config=experiments/pods.py:llama31_8b_v5e16 --run=books --spot -- --config.corpus=/mnt/runs/books.txt
 #
 #   --name, --zone      of the slice; --project if it is not gcloud's default
 #   --type              accelerator type, as `gcloud compute tpus accelerator-types list --zone=ZONE` writes it
-#   --version           runtime version, by default the one for that type
-#   --nfs               HOST:/SHARE of a file system that all hosts mount at /mnt/runs (Filestore, for example): the run is kept there
-#   --config, --run     what is run, and the name of its folder under /mnt/runs
+#   --version           runtime version; the default is the one for that type
+#   --nfs               HOST:/SHARE of a file system that all hosts mount at /mnt/runs (Filestore, for example) and that stores the run
+#   --config, --run     the run's config, and the name of its folder under /mnt/runs
 #   --env               NAME=VALUE,… for the run, such as HF_TOKEN
-#   --spot              a cheaper slice that may be taken away: then it is created anew and the run goes on where it was
-#   --attempts          so many times at most (20)
-#   --keep              does not delete the slice when the run has ended
-#   --dry_run           only prints what it would do
+#   --spot              a cheaper slice that may be preempted: then it is created again and the run resumes
+#   --attempts          largest number of attempts (20)
+#   --keep              does not delete the slice when the run has ended; a slice that this run did not create is never deleted
+#   --dry_run           only prints the commands
 #   -- …                further flags of launch/train.py
 set -euo pipefail
 
@@ -61,15 +61,21 @@ if [[ -z $version ]]; then
 fi
 
 cd "$(dirname "$0")/.."
-[[ -f $config ]] || fail "--config=$config: there is no such file"
+# A config may take an argument after a colon.
+[[ -f ${config%%:*} ]] || fail "--config=$config: there is no file ${config%%:*}"
 $dry_run || command -v gcloud >/dev/null || fail "gcloud is not installed: https://cloud.google.com/sdk"
 
 where=("--zone=$zone")
 [[ -z $project ]] || where+=("--project=$project")
 tpu=(gcloud compute tpus tpu-vm)
 archive=/tmp/cartridges_jax_$name.tar.gz
+# The mark of a slice that this run created, in the letters that Google Cloud allows. It outlives this script, which may be
+# killed and started again.
+label=cartridges_jax_run
+owner=$(printf %s "$run" | tr '[:upper:]' '[:lower:]' | tr -c 'a-z0-9_-' - | cut -c1-63)
+created=false
 
-# Runs a command, or prints it so that it could be pasted.
+# Runs a command, or prints it in a form that can be pasted.
 do_it() {
   if $dry_run; then
     printf '%q ' "$@"
@@ -83,7 +89,7 @@ state() {
   $dry_run || "${tpu[@]}" describe "$name" "${where[@]}" '--format=value(state)' 2>/dev/null || true
 }
 
-# The same, once a slice that is coming or going has come or gone.
+# The same, once a slice that is being created or deleted has settled.
 settled_state() {
   local found
   for _ in {1..30}; do
@@ -94,6 +100,11 @@ settled_state() {
   echo "$found"
 }
 
+# Whether this run created the slice, now or before it was started again.
+is_ours() {
+  $created || [[ $("${tpu[@]}" describe "$name" "${where[@]}" "--format=value(labels.$label)" 2>/dev/null) == "$owner" ]]
+}
+
 delete() {
   do_it "${tpu[@]}" delete "$name" "${where[@]}" --quiet
 }
@@ -102,25 +113,28 @@ on_all_hosts() {
   do_it "${tpu[@]}" ssh "$name" "${where[@]}" --worker=all --command="$1"
 }
 
-# A slice that is ready: the one there is, or a new one in the place of what was taken away.
+# A slice that is ready: the one there is, or a new one. One that stopped is replaced only if this run created it.
 prepare() {
   local found
   found=$(settled_state)
   case $found in
-    READY) echo "taking the slice $name" >&2 ;;
+    READY) echo "using the slice $name" >&2 ;;
     '') create ;;
-    PREEMPTED | TERMINATED | STOPPED) delete && create ;;
+    PREEMPTED | TERMINATED | STOPPED)
+      is_ours || fail "the slice $name is $found, and the run $run did not create it: start or delete it, or choose another --name"
+      delete && create
+      ;;
     *) fail "the slice $name is still $found: wait, or delete it" ;;
   esac
 }
 
 create() {
-  local options=("--accelerator-type=$type" "--version=$version")
+  local options=("--accelerator-type=$type" "--version=$version" "--labels=$label=$owner")
   ! $spot || options+=(--spot)
-  do_it "${tpu[@]}" create "$name" "${where[@]}" "${options[@]}"
+  do_it "${tpu[@]}" create "$name" "${where[@]}" "${options[@]}" && created=true
 }
 
-# What of this checkout git does not ignore, as it is on disk: with files that are new, without those that were deleted.
+# The files of this checkout that git does not ignore, as they are on disk: new ones too, deleted ones not.
 pack() {
   # shellcheck disable=SC2016  # the inner shell's variables
   do_it bash -c 'set -o pipefail
@@ -153,11 +167,11 @@ HERE
 }
 
 train() {
-  # Of an empty array bash 3.2, a Mac's, says that it is not set.
+  # bash 3.2, a Mac's, reports an empty array as not set.
   local variables=() command
   [[ -z $environment ]] || IFS=, read -ra variables <<<"$environment"
   command=$(printf '%q ' env ${variables[@]+"${variables[@]}"} .venv/bin/python launch/train.py --config="$config" --workdir="/mnt/runs/$run" "$@")
-  # Every host keeps its own output, and shows it here.
+  # Every host logs its own output and shows it here.
   on_all_hosts "set -o pipefail; cd cartridges_jax && $command 2>&1 | tee -a /mnt/runs/$(printf %q "$run").\$(hostname).log"
 }
 
@@ -170,12 +184,18 @@ for ((attempt = 1; attempt <= attempts; attempt++)); do
   status=0
   { prepare && copy && train "$@"; } || status=$?
   if ((status == 0)); then
-    $keep || delete
+    if $keep; then
+      :
+    elif is_ours; then
+      delete
+    else
+      echo "the slice $name was not created by the run $run and is kept" >&2
+    fi
     exit 0
   fi
-  # gcloud hears of a preemption later than ssh does.
+  # gcloud reports a preemption later than ssh does.
   ! $spot || sleep 60
-  # A run that fails on a slice that is there would fail again.
+  # A run that fails on a slice that is ready would fail again.
   case $(settled_state) in
     READY) fail "the run ended with $status; the slice $name is kept, its logs are in /mnt/runs" ;;
   esac

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from tiny import random_prefix, random_tokens, run, write_tiny_gguf
+from tiny import CHAT_TEMPLATE, random_prefix, random_tokens, run, write_tiny_gguf
 
 import cartridges_jax as cj
 from cartridges_jax import sampling
 from cartridges_jax.cartridge import KVPrefix
-from cartridges_jax.checkpoint import CartridgeMetadata, CorpusSource, save_cartridge
+from cartridges_jax.checkpoint import CartridgeMetadata, DocumentSource, save_cartridge
 from cartridges_jax.errors import UserError
 
 
 def saved(model, prefix, directory):
     metadata = CartridgeMetadata.of(
         prefix,
-        model_name=model.name,
-        model_fingerprint=model.fingerprint,
+        model=model,
         learning_mask=np.arange(prefix.num_slots) >= 1,
-        corpus=CorpusSource("text", "0" * 64, 99),
+        documents=[DocumentSource("text", "0" * 64, 99)],
         step=1,
         config={},
     )
@@ -133,7 +133,6 @@ def test_two_cartridges_become_one_prefix_in_order(tiny_model, cartridge, rng, t
         assert isinstance(both, KVPrefix) and both.num_slots == 10 and both.next_position == 10
         np.testing.assert_array_equal(both.keys[:, :, :6], cartridge.prefix.keys)
         np.testing.assert_array_equal(both.keys[:, :, 6:], other.prefix.keys)
-        np.testing.assert_array_equal(both.group, [0] * 6 + [1] * 4)
     assert cj.generate(tiny_model, ["Hello"], prefix=both, max_tokens=4)
 
 
@@ -148,6 +147,30 @@ def test_a_cartridge_of_another_model_is_refused_in_words(tiny_model, other_mode
     foreign = saved(other_model, random_prefix(rng, other_model.config, 4), tmp_path / "foreign")
     with pytest.raises(UserError, match="different models cannot be composed"):
         cj.compose(cartridge, foreign)
+
+
+def test_a_cartridge_of_other_weights_is_refused_unless_asked_for(tiny_model, cartridge, rng, tmp_path):
+    from tiny import gguf_tensors, random_weights, tiny_config, write_gguf
+
+    config = tiny_config()
+    file = write_gguf(tmp_path / "other.gguf", config, gguf_tensors(random_weights(config, seed=5), config))
+    other = cj.load_model(str(file))
+    assert other.fingerprint == tiny_model.fingerprint
+    foreign = saved(other, random_prefix(rng, other.config, 4), tmp_path / "foreign")
+    for call in (
+        lambda **allowed: cj.generate(other, ["Hello"], prefix=cartridge, max_tokens=2, **allowed),
+        lambda **allowed: cj.logits(other, [1, 2], prefix=cartridge, **allowed),
+        lambda **allowed: cj.prefill(other, [1, 2], prefix=cartridge, **allowed),
+        lambda **allowed: cj.compose(cartridge, foreign, **allowed),
+    ):
+        with pytest.raises(UserError, match="weights.*allow_other_weights=True"):
+            call()
+        call(allow_other_weights=True)
+
+
+def test_a_model_states_the_hashes_of_its_tokenizer_and_template(tiny_model, other_model):
+    assert tiny_model.tokenizer_sha256 == other_model.tokenizer_sha256 == tiny_model.tokenizer.fingerprint
+    assert tiny_model.chat_template_sha256 == hashlib.sha256(CHAT_TEMPLATE.encode()).hexdigest()
 
 
 def test_what_the_context_does_not_hold_is_refused_in_words(tiny_model, cartridge):

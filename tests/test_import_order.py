@@ -31,7 +31,7 @@ ORDER = [
     {"formats"},
     {"parallel"},
     {"cartridge", "rope", "quantized", "typed_config"},
-    {"errors"},
+    {"errors", "files"},
 ]
 LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts}
 

@@ -17,7 +17,7 @@ from tiny_cartridges import assert_same, random_prefix, save
 from cartridges_jax import checkpoint
 
 SAVES_FOR_EVER = """
-import sys, pathlib, itertools
+import sys, pathlib, itertools, types
 import jax.numpy as jnp
 from cartridges_jax import checkpoint
 from cartridges_jax.cartridge import from_plain_tokens
@@ -27,9 +27,11 @@ checkpoints = checkpoint.TrainCheckpoints(root / "train", keep=2)
 for step in itertools.count((checkpoints.latest_step() or 0) + 1):
     slots = jnp.full((2, 2, 4096, 16), float(step))
     prefix = from_plain_tokens(slots, slots)
+    model = types.SimpleNamespace(
+        name="m", fingerprint="f", source_sha256="w", tokenizer_sha256="t", chat_template_sha256="c")
     metadata = checkpoint.CartridgeMetadata.of(
-        prefix, model_name="m", model_fingerprint="f", learning_mask=[True] * 4096,
-        corpus=checkpoint.CorpusSource("c", "s", 1), step=step, config={})
+        prefix, model=model, learning_mask=[True] * 4096,
+        documents=[checkpoint.DocumentSource("d", "s", 1)], step=step, config={})
     checkpoint.save_cartridge(root / "c", prefix, metadata)
     checkpoints.save(step, {"x": slots}, {"step": step})
     print(step, flush=True)

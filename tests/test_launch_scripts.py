@@ -1,9 +1,10 @@
-"""The launch scripts, as far as they can be followed without the machines: dry runs, and what shellcheck says of them."""
+"""The launch scripts, as far as they can be tested without the machines: dry runs, stand-ins, and shellcheck."""
 
 from __future__ import annotations
 
 import math
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -13,12 +14,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from aot_workloads import PODS
 
 from cartridges_jax.aot.hardware import H100
 from cartridges_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-CONFIG = "experiments/pods/llama31_8b_v5e16.py"
+CONFIG = "experiments/pods.py:llama31_8b_v5e16"
 POD = (
     "--dry_run", "--name=books", "--zone=us-west4-a", "--type=v5litepod-16", "--nfs=10.0.0.2:/runs", f"--config={CONFIG}",
     "--run=books",
@@ -48,7 +50,7 @@ def test_a_dry_run_of_a_pod_creates_copies_trains_and_deletes():
     where = ["--zone=us-west4-a", "--project=mine"]
     assert create == [
         "gcloud", "compute", "tpus", "tpu-vm", "create", "books", *where, "--accelerator-type=v5litepod-16",
-        "--version=v2-alpha-tpuv5-lite", "--spot",
+        "--version=v2-alpha-tpuv5-lite", "--labels=cartridges_jax_run=books", "--spot",
     ]  # fmt: skip
     assert archive[:2] == ["bash", "-c"] and "git ls-files" in archive[2]
     assert archive[-1] == copied[5]
@@ -74,7 +76,7 @@ def test_a_slice_that_is_kept_is_not_deleted():
         (("--dry_run",), "--name is missing"),
         ((*POD, "--speed=9"), "unknown option --speed=9"),
         ((*POD, "--type=v9-8"), "--type=v9-8 has no runtime version"),
-        ((*POD, "--config=nowhere.py"), "nowhere.py: there is no such file"),
+        ((*POD, "--config=nowhere.py"), "--config=nowhere.py: there is no file nowhere.py"),
         ((*POD, "--attempts=0"), "--attempts=0"),
     ],
 )
@@ -83,16 +85,19 @@ def test_a_pod_that_cannot_be_is_refused_before_anything_is_created(arguments, c
     assert (done.returncode, done.stdout) == (2, "") and complaint in done.stderr
 
 
-# A stand-in for gcloud that keeps a slice's state in a file and takes it away in the middle of the first run: of which it
-# hears late, and then not all at once. Time passes while the script sleeps.
-GCLOUD = """#!/usr/bin/env bash
+# A stand-in for gcloud that stores a slice's state in a file and preempts it in the middle of the first run, which it
+# reports late and in steps. Time passes while the script sleeps.
+GCLOUD = r"""#!/usr/bin/env bash
 [[ $3 == tpu-vm ]] || exit 0
 echo "$4" >> "$LOG"
 case $4 in
-  describe) cat "$STATE" 2>/dev/null || exit 1 ;;
-  create) echo READY > "$STATE" ;;
+  describe)
+    [[ -e $STATE ]] || exit 1
+    case $* in *format=value\(state\)*) cat "$STATE" ;; *labels.cartridges_jax_run*) cat "$STATE.owner" 2>/dev/null ;; esac
+    exit 0 ;;
+  create) echo READY > "$STATE"; for word; do case $word in --labels=*=*) echo "${word##*=}" > "$STATE.owner" ;; esac; done ;;
   delete) rm -f "$STATE" ;;
-  ssh) if [[ $* == *train.py* && ! -e $STATE.taken ]]; then touch "$STATE.taken"; exit 255; fi ;;
+  ssh) if [[ $* == *train.py* && $* == *--config.seed=1* && ! -e $STATE.taken ]]; then touch "$STATE.taken"; exit 255; fi ;;
 esac
 """
 SLEEP = """#!/usr/bin/env bash
@@ -104,23 +109,69 @@ esac
 
 
 def programs(directory, **texts):
-    """Programs in the place of the real ones; returns the PATH with them in front."""
+    """Writes programs that replace the real ones; returns a PATH that finds them first."""
     for name, text in texts.items():
         (directory / name).write_text(text)
         (directory / name).chmod(0o755)
     return f"{directory}:{os.environ['PATH']}"
 
 
-def test_a_spot_slice_that_is_taken_away_is_created_anew_and_the_run_goes_on(tmp_path):
+def test_a_preempted_spot_slice_is_created_again_and_the_run_resumes(tmp_path):
     done = script(
-        "tpu_pod.sh", *POD[1:], "--spot", PATH=programs(tmp_path, gcloud=GCLOUD, sleep=SLEEP), LOG=str(tmp_path / "log"),
-        STATE=str(tmp_path / "state"),
+        "tpu_pod.sh", *POD[1:], "--spot", "--", "--config.seed=1", PATH=programs(tmp_path, gcloud=GCLOUD, sleep=SLEEP),
+        LOG=str(tmp_path / "log"), STATE=str(tmp_path / "state"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     calls = (tmp_path / "log").read_text().split()
     attempt = ["create", "scp", "ssh", "ssh"]
-    # Looked up before an attempt, and after one that failed until it is gone; what is left of a slice goes first.
+    # Described before an attempt, and after a failed one until it is gone; the rest of a slice is deleted first.
     assert calls == ["describe", *attempt, "describe", "describe", "describe", "delete", *attempt, "delete"]
+
+
+def pod_on(tmp_path, *arguments, state="", owner=""):
+    """(the script, its calls of gcloud) where a slice of that state and owner is already there."""
+    if state:
+        (tmp_path / "state").write_text(state + "\n")
+    if owner:
+        (tmp_path / "state.owner").write_text(owner + "\n")
+    done = script(
+        "tpu_pod.sh", *POD[1:], *arguments, PATH=programs(tmp_path, gcloud=GCLOUD, sleep=SLEEP), LOG=str(tmp_path / "log"),
+        STATE=str(tmp_path / "state"),
+    )  # fmt: skip
+    return done, (tmp_path / "log").read_text().split()
+
+
+@pytest.mark.parametrize("owner", ["", "another-run"])
+def test_a_slice_of_another_owner_is_used_and_not_deleted(tmp_path, owner):
+    done, calls = pod_on(tmp_path, state="READY", owner=owner)
+    assert done.returncode == 0, done.stderr
+    assert "ssh" in calls and not {"create", "delete"} & set(calls)
+    assert "not created by the run books and is kept" in done.stderr
+
+
+@pytest.mark.parametrize("state", ["PREEMPTED", "STOPPED", "TERMINATED"])
+def test_a_stopped_slice_of_another_owner_is_refused_and_not_deleted(tmp_path, state):
+    done, calls = pod_on(tmp_path, "--spot", state=state)
+    assert done.returncode == 2 and f"the slice books is {state}, and the run books did not create it" in done.stderr
+    assert set(calls) == {"describe"}
+
+
+def test_a_slice_that_the_run_created_before_it_was_started_again_is_deleted(tmp_path):
+    done, calls = pod_on(tmp_path, state="READY", owner="books")
+    assert done.returncode == 0, done.stderr
+    assert "create" not in calls and calls[-1] == "delete"
+
+
+def test_a_stopped_slice_that_the_run_created_is_replaced(tmp_path):
+    done, calls = pod_on(tmp_path, state="PREEMPTED", owner="books")
+    assert done.returncode == 0, done.stderr
+    assert [call for call in calls if call in ("create", "delete")] == ["delete", "create", "delete"]
+
+
+def test_the_owner_is_written_in_the_letters_of_a_label():
+    done = script("tpu_pod.sh", *POD, "--run=My Books.v2/ä" + "x" * 80)
+    (label,) = [word for word in shlex.split(done.stdout) if word.startswith("--labels=")]
+    assert re.fullmatch(r"--labels=cartridges_jax_run=my-books-v2-[a-z0-9_-]{1,51}", label)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +279,8 @@ def test_the_job_set_takes_the_slice_whole():
     claimed = {volume["name"] for volume in pod["volumes"]}
     assert {mount["name"] for mount in container["volumeMounts"]} == claimed
     flags = dict(flag.split("=") for flag in container["command"][2:])
-    assert (ROOT / flags["--config"]).is_file()
+    file, name = flags["--config"].split(":")
+    assert file == "experiments/pods.py" and name in PODS
     assert job["spec"]["failurePolicy"]["maxRestarts"] > 0
 
 

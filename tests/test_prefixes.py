@@ -6,11 +6,11 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
+from peers import torch
 from tiny import random_prefix
 
 from cartridges_jax import sampling
-from cartridges_jax.checkpoint import CartridgeMetadata, CorpusSource, save_cartridge
+from cartridges_jax.checkpoint import CartridgeMetadata, DocumentSource, save_cartridge
 from cartridges_jax.corpus import Corpus, Document, tokenize_corpus
 from cartridges_jax.errors import UserError
 from cartridges_jax.pipeline.config import default_config, from_config_dict
@@ -28,8 +28,6 @@ from cartridges_jax.prefixes.first_tokens import first_tokens
 from cartridges_jax.prefixes.random_vectors import SAMPLE_TOKENS
 from cartridges_jax.prefixes.summary import REQUEST
 from cartridges_jax.prefixes.unrelated_text import shipped_text, unrelated_tokens
-
-torch.set_num_threads(1)
 
 TEXT = "the cat and the hat of the other thing " * 5
 MEMBERS = ["none", "first_tokens", "whole_text", "unrelated_text", "random_vectors", "summary"]
@@ -66,10 +64,9 @@ def registered():
 def save(directory, model, prefix):
     metadata = CartridgeMetadata.of(
         prefix,
-        model_name=model.name,
-        model_fingerprint=model.fingerprint,
+        model=model,
         learning_mask=np.arange(prefix.num_slots) > 0,
-        corpus=CorpusSource("a book", "ab" * 32, 1234),
+        documents=[DocumentSource("a book", "ab" * 32, 1234)],
         step=1,
         config={},
     )

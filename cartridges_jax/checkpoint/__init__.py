@@ -1,14 +1,14 @@
 """Cartridges and train state on disk: orbax arrays beside a checked JSON record.
 
-Orbax does not notice every flipped byte in the arrays' data, and what it then restores is
-garbage without an error. So the record holds a SHA-256 of every array, and one of itself,
-and nothing is handed out that does not agree with them. Files have checksums too, checked
-before orbax opens them: on damage that it does notice, it prints hundreds of lines.
+Orbax does not notice every flipped byte in the arrays' data; it then restores garbage
+without an error. So the record holds a SHA-256 of every array, and one of itself, and
+loading compares them. Files have checksums too, checked before orbax opens them: on damage
+that it does notice, it prints hundreds of lines.
 
-One process reads and writes: of several, the first for all (see `distill.checkpoints`), or each for itself.
+One process reads and writes: process 0 for all (see `distill.checkpoints`), or each for itself.
 
-    <cartridge>/cartridge.json        format version, model, corpus, config, checksums
-    <cartridge>/arrays/               keys, values, positions, group, (bias)
+    <cartridge>/cartridge.json        format version, model, documents, config, checksums
+    <cartridge>/arrays/               keys, values, positions, (bias)
     <checkpoints>/<step>/state/       the train state's leaves by name
     <checkpoints>/<step>/record/      the caller's JSON and the arrays' checksums
     <checkpoints>/<step>/files.json   the files' checksums
@@ -28,8 +28,9 @@ from cartridges_jax.checkpoint.metadata import (
     EXPLICIT_POSITIONS,
     PLAIN_POSITIONS,
     CartridgeMetadata,
-    CorpusSource,
+    DocumentSource,
     check_compatible,
+    portable_config,
 )
 from cartridges_jax.checkpoint.train_state import FILES, TrainCheckpoints
 
@@ -42,9 +43,10 @@ __all__ = [
     "RECORD",
     "Cartridge",
     "CartridgeMetadata",
-    "CorpusSource",
+    "DocumentSource",
     "TrainCheckpoints",
     "check_compatible",
     "load_cartridge",
+    "portable_config",
     "save_cartridge",
 ]

@@ -1,4 +1,4 @@
-"""The disk below: its free space, and what must have reached it before a rename."""
+"""The disk: its free space, and syncing files before a rename."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _SLACK_BYTES = 1 << 20  # orbax's own files beside the arrays: tens of kilobytes
 
 
 def absolute(directory: str | os.PathLike) -> pathlib.Path:
-    # Links are followed: it is the directory behind one that is replaced.
+    # Links are followed: the directory that a link points to is replaced.
     return pathlib.Path(directory).expanduser().resolve()
 
 
 def refuse_if_too_full(directory: pathlib.Path, num_bytes: int) -> None:
-    """Before writing has begun.
+    """Refuses to write where the disk has too little room.
 
     Raises:
       UserError: naming the directory, the bytes needed and the bytes free.
@@ -31,7 +31,7 @@ def refuse_if_too_full(directory: pathlib.Path, num_bytes: int) -> None:
 
 @contextlib.contextmanager
 def refusing_if_it_fills_up(directory: pathlib.Path, num_bytes: int) -> Iterator[None]:
-    """The same error from a disk that is found full midway."""
+    """Raises the same error where the disk fills up during the block."""
     try:
         yield
     except Exception as error:

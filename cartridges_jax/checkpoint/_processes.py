@@ -1,4 +1,4 @@
-"""Orbax for one process that has no others to wait for."""
+"""Orbax in one process that waits for no others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax
 
 
 def alone() -> Any:
-    """Orbax's options for a caller that works alone, whatever processes it is connected with."""
+    """Orbax's options for a caller that works alone, also where it is connected with other processes."""
     import orbax.checkpoint as ocp
 
     if jax.process_count() == 1:

@@ -1,4 +1,4 @@
-"""What was written, by checksum: of JSON records, of arrays and of files."""
+"""Checksums of JSON records, of arrays and of files."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from cartridges_jax.errors import one_line
 
 
 class Damaged(Exception):
-    """What is on disk is incomplete or is not what was written."""
+    """The files on disk are incomplete or differ from what was written."""
 
 
 def in_short(error: Exception) -> str:
-    """An exception of orbax or tensorstore, whose texts fill pages, in one short line."""
+    """An exception of orbax or tensorstore, whose messages fill pages, in one short line."""
     return one_line(error)[:160]
 
 
@@ -27,16 +27,16 @@ def in_short(error: Exception) -> str:
 
 
 def seal(record: dict) -> dict:
-    """The record (as JSON gives it back) with its own checksum."""
+    """The record, as JSON returns it, with its own checksum."""
     record = json.loads(json.dumps(record))
     return {**record, "sha256": _sha256_of_json(record)}
 
 
 def unseal(sealed: Any) -> dict:
-    """The record that was sealed.
+    """The record that `seal` was given.
 
     Raises:
-      Damaged: it is not what was sealed.
+      Damaged: it does not match its checksum.
     """
     if not isinstance(sealed, dict) or "sha256" not in sealed:
         raise Damaged("its record has no checksum")
@@ -61,7 +61,7 @@ def _sha256_of_json(value: Any) -> str:
 
 
 def describe(arrays: Mapping[str, np.ndarray]) -> dict[str, dict]:
-    """name -> {shape, dtype, sha256}: what `verify_arrays` holds the arrays against."""
+    """name -> {shape, dtype, sha256}, for `verify_arrays`."""
     return {
         name: {
             "shape": list(array.shape),
@@ -83,12 +83,12 @@ def empty_like(described: Mapping[str, dict]) -> dict[str, np.ndarray]:
 
 
 def stored(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays that go to disk: orbax refuses those without elements."""
+    """The arrays that are written: orbax refuses those without elements."""
     return {name: array for name, array in arrays.items() if array.size}
 
 
 def _sha256_of_array(array: np.ndarray) -> str:
-    # Through uint8: hashlib does not take the buffers of bfloat16 and its like.
+    # As uint8: hashlib does not take buffers of bfloat16 and similar types.
     return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
 
 

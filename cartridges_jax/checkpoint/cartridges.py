@@ -35,19 +35,37 @@ from cartridges_jax.checkpoint._records import (
     verify_arrays,
     verify_files,
 )
-from cartridges_jax.checkpoint.metadata import CartridgeMetadata, CorpusSource
+from cartridges_jax.checkpoint.metadata import CartridgeMetadata, DocumentSource, portable_config
 from cartridges_jax.errors import UserError
+from cartridges_jax.formats.sources import public_name
 
-FORMAT_VERSION = 1
-# From an older version's (record, arrays) to the next version's, by the older version.
-MIGRATIONS: dict[int, Callable[[dict, dict], tuple[dict, dict]]] = {}
+FORMAT_VERSION = 2
+
+
+def _from_version_1(record: dict, arrays: dict) -> tuple[dict, dict]:
+    """Version 1 had one text, no hashes but the fingerprint, an array without effect, and the config as it was."""
+    unknown = dict(weights_sha256="", tokenizer_sha256="", chat_template_sha256="")
+    name, is_local = public_name(record["model_name"])
+    migrated = {
+        **record,
+        **unknown,
+        "model_name": name,
+        "model_is_local": is_local,
+        "documents": [record["corpus"]],
+        "config": portable_config(record["config"]),
+    }
+    return migrated, {name: array for name, array in arrays.items() if name != "group"}
+
+
+# By an older version: a function from its (record, arrays) to those of the next version.
+MIGRATIONS: dict[int, Callable[[dict, dict], tuple[dict, dict]]] = {1: _from_version_1}
 
 RECORD = "cartridge.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Cartridge:
-    """A KV prefix and what it belongs to."""
+    """A KV prefix and its identity."""
 
     prefix: KVPrefix
     metadata: CartridgeMetadata
@@ -57,15 +75,17 @@ class Cartridge:
 
 
 def save_cartridge(directory: str | os.PathLike, prefix: KVPrefix, metadata: CartridgeMetadata) -> None:
-    """Writes a cartridge, replacing the one that is there, so that one is always whole.
+    """Writes a cartridge, replacing the one that is there, so that a whole one is always there.
 
     The new one is written and fsynced beside the old, the old is renamed aside, the new takes
-    its place and the old goes. After a crash between the two renames `load_cartridge` finds
-    the old one where it was put aside. Two writers of one directory are not supported.
+    its place and the old is deleted. After a crash between the two renames `load_cartridge`
+    finds the old one under its other name. Two writers of one directory are not supported.
+
+    No file of a saved cartridge holds a path of this machine.
 
     Args:
       directory: absent, empty, or a cartridge.
-      prefix: keys, values [L, K, P, H] of any float dtype; kept bit for bit.
+      prefix: keys, values [L, K, P, H] of any float dtype; stored bit for bit.
       metadata: `CartridgeMetadata.of(prefix, …)`.
 
     Raises:
@@ -77,10 +97,10 @@ def save_cartridge(directory: str | os.PathLike, prefix: KVPrefix, metadata: Car
     _refuse_not_finite(directory, arrays)
     m = metadata
     described_shape = (m.num_layers, m.num_kv_heads, m.num_slots, m.head_dim)
-    if described_shape != prefix.keys.shape or m.next_position != prefix.next_position:
+    if described_shape != prefix.keys.shape or m.next_position != int(prefix.next_position):
         raise ValueError(
             f"metadata of keys {described_shape}, next_position {m.next_position} for a prefix of "
-            f"keys {prefix.keys.shape}, next_position {prefix.next_position}: make it with "
+            f"keys {prefix.keys.shape}, next_position {int(prefix.next_position)}: build it with "
             "CartridgeMetadata.of"
         )
     if directory.exists() and not (directory / RECORD).exists():
@@ -110,7 +130,7 @@ def save_cartridge(directory: str | os.PathLike, prefix: KVPrefix, metadata: Car
 
 def _prefix_arrays(prefix: KVPrefix) -> dict[str, np.ndarray]:
     """The prefix's arrays by field name, a bias only where there is one."""
-    names = ("keys", "values", "positions", "group", "bias")
+    names = ("keys", "values", "positions", "bias")
     arrays = {name: getattr(prefix, name) for name in names}
     return {name: np.asarray(array) for name, array in arrays.items() if array is not None}
 
@@ -136,13 +156,16 @@ def _write_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
     with ocp.StandardCheckpointer(multiprocessing_options=alone()) as checkpointer:
         checkpointer.save(path, stored(arrays))
         checkpointer.wait_until_finished()
+    # Orbax writes the absolute path into this file, of which it reads nothing but the existence.
+    if (mark := path / "commit_success.txt").exists():
+        mark.write_text("Checkpoint commit was successful\n")
 
 
 def _replace(directory: pathlib.Path, fresh: pathlib.Path) -> None:
-    """Puts the whole `fresh` in the place of `directory`, which may be absent."""
+    """Renames the complete `fresh` to `directory`, which may exist."""
     previous = _aside(directory, "previous")
     if directory.exists():
-        # A `previous` beside a `directory` is of a save that was killed as it cleaned up.
+        # A `previous` beside a `directory` is left by a save that was killed as it cleaned up.
         shutil.rmtree(previous, ignore_errors=True)
         os.rename(directory, previous)
     os.rename(fresh, directory)
@@ -151,7 +174,7 @@ def _replace(directory: pathlib.Path, fresh: pathlib.Path) -> None:
 
 
 def _aside(directory: pathlib.Path, role: str) -> pathlib.Path:
-    """The sibling in which a save prepares ("saving") or keeps the old one ("previous")."""
+    """The sibling that holds an unfinished save ("saving") or the old cartridge ("previous")."""
     return directory.with_name(f".{directory.name}.{role}")
 
 
@@ -184,8 +207,8 @@ def load_cartridge(directory: str | os.PathLike) -> Cartridge:
 
 
 def _find(directory: pathlib.Path) -> tuple[pathlib.Path, int, int] | None:
-    """Where the whole cartridge is, and the inode and time that tell it from its successor."""
-    # The directory twice: a save may put the new one there and drop `previous` in between.
+    """The directory of the whole cartridge, and the inode and time that tell it from its successor."""
+    # The directory twice: a save may rename the new one to it and delete `previous` in between.
     for path in (directory, _aside(directory, "previous"), directory):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             status = (path / RECORD).stat()
@@ -212,14 +235,16 @@ def _read_cartridge(directory: pathlib.Path) -> Cartridge:
             )
         record, arrays = MIGRATIONS[older](record, arrays)
     fields = {field.name: record[field.name] for field in dataclasses.fields(CartridgeMetadata)}
-    fields["corpus"] = CorpusSource(**fields["corpus"])
+    fields["documents"] = tuple(DocumentSource(**document) for document in fields["documents"])
     fields["frozen_slots"] = tuple((start, stop) for start, stop in fields["frozen_slots"])
     metadata = CartridgeMetadata(**fields)
-    prefix = KVPrefix(
-        **{name: jnp.asarray(array) for name, array in arrays.items()},
-        next_position=metadata.next_position,
-    )
-    return Cartridge(prefix=prefix, metadata=metadata)
+    return Cartridge(prefix=_prefix_of(arrays, metadata.next_position), metadata=metadata)
+
+
+def _prefix_of(arrays: Mapping[str, np.ndarray], next_position: int) -> KVPrefix:
+    """The only place that builds a prefix from stored arrays."""
+    fields = {name: jnp.asarray(array) for name, array in arrays.items()}
+    return KVPrefix(**fields, next_position=jnp.int32(next_position))
 
 
 def _read_arrays(path: pathlib.Path, described: Mapping[str, dict]) -> dict[str, np.ndarray]:

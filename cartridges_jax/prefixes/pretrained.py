@@ -35,13 +35,7 @@ def _fingerprint(directory: str) -> str:
 
 def _loaded(model: Model, directory: str) -> KVPrefix:
     cartridge = load_cartridge(_record(directory).parent)
-    config = model.config
-    check_compatible(
-        cartridge.metadata,
-        model_name=model.name,
-        model_fingerprint=model.fingerprint,
-        shape=(config.num_layers, config.num_kv_heads, config.head_dim),
-    )
+    check_compatible(cartridge.metadata, model)
     return cartridge.prefix
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from cartridges_jax import sampling
 from cartridges_jax.cartridge import KVPrefix
-from cartridges_jax.data.conversations import TopLogprobs
+from cartridges_jax.data.schema import TopLogprobs
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Model
 from cartridges_jax.parallel import independent_parts

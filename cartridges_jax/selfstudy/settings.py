@@ -24,7 +24,8 @@ class SynthesisSettings:
 
     Attributes:
       conversations: the number wanted; the run ends with the batch that reaches it. 0 is "auto", which the pipeline
-        resolves from the corpus before a run.
+        resolves before a run: every sentence is asked about `asks_per_sentence` times.
+      asks_per_sentence: the ratio of auto.
       requests_per_batch: messages A writes per chunk.
       chunk_min_tokens, chunk_max_tokens: uniform chunk length (paper: 512 to 4,096).
       teacher: who answers, a name in `TEACHERS`; some take an argument after a colon.
@@ -43,7 +44,8 @@ class SynthesisSettings:
       repetition_span, repetition_times: tokens of a run and the count of its occurrences, for the filter "repetition".
     """
 
-    conversations: int = 512
+    conversations: int = 0
+    asks_per_sentence: float = 6.0
     requests_per_batch: int = 128
     chunk_min_tokens: int = 512
     chunk_max_tokens: int = 4096
@@ -72,6 +74,8 @@ class SynthesisSettings:
         """Raises UserError for a value that no run could use."""
         if self.conversations < 0:
             raise UserError(f"study.conversations={self.conversations}: must be 1 or more, or 0 for auto")
+        if not self.asks_per_sentence > 0:
+            raise UserError(f"study.asks_per_sentence={self.asks_per_sentence}: must be above 0")
         for name in (
             "requests_per_batch", "writer_max_tokens", "answer_max_tokens", "top_logprobs", "min_words",
             "about_min_words", "repetition_span",

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cartridges_jax.corpus import TokenizedCorpus
-from cartridges_jax.data.conversations import Conversation
 from cartridges_jax.data.decontaminate import normalise
+from cartridges_jax.data.schema import Conversation
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Model
 from cartridges_jax.parallel import ALONE, Job

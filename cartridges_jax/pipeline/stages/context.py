@@ -14,7 +14,7 @@ from cartridges_jax.parallel import Job
 from cartridges_jax.pipeline.config import RunConfig
 from cartridges_jax.pipeline.reporting import Progress, Reporter
 from cartridges_jax.pipeline.signals import NeverStops
-from cartridges_jax.pipeline.workdir import Stage, Workdir, code_hash
+from cartridges_jax.pipeline.workdir import Stage, Workdir, code_hash, library_versions
 
 # The source files that a stage's outcome depends on.
 _MODEL_CODE = (
@@ -37,7 +37,9 @@ _EVALUATE_CODE = (
     *_TRAIN_CODE,
     "evaluation/conditions.py",
     "evaluation/evaluate.py",
+    "evaluation/measuring.py",
     "evaluation/metrics.py",
+    "evaluation/results.py",
     "evaluation/scoring.py",
     "evaluation/tasks",
 )
@@ -75,7 +77,7 @@ class RunContext:
 
     def open(self, name: str, inputs: Mapping[str, Any]) -> Stage:
         """The stage with these inputs; reports whether it is done, resumed or run again."""
-        stage, changes = self.workdir.stage(name, {"code": self.code[name], **inputs})
+        stage, changes = self.workdir.stage(name, {"code": self.code[name], **library_versions(), **inputs})
         if stage.done:
             self.reporter.say(f"{name}: nothing changed, skipped")
         elif changes:
@@ -91,5 +93,8 @@ class RunContext:
 
 def flat(name: str, settings: Any) -> dict[str, Any]:
     """Settings as flat stage inputs: "name.field" to a JSON value."""
-    values = dataclasses.asdict(settings).items()
-    return {f"{name}.{field}": list(value) if isinstance(value, tuple) else value for field, value in values}
+    # JSON has no tuples, and a stage compares its inputs with recorded ones.
+    return {
+        f"{name}.{field}": list(value) if isinstance(value, tuple) else value
+        for field, value in dataclasses.asdict(settings).items()
+    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cartridges_jax.data.conversations import Conversation
+from cartridges_jax.data.schema import Conversation
 from cartridges_jax.pipeline.stages.context import RunContext, flat
 from cartridges_jax.pipeline.workdir import Stage
 from cartridges_jax.selfstudy.synthesis import Study, synthesise

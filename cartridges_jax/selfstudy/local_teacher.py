@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from cartridges_jax import sampling
 from cartridges_jax.cartridge import KVPrefix
-from cartridges_jax.data.conversations import TopLogprobs
+from cartridges_jax.data.schema import TopLogprobs
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Model
 from cartridges_jax.parallel import independent_parts
@@ -142,7 +142,7 @@ class LocalTeacher:
 
     def _reply(self, generation: sampling.Generation) -> Reply:
         top = None
-        if generation.top_ids is not None:
+        if generation.top_ids is not None and generation.top_logprobs is not None:
             top = TopLogprobs.from_dense(generation.top_ids, generation.top_logprobs)
         text = self._model.tokenizer.decode(generation.token_ids)
         return Reply(text, generation.token_ids, top, generation.stop_reason)

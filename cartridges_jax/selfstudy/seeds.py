@@ -21,8 +21,8 @@ class Pattern:
     Attributes:
       header: one line that introduces the list.
       label: the word before the examples' messages ("Question", "Request").
-      examples: (sentence, message) pairs about made-up things.
-      openings: first words that a message may be made to start with; "" leaves it free.
+      examples: (sentence, message) pairs about invented things.
+      openings: first words to start a message with; "" leaves it free.
       is_question: messages must end with a question mark.
     """
 

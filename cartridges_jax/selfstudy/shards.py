@@ -10,7 +10,8 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from cartridges_jax.data.conversations import Conversation, read_shard, write_shard
+from cartridges_jax.data.conversations import read_shard, write_shard
+from cartridges_jax.data.schema import Conversation
 from cartridges_jax.errors import UserError
 from cartridges_jax.selfstudy.tally import Tally
 

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from families import saved_family
+from peers import torch
 from tiny import make_pair, random_prefix, random_tokens, twin_run
 
 from cartridges_jax import sampling

@@ -14,7 +14,7 @@ from tiny_texts import save_tokenizer
 from cartridges_jax import sampling
 from cartridges_jax.corpus import Corpus, tokenize_corpus
 from cartridges_jax.corpus.questions import Question
-from cartridges_jax.data.conversations import Conversation, Message, TopLogprobs
+from cartridges_jax.data.schema import Conversation, Message, TopLogprobs
 from cartridges_jax.errors import UserError
 from cartridges_jax.evaluation import conditions as evaluation_conditions
 from cartridges_jax.evaluation.conditions import CONDITIONS, Condition, make_conditions, tokens_cut

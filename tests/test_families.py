@@ -8,16 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from families import FAMILIES, build_twin, load, load_gguf, save, saved_family, write_gguf
+from peers import torch
 from tiny import random_prefix, random_tokens, run, twin_run
 
 from cartridges_jax.data.packing import TrainBatch
 from cartridges_jax.distill.step import batch_loss
 from cartridges_jax.models import empty_cache
 from cartridges_jax.models.unstacked import unstack_layers
-
-torch.set_num_threads(1)
 
 WITH_GGUF = [name for name, family in FAMILIES.items() if family.gguf]
 # Their logits are more than a product with the head.

@@ -8,14 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
+from peers import torch
 from tiny import make_pair, random_prefix, random_tokens, random_weights, run, tiny_config, twin_of, twin_run
 
 from cartridges_jax import sampling
 from cartridges_jax.models import Decoder, empty_cache, lm_logits, row_as_prefix
 from cartridges_jax.models.decoder import abstract_params
-
-torch.set_num_threads(1)
 
 
 def close(found, expected, tolerance=1e-4):

@@ -6,13 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
+from peers import torch
 
 from cartridges_jax.attention import LayerPrefix, attend, cache_mask, packed_causal_mask
 from cartridges_jax.attention.reference import dense_attention
 from cartridges_jax.rope import Rope, rope_tables, rotate
-
-torch.set_num_threads(1)
 
 B, T, S, P, K, G, H = 2, 7, 9, 5, 2, 3, 8
 N = K * G

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
+from peers import torch
 from tiny import random_prefix, random_tokens, run, twin_run
 
 from cartridges_jax import sampling
@@ -16,8 +16,6 @@ from cartridges_jax.errors import UserError
 from cartridges_jax.sampling import GREEDY, Sampling, generate_tokens, prefill
 from cartridges_jax.sampling.prefill import CHUNK
 from cartridges_jax.sampling.select import Choice, RowSampling, select_rows
-
-torch.set_num_threads(1)
 
 
 def random_prompts(rng, config, lengths):

@@ -16,8 +16,7 @@ import gguf_files
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from peers import torch, transformers
 
 from cartridges_jax import cartridge
 from cartridges_jax.models import Decoder, Model, ModelConfig, lm_logits, load_model
@@ -186,10 +185,10 @@ def write_tiny_gguf(path: Path, *, seed: int = 0, **config) -> Path:
     return write_gguf(Path(path), config, gguf_tensors(random_weights(config, seed), config))
 
 
-def twin_of(weights: dict[str, np.ndarray], config: ModelConfig) -> LlamaForCausalLM:
+def twin_of(weights: dict[str, np.ndarray], config: ModelConfig) -> transformers.LlamaForCausalLM:
     """The same model in transformers, float32."""
-    twin = LlamaForCausalLM(
-        LlamaConfig(
+    twin = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
             num_hidden_layers=config.num_layers,
             hidden_size=config.d_model,
             num_attention_heads=config.num_heads,
@@ -215,9 +214,9 @@ class TinyPair(NamedTuple):
     """A model and its twin in transformers (float32; `double()` gives one that computes in float64)."""
 
     model: Model
-    twin: LlamaForCausalLM
+    twin: transformers.LlamaForCausalLM
 
-    def double(self) -> LlamaForCausalLM:
+    def double(self) -> transformers.LlamaForCausalLM:
         twin = copy.deepcopy(self.twin).double()
         twin.set_attn_implementation("sdpa")  # the eager one takes its softmax in float32
         return twin
@@ -264,7 +263,7 @@ _run = jax.jit(_forward, static_argnums=(0, 7))
 
 
 def twin_run(
-    twin: PreTrainedModel, tokens, *, keys=None, values=None, start=None, mask=None, whole_mask=None
+    twin: transformers.PreTrainedModel, tokens, *, keys=None, values=None, start=None, mask=None, whole_mask=None
 ) -> torch.Tensor:
     """One row through transformers: logits [T, V].
 
@@ -278,7 +277,7 @@ def twin_run(
     dtype = twin.dtype
     cache, num_slots = None, 0
     if keys is not None:
-        cache, num_slots = DynamicCache(), keys.shape[2]
+        cache, num_slots = transformers.DynamicCache(), keys.shape[2]
         for layer in range(len(keys)):
             cache.update(_tensor(keys[layer], dtype)[None], _tensor(values[layer], dtype)[None], layer)
     tokens = torch.tensor(np.asarray(tokens), dtype=torch.long)

@@ -1,7 +1,7 @@
 """What a family of models is: how its config is read and what its tensors are called.
 
 To add one, write a module like its neighbours (a `Family`, or several), and list it in
-`families/__init__.py`; BUILD.md walks through it.
+`families/__init__.py`; docs/models.md has the steps.
 """
 
 from __future__ import annotations

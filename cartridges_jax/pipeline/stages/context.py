@@ -92,5 +92,6 @@ class RunContext:
 
 
 def flat(name: str, settings: Any) -> dict[str, Any]:
-    """Settings as flat stage inputs: "name.field" to value."""
-    return {f"{name}.{field}": value for field, value in dataclasses.asdict(settings).items()}
+    """Settings as flat stage inputs: "name.field" to a JSON value."""
+    values = dataclasses.asdict(settings).items()
+    return {f"{name}.{field}": list(value) if isinstance(value, tuple) else value for field, value in values}

@@ -8,14 +8,14 @@ import numpy as np
 
 from cartridges_jax.checkpoint import Cartridge
 from cartridges_jax.corpus.questions import Question, questions_hash
-from cartridges_jax.data.conversations import Conversation
+from cartridges_jax.data.schema import Conversation
 from cartridges_jax.evaluation.conditions import condition_fingerprints, make_conditions, tokens_cut
 from cartridges_jax.evaluation.evaluate import evaluate as measure
 from cartridges_jax.evaluation.measuring import longest_example
 from cartridges_jax.evaluation.results import write_answers
 from cartridges_jax.evaluation.tasks import TaskInputs, make_tasks
+from cartridges_jax.pipeline.distillation import split
 from cartridges_jax.pipeline.stages.context import RunContext, flat
-from cartridges_jax.pipeline.stages.train import split
 from cartridges_jax.pipeline.workdir import Stage
 
 ANSWERS = "answers.parquet"
@@ -34,7 +34,8 @@ def evaluate(run: RunContext, train_stage: Stage, cartridge: Cartridge, conversa
     })  # fmt: skip
     if stage.done:
         return stage
-    heldout = split(run, conversations)[1]
+    parts = split(conversations, run.questions, run.config.heldout, run.config.seed)
+    heldout = [conversations[i] for i in parts.heldout]
     with stage.clock() as clock, run.progress("evaluate", 1) as bar:
 
         def advance(done: int, total: int) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from cartridges_jax.checkpoint import Cartridge
 from cartridges_jax.corpus.chunks import Chunk, token_coverage
 from cartridges_jax.corpus.questions import questions_hash
-from cartridges_jax.data.conversations import Conversation
+from cartridges_jax.data.schema import Conversation
 from cartridges_jax.evaluation.report import complete_report, write_report
 from cartridges_jax.evaluation.summary import format_summary
 from cartridges_jax.files import write_atomically
@@ -63,16 +63,16 @@ def report(
         **measured["headline"],
         "reasons": measured["reasons"],
         "dropped_training_questions": trained["dropped_training_questions"],
-        "dropped_heldout_conversations": trained.get("dropped_heldout_conversations", 0),
+        "dropped_heldout_conversations": trained["dropped_heldout_conversations"],
         "seconds": {**seconds, "total": sum(seconds.values())},
         "conversations": trained["trained_on"],
-        "heldout_conversations": trained.get("heldout_conversations", config.heldout),
+        "heldout_conversations": trained["heldout"],
         "study": {
             "asked": studied.get("asked", config.study.conversations),
             "conversations": studied.get("conversations", len(conversations)),
             "dropped": studied.get("dropped", {}),
         },
-        "steps": config.train.steps,
+        "steps": trained["steps"],
         "refused_steps": trained["refused_steps"],
         "packing_efficiency": trained["packing_efficiency"],
         "epochs": trained["epochs"],

@@ -9,7 +9,19 @@ import jaxtyping
 from beartype import BeartypeConf, beartype
 
 # A module with jaxtyping annotations belongs in this list. Functions under `jax.jit` are checked while they are traced.
-CHECKED_MODULES: list[str] = ["cartridges_jax.rope"]
+CHECKED_MODULES: list[str] = [
+    "cartridges_jax.attention.attend",
+    "cartridges_jax.attention.masks",
+    "cartridges_jax.attention.xla",
+    "cartridges_jax.cartridge",
+    "cartridges_jax.models.cache",
+    "cartridges_jax.models.decoder",
+    "cartridges_jax.models.layer",
+    "cartridges_jax.rope",
+    "cartridges_jax.sampling.decoding",
+    "cartridges_jax.sampling.reading",
+    "cartridges_jax.sampling.rows",
+]
 
 
 def typechecker(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -191,7 +191,7 @@ def test_decoding_is_compiled_as_self_study_decodes(tmp_path):
     config = pod_config("meta-llama/Llama-3.1-8B-Instruct", topology="v5e:4x4", mesh="data:4,tensor:4", micro_batches=8)
     workload, mesh = workload_of(from_config_dict(config)), abstract_mesh(tensor=4)
     assert workload.decode_rows == inspect.signature(generate_tokens).parameters["batch_size"].default
-    assert inputs.front(workload, mesh).prefix.keys.shape == (32, 8, 4096 + 256, 128)
+    assert inputs.resident_prefix(workload, mesh).keys.shape == (32, 8, 4096 + 256, 128)
     assert inputs.decode_state(workload, mesh).cache.keys.shape == (32, 128, 8, 512, 128)
     # Training stays with the cartridge.
     assert inputs.frozen(workload, mesh).keys.shape == (32, 8, 2048, 128)

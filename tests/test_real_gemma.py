@@ -15,7 +15,7 @@ from cartridges_jax.corpus import QUICKSTART, read_corpus
 from cartridges_jax.errors import UserError
 from cartridges_jax.formats.sources import locate
 from cartridges_jax.models import load_model
-from cartridges_jax.models.decoder import layer_path
+from cartridges_jax.models.layout import layer_path
 
 NAME = "gemma3-270m"
 HF_NAMES = {

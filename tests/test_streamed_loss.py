@@ -160,7 +160,7 @@ def step_memory(vocab_size):
     )  # fmt: skip
     slot = jax.ShapeDtypeStruct((num_layers, 1, slots, 32), jnp.float32)
     number = jax.ShapeDtypeStruct((slots,), jnp.int32)
-    prefix = KVPrefix(keys=slot, values=slot, positions=number, group=number, next_position=slots)
+    prefix = KVPrefix(keys=slot, values=slot, positions=number, next_position=jax.ShapeDtypeStruct((), jnp.int32))
     optimizer = optax.adam(1e-2)
     learner = CartridgeLearner()
     state = jax.eval_shape(lambda start: init_state(learner.init(None, start)[1], optimizer), prefix)

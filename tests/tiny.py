@@ -237,19 +237,15 @@ def run(model: Model, tokens, *, positions=None, segment_ids=None, prefix=None, 
     """One forward pass of ours: (logits [B, T, V], cache, taps).
 
     Args:
-      tokens: [B, T]; positions start behind the prefix and the cache, all tokens are one segment, unless given.
+      tokens: [B, T]; positions continue after the cache, all tokens are one segment, unless given.
     """
     tokens = jnp.asarray(tokens, jnp.int32)
-    start = 0 if prefix is None else prefix.next_position
-    if positions is None:
-        lengths = jnp.zeros((tokens.shape[0],), jnp.int32) if cache is None else cache.lengths
-        positions = start + lengths[:, None] + jnp.arange(tokens.shape[1])
+    if positions is not None:
+        positions = jnp.asarray(positions, jnp.int32)
     if segment_ids is None:
         segment_ids = jnp.ones_like(tokens)
-    return _run(
-        model.config, model.params, tokens, jnp.asarray(positions, jnp.int32), jnp.asarray(segment_ids, jnp.int32),
-        prefix, cache, taps,
-    )  # fmt: skip
+    segment_ids = jnp.asarray(segment_ids, jnp.int32)
+    return _run(model.config, model.params, tokens, positions, segment_ids, prefix, cache, taps)
 
 
 def _forward(config, params, tokens, positions, segment_ids, prefix, cache, taps):
@@ -300,6 +296,11 @@ def random_prefix(rng: np.random.Generator, config: ModelConfig, num_slots: int,
     shape = (config.num_layers, config.num_kv_heads, num_slots, config.head_dim)
     keys, values = (jnp.asarray(scale * rng.standard_normal(shape), jnp.float32) for _ in range(2))
     return cartridge.from_plain_tokens(keys, values)
+
+
+def at_position(prefix: cartridge.KVPrefix, next_position: int) -> cartridge.KVPrefix:
+    """The prefix with another position of the first token after it."""
+    return prefix.replace(next_position=jnp.asarray(next_position, jnp.int32))
 
 
 def random_tokens(rng: np.random.Generator, config: ModelConfig, *shape: int) -> np.ndarray:

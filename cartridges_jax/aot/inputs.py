@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from cartridges_jax import parallel
 from cartridges_jax.aot.workload import Workload
-from cartridges_jax.cartridge import KVPrefix
+from cartridges_jax.cartridge import KVPrefix, pad_slots
 from cartridges_jax.data.packing import BATCH_DTYPES, TrainBatch, batch_shapes
 from cartridges_jax.distill.learner import Learner, make_learner
 from cartridges_jax.distill.settings import make_optimizer
@@ -21,8 +21,9 @@ from cartridges_jax.models import CACHE_AXES, Cache, empty_cache
 from cartridges_jax.models.model import DTYPES, Model
 from cartridges_jax.models.sharding import param_shardings
 from cartridges_jax.models.weights import abstract_loaded
-from cartridges_jax.sampling.group import rows_of
-from cartridges_jax.sampling.programs import Front, Rows, State, as_front, empty_state
+from cartridges_jax.sampling.buckets import prefix_bucket
+from cartridges_jax.sampling.decoding import State, empty_state
+from cartridges_jax.sampling.rows import Rows, rows_of
 
 Shape = jax.ShapeDtypeStruct
 
@@ -48,7 +49,7 @@ def _everywhere(mesh: Mesh, tree: Any) -> Any:
 def _prefix(workload: Workload, num_slots: int) -> KVPrefix:
     config, slots = workload.config, Shape((num_slots,), jnp.int32)
     part = Shape((config.num_layers, config.num_kv_heads, num_slots, config.head_dim), DTYPES[workload.dtype])
-    return KVPrefix(part, part, slots, slots, next_position=num_slots)
+    return KVPrefix(part, part, positions=slots, next_position=Shape((), jnp.int32))
 
 
 def _placed_prefix(prefix: KVPrefix, mesh: Mesh, *, in_use: bool) -> KVPrefix:
@@ -105,12 +106,11 @@ def batch(workload: Workload, mesh: Mesh) -> TrainBatch:
     return TrainBatch(*(Shape(shape, dtype, sharding=where) for shape, dtype, where in described))
 
 
-def front(workload: Workload, mesh: Mesh) -> Front:
+def resident_prefix(workload: Workload, mesh: Mesh) -> KVPrefix:
     """A prefix in the engine's layout."""
-    shapes = jax.eval_shape(
-        functools.partial(as_front, dtype=DTYPES[workload.dtype]), _prefix(workload, workload.prefix_slots)
-    )
-    return Front(_placed_prefix(shapes.prefix, mesh, in_use=True), _everywhere(mesh, shapes.start))
+    prefix = _prefix(workload, workload.prefix_slots)
+    padded = jax.eval_shape(lambda prefix: pad_slots(prefix, prefix_bucket(prefix.num_slots)), prefix)
+    return _placed_prefix(padded, mesh, in_use=True)
 
 
 def _cache(mesh: Mesh, shapes: Cache) -> Cache:
@@ -135,9 +135,8 @@ def chunk(mesh: Mesh, num_rows: int, num_tokens: int) -> Shape:
 
 
 def decode_state(workload: Workload, mesh: Mesh) -> State:
-    shapes = jax.eval_shape(
-        lambda: empty_state(workload.config, workload.decode_rows, workload.own_slots, DTYPES[workload.dtype])
-    )
+    num_rows, dtype = workload.decode_rows, DTYPES[workload.dtype]
+    shapes = jax.eval_shape(lambda: empty_state(empty_cache(workload.config, num_rows, workload.own_slots, dtype)))
     per_row = {name: _placed(mesh, ("rows",), getattr(shapes, name)) for name in ("tokens", "num_generated", "running")}
     return State(cache=_cache(mesh, shapes.cache), **per_row)
 

@@ -20,10 +20,10 @@ from cartridges_jax.data.packing import check_rows
 from cartridges_jax.distill.settings import make_optimizer
 from cartridges_jax.distill.sharding import step_on_mesh
 from cartridges_jax.parallel import independent_parts, row_parts
-from cartridges_jax.sampling import programs
-from cartridges_jax.sampling.buckets import READ_CHUNK, prompt_bucket, read_rows, round_up, slot_bucket
+from cartridges_jax.sampling import decoding, reading
+from cartridges_jax.sampling.buckets import READ_CHUNK, prompt_bucket, read_rows, slot_bucket
 from cartridges_jax.sampling.engine import STEPS_PER_DISPATCH, TOKENS_PER_READ
-from cartridges_jax.sampling.prefill import CHUNK, read_tokens
+from cartridges_jax.sampling.prefill import chunk_shape
 from cartridges_jax.sampling.select import GREEDY, Choice
 
 # The last, evaluation's read of the whole text, is compiled only on request: not every run evaluates.
@@ -133,32 +133,31 @@ def _prefill(workload: Workload, mesh: Mesh) -> _Call:
     num_rows, num_tokens, num_slots = prefill_shape(workload)
     chunk = inputs.chunk(mesh, num_rows, num_tokens)
     arguments = (
-        workload.config, inputs.params(workload, mesh), inputs.front(workload, mesh),
+        workload.config, inputs.params(workload, mesh), inputs.resident_prefix(workload, mesh),
         inputs.reading_cache(workload, mesh, num_rows, num_slots), inputs.last_hidden(workload, mesh, num_rows), chunk, chunk,
     )  # fmt: skip
-    return programs.read_chunk, arguments, {}
+    return reading.read_chunk, arguments, {}
 
 
 def _decode(workload: Workload, mesh: Mesh) -> _Call:
     arguments = (
-        workload.config, inputs.params(workload, mesh), inputs.front(workload, mesh), inputs.decode_state(workload, mesh),
+        workload.config, inputs.params(workload, mesh), inputs.resident_prefix(workload, mesh), inputs.decode_state(workload, mesh),
         inputs.decode_rows(workload, mesh), inputs.enough(mesh),
     )  # fmt: skip
     options = {"choice": Choice.of([GREEDY]), "num_top": workload.top_logprobs, "num_steps": STEPS_PER_DISPATCH}
-    return programs.decode, arguments, options
+    return decoding.decode, arguments, options
 
 
 def icl_shape(workload: Workload) -> tuple[int, int]:
     """Tokens of a chunk, and slots, of the whole text that is read in one row."""
-    size = min(CHUNK, round_up(workload.icl_tokens, 64))
-    return size, round_up(workload.icl_tokens, size)
+    return chunk_shape(workload.icl_tokens)
 
 
 def _icl(workload: Workload, mesh: Mesh) -> _Call:
     num_tokens, num_slots = icl_shape(workload)
     chunk = inputs.chunk(mesh, 1, num_tokens)
     cache = inputs.reading_cache(workload, mesh, 1, num_slots)
-    return read_tokens, (workload.config, inputs.params(workload, mesh), None, cache, chunk, chunk), {}
+    return reading.read_tokens, (workload.config, inputs.params(workload, mesh), None, cache, chunk, chunk), {}
 
 
 _CALLS = {"train": _train, "prefill": _prefill, "decode": _decode, "icl": _icl}

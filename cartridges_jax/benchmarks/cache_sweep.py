@@ -26,7 +26,7 @@ from cartridges_jax.benchmarks.rounds import take_turns_with_ceilings
 from cartridges_jax.benchmarks.timing import Times, interleaved
 from cartridges_jax.cartridge import KVPrefix
 from cartridges_jax.errors import UserError
-from cartridges_jax.models import Cache, Decoder, Model, ModelConfig, empty_cache, lm_logits
+from cartridges_jax.models import Cache, Decoder, Model, ModelConfig, lm_logits
 from cartridges_jax.models.costs import decode_bytes, decode_flops, kv_bytes_per_token
 from cartridges_jax.sampling.select import most_likely
 
@@ -78,14 +78,13 @@ def greedy_steps(
     config: ModelConfig, params: Any, prefix: KVPrefix | None, cache: Cache, tokens: Array, *, num_steps: int
 ) -> tuple[Cache, Array]:
     """`num_steps` greedy tokens of every row [B]; the cache returns with the lengths that it came with."""
-    start = 0 if prefix is None else prefix.next_position
 
     def step(carry, _):
         cache, tokens = carry
         hidden, cache, _ = Decoder(config).apply(
             {"params": params},
             tokens[:, None],
-            start + cache.lengths[:, None],
+            None,
             jnp.ones_like(tokens)[:, None],
             prefix=prefix,
             cache=cache,
@@ -102,14 +101,12 @@ class Decoding:
 
     def __init__(self, model: Model, prefix: KVPrefix | None, num_rows: int, own: int, num_steps: int):
         self._model, self._steps = model, num_steps
-        self._prefix = prefix
-        if prefix is not None and model.decodes_unstacked:
-            self._prefix = prefix.replace(keys=tuple(prefix.keys), values=tuple(prefix.values))
+        self._prefix = None if prefix is None else model.decoding_prefix(prefix)
         # Small and not constant, so that XLA folds no part of the work away.
         fill = jnp.linspace(-0.5, 0.5, model.config.head_dim, dtype=model.dtype)
 
         def filled() -> tuple[Cache, Array]:
-            empty = empty_cache(model.config, num_rows, own + num_steps, model.dtype, unstacked=model.decodes_unstacked)
+            empty = model.decoding_cache(num_rows, own + num_steps)
             cache = empty.mapped(lambda part, slot_axis: part + (fill if slot_axis == -2 else fill[:, None]))
             cache = cache.replace(lengths=jnp.full((num_rows,), own, jnp.int32))
             return cache, jnp.arange(num_rows, dtype=jnp.int32) % model.config.vocab_size

@@ -81,7 +81,7 @@ def batch_loss(
     hidden, _, _ = Decoder(config, remat=remat).apply(
         {"params": params},
         batch.tokens,
-        prefix.next_position + batch.positions,
+        batch.positions,
         batch.segment_ids,
         prefix=prefix,
     )

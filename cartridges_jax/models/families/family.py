@@ -1,4 +1,4 @@
-"""What a family of models is: how its config is read and what its tensors are called.
+"""A family of models: the reading of its config and the names of its tensors.
 
 To add one, write a module like its neighbours (a `Family`, or several), and list it in
 `families/__init__.py`; docs/models.md has the steps.
@@ -29,7 +29,7 @@ _DESCRIPTIVE = frozenset({
 
 
 class Fields:
-    """A config's fields, by name. Remembers which were read, so that none is ignored.
+    """A config's fields by name, with a record of which were read, so that none is ignored.
 
     Attributes:
       source: what errors call the config: "config.json" or "GGUF metadata llama.*".
@@ -86,7 +86,7 @@ class Fields:
             raise UserError(f"{self.source} has {name}={value!r:.60}, which is not supported (only {choices})")
 
     def finish(self) -> None:
-        """Refuses fields that nobody read.
+        """Refuses fields that were not read.
 
         Raises:
           UserError: there is one that is set; the message names it.
@@ -101,7 +101,7 @@ class Fields:
 
 
 class Entry(NamedTuple):
-    """Where a tensor goes.
+    """The parameter that a tensor fills.
 
     Attributes:
       parameter: name within the layer, or at the top of the tree.
@@ -145,7 +145,7 @@ class Names:
         return self.top[name], None
 
     def extended(self, **changes: Any) -> Names:
-        """The same table with entries added or replaced; `top`/`layer` are merged."""
+        """This table with entries added or replaced; `top`/`layer` are merged."""
         merged = {
             key: {**getattr(self, key), **value} if isinstance(value, Mapping) else value
             for key, value in changes.items()

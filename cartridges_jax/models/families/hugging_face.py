@@ -1,4 +1,4 @@
-"""What the config.json files and safetensors names of all families have in common."""
+"""The config.json fields and safetensors names that all families share."""
 
 from __future__ import annotations
 

@@ -93,5 +93,8 @@ class RunContext:
 
 def flat(name: str, settings: Any) -> dict[str, Any]:
     """Settings as flat stage inputs: "name.field" to a JSON value."""
-    values = dataclasses.asdict(settings).items()
-    return {f"{name}.{field}": list(value) if isinstance(value, tuple) else value for field, value in values}
+    # JSON has no tuples, and a stage compares its inputs with recorded ones.
+    return {
+        f"{name}.{field}": list(value) if isinstance(value, tuple) else value
+        for field, value in dataclasses.asdict(settings).items()
+    }

@@ -28,8 +28,7 @@ def evaluate(run: RunContext, train_stage: Stage, cartridge: Cartridge, conversa
     stage = run.open("evaluate", {
         "train": train_stage.key,
         "questions": questions_hash(questions),
-        # JSON has no tuples, and a stage compares its inputs with recorded ones.
-        **{k: list(v) if isinstance(v, tuple) else v for k, v in flat("evaluation", settings).items()},
+        **flat("evaluation", settings),
         "prefixes": condition_fingerprints(settings.conditions),
     })  # fmt: skip
     if stage.done:

@@ -68,9 +68,10 @@ def report(
         "conversations": trained["trained_on"],
         "heldout_conversations": trained["heldout"],
         "study": {
-            "asked": studied.get("asked", config.study.conversations),
-            "conversations": studied.get("conversations", len(conversations)),
-            "dropped": studied.get("dropped", {}),
+            "asked": studied["wanted"],
+            "conversations": studied["conversations"],
+            "written": studied["written"],
+            "dropped": studied["dropped"],
         },
         "steps": trained["steps"],
         "refused_steps": trained["refused_steps"],

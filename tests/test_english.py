@@ -17,16 +17,6 @@ ROOT = Path(__file__).parents[1]
 ALLOWED: frozenset[str] = frozenset(
     {
         "cartridges_jax/corpus/sentences.py",
-        "cartridges_jax/data/decontaminate.py",
-        "cartridges_jax/distill/checkpoints.py",
-        "cartridges_jax/distill/sharding.py",
-        "cartridges_jax/distill/step.py",
-        "cartridges_jax/errors.py",
-        "cartridges_jax/pipeline/config.py",
-        "cartridges_jax/pipeline/reporting.py",
-        "cartridges_jax/pipeline/run.py",
-        "cartridges_jax/pipeline/signals.py",
-        "cartridges_jax/selfstudy/seeds.py",
         "cartridges_jax/text/_base.py",
         "cartridges_jax/text/_jinja.py",
         "cartridges_jax/text/_regions.py",

@@ -95,6 +95,7 @@ def trained(model, job) -> dict:
 def compiled(model, job) -> dict:
     """What a compiled step sends, as (operation, type, shape), and how its state and its results lie."""
     import jax
+    import numpy as np
     import optax
 
     from cartridges_jax import parallel
@@ -105,7 +106,7 @@ def compiled(model, job) -> dict:
     from cartridges_jax.distill.step import init_state
 
     initial, examples = task(model)
-    mesh, optimizer = model.mesh, optax.adam(1e-2)
+    mesh, optimizer = model.mesh, optax.scale_by_adam()
     plan = plan_packing(
         examples, num_steps=1, rows_per_step=16, row_tokens=48, micro_batches=2, row_parts=parallel.row_parts(mesh)
     )
@@ -114,7 +115,9 @@ def compiled(model, job) -> dict:
     state = init_state(trainable, optimizer, state_shardings(mesh, optimizer, learner, trainable))
     step = step_on_mesh(model.config, optimizer, learner, mesh, model.params, frozen, state, tail="class", remat=False)
     batch = parallel.place(plan.batch(0), batch_shardings(mesh))
-    program = step.lower(model.params, frozen, learner.mask(frozen, trainable), state, batch).compile()
+    program = step.lower(
+        model.params, frozen, learner.mask(frozen, trainable), state, batch, np.float32(1e-2)
+    ).compile()
     return {
         "sent": {(one.kind, dtype, shape) for one in collectives(program.as_text()) for dtype, shape in one.arrays},
         "shards": {

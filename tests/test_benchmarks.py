@@ -212,7 +212,7 @@ def test_peft_s_loss_and_gradient_are_ours(tiny_model, exported, rng):
     start, trainable = learner.init(tiny_model, prefix)
     state, metrics = take_step(
         config, recorder, learner, tiny_model.params, start, learner.mask(start, trainable),
-        init_state(trainable, recorder), plan.batch(0),
+        init_state(trainable, recorder), plan.batch(0), np.float32(1e-2),
     )  # fmt: skip
 
     frozen = transformers_peft.load(exported, "float32")

@@ -31,7 +31,8 @@ RECORDER = optax.GradientTransformation(
     init=lambda params: jax.tree.map(jnp.zeros_like, params),
     update=lambda grads, state, params=None: (jax.tree.map(jnp.zeros_like, grads), grads),
 )
-ADAM = optax.adam(1e-2)
+ADAM = optax.scale_by_adam()
+RATE = np.float32(1e-2)
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def take_step(model, prefix, batch, *, optimizer=RECORDER, state=None, params=No
     mask = settings.pop("mask", mask_of(prefix, 0))
     return train_step(
         model.config, optimizer, LEARNER, model.params if params is None else params, prefix, mask, state,
-        batch, **settings,
+        batch, settings.pop("learning_rate", RATE), **settings,
     )  # fmt: skip
 
 
@@ -180,7 +181,7 @@ def bits(leaf):
     return np.asarray(leaf).view(np.uint32)
 
 
-@pytest.mark.parametrize("optimizer", [ADAM, optax.adamw(1e-2, weight_decay=0.1)], ids=["adam", "adamw"])
+@pytest.mark.parametrize("optimizer", [ADAM, optax.chain(ADAM, optax.add_decayed_weights(0.1))], ids=["adam", "adamw"])
 def test_frozen_slots_stay_as_they_are_to_the_bit(tiny_pair, rng, examples, optimizer):
     prefix = random_prefix(rng, tiny_pair.model.config, P)
     batch, _ = packed(examples, 2)

@@ -161,7 +161,7 @@ def step_memory(vocab_size):
     slot = jax.ShapeDtypeStruct((num_layers, 1, slots, 32), jnp.float32)
     number = jax.ShapeDtypeStruct((slots,), jnp.int32)
     prefix = KVPrefix(keys=slot, values=slot, positions=number, next_position=jax.ShapeDtypeStruct((), jnp.int32))
-    optimizer = optax.adam(1e-2)
+    optimizer = optax.scale_by_adam()
     learner = CartridgeLearner()
     state = jax.eval_shape(lambda start: init_state(learner.init(None, start)[1], optimizer), prefix)
 
@@ -173,7 +173,7 @@ def step_memory(vocab_size):
     batch = TrainBatch(token, token, token, batch, array(jnp.int32, targets, k), entry, array(jnp.float32, targets))
     compiled = train_step.lower(
         config, optimizer, learner, abstract_params(config), prefix,
-        jax.ShapeDtypeStruct((slots, 1), jnp.float32), state, batch,
+        jax.ShapeDtypeStruct((slots, 1), jnp.float32), state, batch, jax.ShapeDtypeStruct((), jnp.float32),
     ).compile()  # fmt: skip
     return compiled.memory_analysis().temp_size_in_bytes, vocab_size * d_model * 4
 

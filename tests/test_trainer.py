@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from tiny import random_tokens
 
@@ -15,8 +16,8 @@ from cartridges_jax.checkpoint import TrainCheckpoints
 from cartridges_jax.data.examples import Example
 from cartridges_jax.data.packing import plan_packing
 from cartridges_jax.distill.learner import CartridgeLearner
-from cartridges_jax.distill.settings import TrainSettings, make_optimizer
-from cartridges_jax.distill.step import init_state
+from cartridges_jax.distill.settings import TrainSettings, learning_rate, make_optimizer
+from cartridges_jax.distill.step import init_state, train_step
 from cartridges_jax.distill.trainer import StopRequested, heldout_loss, train
 from cartridges_jax.errors import UserError
 
@@ -174,7 +175,7 @@ def test_a_step_with_a_loss_that_is_not_finite_is_refused_counted_and_passed_ove
 
 def restored(model, task, directory, settings):
     checkpoints = TrainCheckpoints(directory, settings.keep_checkpoints)
-    state = init_state(CartridgeLearner().init(model, task[0])[1], make_optimizer(settings))
+    state = init_state(CartridgeLearner().init(model, task[0])[1], make_optimizer(settings.clip_norm))
     found, extra = checkpoints.restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state))
     checkpoints.close()
     return found, extra
@@ -210,14 +211,7 @@ def test_a_learning_rate_that_destroys_the_cartridge_ends_the_run_in_words(tiny_
 
 
 def rates(settings):
-    """The rate of every step, read off Adam's moves under a constant gradient."""
-    optimizer = make_optimizer(settings)
-    state = optimizer.init(jnp.zeros(()))
-    found = []
-    for _ in range(settings.steps):
-        update, state = optimizer.update(jnp.float32(3.0), state)
-        found.append(-float(update))
-    return np.array(found)
+    return np.array([learning_rate(settings, step) for step in range(settings.steps)])
 
 
 def test_the_constant_schedule_warms_up_and_stays():
@@ -237,10 +231,42 @@ def test_the_cosine_schedule_falls_to_its_final_fraction():
     np.testing.assert_allclose(rates(settings), [0, 5e-3, *cosine], rtol=1e-4)
 
 
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+@pytest.mark.parametrize("warmup", [0, 3, 50])
+def test_a_schedules_updates_are_those_of_optax_adam_with_that_schedule(schedule, warmup):
+    settings = dataclasses.replace(SETTINGS, steps=12, schedule=schedule, warmup_steps=warmup)
+    peak, steps = settings.learning_rate, min(warmup, settings.steps - 1)
+    if schedule == "cosine":
+        rate = optax.warmup_cosine_decay_schedule(
+            0.0 if steps else peak, peak, steps, settings.steps, peak * settings.final_fraction
+        )
+    else:
+        warm = optax.linear_schedule(0.0, peak, max(steps, 1))
+        rate = optax.join_schedules([warm, optax.constant_schedule(peak)], [steps])
+    theirs = optax.chain(optax.clip_by_global_norm(settings.clip_norm), optax.adam(rate))
+    ours = make_optimizer(settings.clip_norm)
+    rng, start = np.random.default_rng(0), jnp.zeros((5, 7))
+    expected_state, state = theirs.init(start), ours.init(start)
+    for step in range(settings.steps):
+        gradient = jnp.asarray(rng.normal(size=(5, 7)), jnp.float32)
+        expected, expected_state = theirs.update(gradient, expected_state)
+        update, state = ours.update(gradient, state)
+        np.testing.assert_allclose(-learning_rate(settings, step) * update, expected, rtol=2e-6, atol=1e-9)
+
+
+def test_runs_that_differ_in_steps_rate_and_schedule_share_one_compiled_step(tiny_model, task, tmp_path, uninterrupted):
+    """`uninterrupted` has compiled the step; held-out losses have a program of their own."""
+    compiled = train_step._cache_size()
+    assert compiled
+    changes = {"steps": 3, "learning_rate": 1e-3, "schedule": "constant", "warmup_steps": 2, "final_fraction": 0.5}
+    run(tiny_model, task, tmp_path, dataclasses.replace(SETTINGS, **changes))
+    assert train_step._cache_size() == compiled
+
+
 def test_a_gradient_above_the_clip_norm_is_scaled_to_it():
     settings = dataclasses.replace(SETTINGS, clip_norm=0.5)
-    state = make_optimizer(settings).init(jnp.zeros(2))
-    _, state = make_optimizer(settings).update(jnp.array([3.0, 4.0]), state)
+    state = make_optimizer(settings.clip_norm).init(jnp.zeros(2))
+    _, state = make_optimizer(settings.clip_norm).update(jnp.array([3.0, 4.0]), state)
     first_moment = next(leaf for leaf in jax.tree.leaves(state) if leaf.shape == (2,))
     np.testing.assert_allclose(first_moment, 0.1 * np.array([0.3, 0.4]), rtol=1e-5)
 

@@ -85,7 +85,7 @@ def frozen(workload: Workload, mesh: Mesh) -> Any:
 
 
 def state(workload: Workload, mesh: Mesh) -> TrainState:
-    optimizer = make_optimizer(workload.train)
+    optimizer = make_optimizer(workload.train.clip_norm)
     _, trainable = _parts(workload, mesh)
     shapes = jax.eval_shape(functools.partial(new_state, optimizer=optimizer), trainable)
     shardings = state_shardings(mesh, optimizer, learner(workload), trainable)
@@ -104,6 +104,10 @@ def batch(workload: Workload, mesh: Mesh) -> TrainBatch:
     )
     described = zip(shapes, BATCH_DTYPES, batch_shardings(mesh), strict=True)
     return TrainBatch(*(Shape(shape, dtype, sharding=where) for shape, dtype, where in described))
+
+
+def learning_rate(mesh: Mesh) -> Shape:
+    return Shape((), jnp.float32, sharding=parallel.everywhere(mesh))
 
 
 def resident_prefix(workload: Workload, mesh: Mesh) -> KVPrefix:

@@ -111,10 +111,11 @@ def _train(workload: Workload, mesh: Mesh) -> _Call:
     check_rows(workload.train.rows_per_step, workload.train.micro_batches, row_parts(mesh))
     params, frozen, state = inputs.params(workload, mesh), inputs.frozen(workload, mesh), inputs.state(workload, mesh)
     step = step_on_mesh(
-        workload.config, make_optimizer(workload.train), inputs.learner(workload), mesh, params, frozen, state,
+        workload.config, make_optimizer(workload.train.clip_norm), inputs.learner(workload), mesh, params, frozen, state,
         tail=workload.train.tail, remat=workload.train.remat,
     )  # fmt: skip
-    return step, (params, frozen, inputs.mask(workload, mesh), state, inputs.batch(workload, mesh)), {}
+    batch, rate = inputs.batch(workload, mesh), inputs.learning_rate(mesh)
+    return step, (params, frozen, inputs.mask(workload, mesh), state, batch, rate), {}
 
 
 def mesh_of_program(program: str, mesh: Mesh) -> Mesh:

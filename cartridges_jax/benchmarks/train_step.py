@@ -44,7 +44,7 @@ from cartridges_jax.corpus import read_corpus
 from cartridges_jax.data.examples import Example, render_example
 from cartridges_jax.data.packing import PackingPlan, plan_packing
 from cartridges_jax.distill.learner import make_learner
-from cartridges_jax.distill.settings import TrainSettings, make_optimizer
+from cartridges_jax.distill.settings import TrainSettings, learning_rate, make_optimizer
 from cartridges_jax.distill.step import init_state, train_step
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Model
@@ -114,7 +114,9 @@ class Ours:
 
     def __init__(self, model: Model, prefix: KVPrefix, plan: PackingPlan, settings: TrainStepSettings):
         self._model, self._plan, self._settings = model, plan, settings
-        self._optimizer = make_optimizer(settings.train)
+        self._optimizer = make_optimizer(settings.train.clip_norm)
+        # The peer's rate is constant too.
+        self._rate = learning_rate(settings.train, settings.train.warmup_steps)
         self._learner = make_learner(settings.train.learner, num_frozen=settings.num_frozen)
         self._frozen, trainable = self._learner.init(model, prefix)
         self._mask = self._learner.mask(self._frozen, trainable)
@@ -123,9 +125,10 @@ class Ours:
 
     def step(self, batch: int) -> float:
         """One optimizer step on a batch of the plan; returns the loss."""
+        train = self._settings.train
         self.state, metrics = train_step(
             self._model.config, self._optimizer, self._learner, self._model.params, self._frozen, self._mask,
-            self.state, self._plan.batch(batch), tail=self._settings.train.tail, remat=self._settings.train.remat,
+            self.state, self._plan.batch(batch), self._rate, tail=train.tail, remat=train.remat,
         )  # fmt: skip
         return float(metrics["loss"])
 

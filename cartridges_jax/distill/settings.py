@@ -1,4 +1,4 @@
-"""The settings of a training run, and the optimizer that they describe."""
+"""The settings of a training run, and the optimizer and learning rates that they describe."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 
+import numpy as np
 import optax
 
 from cartridges_jax.data.examples import TARGETS
@@ -91,30 +92,34 @@ class TrainSettings:
         check_rows(self.rows_per_step, self.micro_batches, row_parts=1)
 
 
-@functools.cache
-def make_optimizer(settings: TrainSettings) -> optax.GradientTransformation:
-    """Builds Adam with the settings' schedule and clipping (paper appendix: Adam).
+def learning_rate(settings: TrainSettings, step: int) -> np.float32:
+    """Returns the learning rate of a step: a linear warm-up from 0, then constant or a cosine.
 
-    Equal settings return the same object: the compiled step is looked up by it.
+    Computed on the host: the compiled step takes the rate as an argument, so that one program serves every schedule,
+    rate and number of steps.
+
+    Args:
+      settings: with a number of steps.
+      step: from 0; refused steps count.
     """
-    # Ahead-of-time compilation needs no number of steps.
-    steps = max(settings.steps, 1)
-    warmup = min(settings.warmup_steps, steps - 1)
-    if settings.schedule == "cosine":
-        rate = optax.warmup_cosine_decay_schedule(
-            init_value=0.0 if warmup else settings.learning_rate,
-            peak_value=settings.learning_rate,
-            warmup_steps=warmup,
-            decay_steps=steps,
-            end_value=settings.learning_rate * settings.final_fraction,
-        )
-    else:
-        rate = optax.schedules.join_schedules(
-            [
-                optax.linear_schedule(0.0, settings.learning_rate, max(warmup, 1)),
-                optax.constant_schedule(settings.learning_rate),
-            ],
-            [warmup],
-        )
-    clip = [optax.clip_by_global_norm(settings.clip_norm)] if settings.clip_norm else []
-    return optax.chain(*clip, optax.adam(rate))
+    peak, warmup = settings.learning_rate, min(settings.warmup_steps, settings.steps - 1)
+    if step < warmup:
+        return np.float32(peak * step / warmup)
+    if settings.schedule == "constant":
+        return np.float32(peak)
+    progress = min((step - warmup) / (settings.steps - warmup), 1.0)
+    final = settings.final_fraction
+    return np.float32(peak * (final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2))
+
+
+@functools.cache
+def make_optimizer(clip_norm: float) -> optax.GradientTransformation:
+    """Builds Adam with clipping, without the learning rate, by which the train step scales its updates (paper appendix: Adam).
+
+    Equal norms return the same object: the compiled step is looked up by it.
+
+    Args:
+      clip_norm: global gradient norm above which a gradient is scaled down; 0 is off.
+    """
+    clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+    return optax.chain(*clip, optax.scale_by_adam())

@@ -18,8 +18,8 @@ from cartridges_jax.distill.learner import Learner
 from cartridges_jax.distill.step import TrainState, train_step_function
 from cartridges_jax.models import ModelConfig
 
-# (params, frozen, mask, state, batch) -> (state, metrics): `train_step` with its static arguments bound.
-Step = Callable[[Any, Any, Any, TrainState, TrainBatch], tuple[TrainState, dict[str, Array]]]
+# (params, frozen, mask, state, batch, learning rate) -> (state, metrics): `train_step` with its static arguments bound.
+Step = Callable[[Any, Any, Any, TrainState, TrainBatch, Any], tuple[TrainState, dict[str, Array]]]
 
 
 def batch_shardings(mesh: Mesh) -> TrainBatch:
@@ -130,7 +130,7 @@ def step_on_mesh(
     params, frozen, state = jax.tree.map(lambda part: part.sharding, (params, frozen, state))
     return jax.jit(
         functools.partial(train_step_function, config, optimizer, learner, tail=tail, remat=remat),
-        in_shardings=(params, frozen, everywhere, state, batch_shardings(mesh)),
+        in_shardings=(params, frozen, everywhere, state, batch_shardings(mesh), everywhere),
         out_shardings=(state, everywhere),
         donate_argnums=3,
     )

@@ -8,6 +8,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -120,6 +121,7 @@ def train_step_function(
     mask: Any,
     state: TrainState,
     batch: TrainBatch,
+    learning_rate: Array | np.float32,
     *,
     tail: str = "class",
     remat: bool = False,
@@ -131,13 +133,14 @@ def train_step_function(
 
     Args:
       config: of the model.
-      optimizer: its updates are added to the parameters.
+      optimizer: without a learning rate; its updates times minus the rate are added to the parameters.
       learner: joins `frozen` and the state's `trainable`.
       params: the model's, frozen.
       frozen: as `Learner.init` returned it.
       mask: as `Learner.mask` returns it; 0 keeps an entry's bits.
       state: the state before; donated by `train_step`.
       batch: A micro-batches.
+      learning_rate: [] float32, of this step.
       tail: see `loss`.
       remat: recompute layers in the backward pass.
 
@@ -163,7 +166,7 @@ def train_step_function(
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
     # Again, because an optimizer may move a parameter that has no gradient (weight decay).
-    updates = _masked(updates, mask)
+    updates = _masked(jax.tree.map(lambda update: -learning_rate * update, updates), mask)
     trainable = optax.apply_updates(state.trainable, updates)
 
     def keep_if_finite(new, old):

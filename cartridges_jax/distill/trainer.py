@@ -9,6 +9,8 @@ import contextlib
 import dataclasses
 import functools
 import math
+import tempfile
+import time
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from cartridges_jax.data.packing import PackingPlan, TrainBatch, plan_packing
 from cartridges_jax.data.prefetch import prefetch
 from cartridges_jax.distill.checkpoints import SharedCheckpoints
 from cartridges_jax.distill.learner import Learner, make_learner
-from cartridges_jax.distill.settings import TrainSettings, make_optimizer
+from cartridges_jax.distill.settings import TrainSettings, learning_rate, make_optimizer
 from cartridges_jax.distill.sharding import Step, on_mesh, placed_batch, state_shardings, step_on_mesh
 from cartridges_jax.distill.step import TrainState, eval_step, init_state, train_step
 from cartridges_jax.errors import UserError
@@ -51,6 +53,19 @@ class TrainResult:
     refused: int
     packing_efficiency: float
     epochs: float
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSeconds:
+    """Times of a training run on this machine.
+
+    Attributes:
+      step: seconds of a compiled step.
+      heldout: seconds of a held-out loss once it is compiled; 0 without held-out examples.
+    """
+
+    step: float
+    heldout: float
 
 
 class StopRequested(Exception):
@@ -140,6 +155,38 @@ def train(
     return training.result()
 
 
+def measure_steps(
+    model: Model,
+    initial: KVPrefix,
+    examples: Sequence[Example],
+    heldout: Sequence[Example],
+    settings: TrainSettings,
+    *,
+    learner: Learner,
+    seed: int,
+    job: Job = ALONE,
+    count: int = 3,
+    clock: Callable[[], float] = time.monotonic,
+) -> StepSeconds:
+    """Times the first steps of a training run whose state is discarded.
+
+    Without a mesh, `train` then finds its programs compiled, whatever its number of steps (unless its fullest step needs
+    more or fewer target rows).
+
+    Args:
+      model, initial, examples, heldout, learner, seed, job: as of `train`.
+      settings: with about the number of steps that the run will have.
+      count: steps to time after the one that compiles.
+      clock: seconds from any origin.
+    """
+    with tempfile.TemporaryDirectory(prefix="trial-") as directory:
+        training = _Training(
+            model, learner, initial, examples, heldout, settings, Path(directory), seed, job, lambda step, loss: None
+        )
+        with contextlib.closing(training.checkpoints):
+            return training.timed(min(count, settings.steps), clock)
+
+
 class _Training:
     """One run: its data, its state and its history."""
 
@@ -177,7 +224,7 @@ class _Training:
                 micro_batches=1,
                 **rows,
             )
-        optimizer = make_optimizer(settings)
+        optimizer = make_optimizer(settings.clip_norm)
         frozen, trainable = learner.init(model, parallel.place_prefix(initial, mesh))
         self._frozen = on_mesh(frozen, mesh)
         self._mask = parallel.replicate(learner.mask(frozen, trainable), mesh)
@@ -200,7 +247,7 @@ class _Training:
         with self._batches(range(done, settings.steps)) as batches:
             pending = None
             for step, batch in enumerate(batches, start=done + 1):
-                self._state, metrics = self._take_step(self._model.params, self._frozen, self._mask, self._state, batch)
+                metrics = self._advance(step, batch)
                 # Fetched one step late: the device computes this step while the host reads the last.
                 refused_in_a_row = self._record(*pending) if pending else 0
                 pending = (step, metrics)
@@ -217,6 +264,31 @@ class _Training:
                 if stopping and not last:
                     self.checkpoints.complete()
                     raise StopRequested
+
+    def timed(self, count: int, clock: Callable[[], float]) -> StepSeconds:
+        """Takes a step and `count` more, which are timed, and measures the held-out loss twice, the second time timed."""
+        with self._batches(range(min(count + 1, self._settings.steps))) as batches:
+            start, steps = clock(), 0
+            for step, batch in enumerate(batches, start=1):
+                jax.block_until_ready(self._advance(step, batch))
+                if step == 1:
+                    start = clock()
+                else:
+                    steps += 1
+            step_seconds = (clock() - start) / max(steps, 1)
+        heldout_seconds = 0.0
+        if self._heldout_plan is not None:
+            self._measure_heldout(0)
+            start = clock()
+            self._measure_heldout(0)
+            heldout_seconds = clock() - start
+        return StepSeconds(step_seconds, heldout_seconds)
+
+    def _advance(self, step: int, batch: TrainBatch) -> dict[str, Array]:
+        """Takes the step of this number, from 1; returns its metrics."""
+        rate = parallel.replicate(learning_rate(self._settings, step - 1), self._model.mesh)
+        self._state, metrics = self._take_step(self._model.params, self._frozen, self._mask, self._state, batch, rate)
+        return metrics
 
     def result(self) -> TrainResult:
         """The result of a run that took all its steps."""

@@ -257,6 +257,24 @@ def test_a_resumed_study_counts_what_an_uninterrupted_one_counts(talker, studied
         read_batch(tmp_path, 0)
 
 
+def test_a_study_that_is_ended_after_a_batch_wants_what_it_has_and_leaves_the_same_shards(talker, studied, tmp_path):
+    _, directory, chosen = studied
+    asked = []
+
+    def after_the_first(batches: int, conversations: int) -> bool:
+        asked.append((batches, conversations))
+        return True
+
+    study = synthesise(talker, corpus_of(talker), tmp_path, chosen, seed=5, should_end=after_the_first)
+    assert asked == [(1, len(study.conversations))] and study.wanted == len(study.conversations) < 14
+    assert contents(tmp_path) == {name: text for name, text in contents(directory).items() if "00000" in name}
+    again = synthesise(talker, corpus_of(talker), tmp_path, chosen, seed=5, most_batches=1)
+    assert again.counts == study.counts and len(list(tmp_path.glob("*.parquet"))) == 1
+    # It may be continued: the batches depend on the settings alone.
+    synthesise(talker, corpus_of(talker), tmp_path, chosen, seed=5)
+    assert contents(tmp_path) == contents(directory)
+
+
 def test_a_message_that_reached_its_length_limit_is_no_prompt(talker, studied, tmp_path):
     chosen = dataclasses.replace(studied[2], filters=(), conversations=10, writer_max_tokens=6)
     study = synthesise(talker, corpus_of(talker), tmp_path, chosen, seed=5)

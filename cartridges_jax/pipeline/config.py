@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import ml_collections
 
@@ -78,6 +79,8 @@ class RunConfig:
       questions: JSONL of {"question", "answers"}; "" for none. SQuAD articles and "quickstart" bring their own.
       new_evaluation: accepts other evaluation questions than those that the workdir has frozen.
       heldout: self-study conversations that are not trained on.
+      budget_minutes: time for the whole run on this machine, to which conversations and steps are fitted (see `budget`);
+        0 leaves them to the corpus.
     """
 
     model: str = "smollm2-135m-instruct"
@@ -94,6 +97,7 @@ class RunConfig:
     questions: str = ""
     new_evaluation: bool = False
     heldout: int = 24
+    budget_minutes: float = 0.0
     cartridge: CartridgeSettings = dataclasses.field(default_factory=CartridgeSettings)
     study: SynthesisSettings = dataclasses.field(default_factory=SynthesisSettings)
     train: TrainSettings = dataclasses.field(default_factory=TrainSettings)
@@ -117,6 +121,13 @@ class RunConfig:
         if self.study.conversations and self.heldout >= self.study.conversations:
             raise UserError(
                 f"heldout={self.heldout} leaves nothing of study.conversations={self.study.conversations} to train on"
+            )
+        if not 0 <= self.budget_minutes < math.inf:
+            raise UserError(f"budget_minutes={self.budget_minutes}: must be above 0, or 0 for no budget")
+        if self.budget_minutes and (self.study.conversations or self.train.steps):
+            raise UserError(
+                f"budget_minutes={self.budget_minutes:g} decides study.conversations={self.study.conversations} and "
+                f"train.steps={self.train.steps}: leave both 0, or give no budget"
             )
         if self.cartridge.num_frozen < 0:
             raise UserError(f"cartridge.num_frozen={self.cartridge.num_frozen}: must be 0 or more")

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from cartridges_jax.cartridge import KVPrefix
 from cartridges_jax.checkpoint import Cartridge, CartridgeMetadata, DocumentSource
 from cartridges_jax.corpus import TokenizedCorpus
 from cartridges_jax.corpus.questions import Question
 from cartridges_jax.data.decontaminate import Split, split_conversations
-from cartridges_jax.data.examples import render_example
+from cartridges_jax.data.examples import Example, render_example
 from cartridges_jax.data.schema import Conversation
 from cartridges_jax.distill.learner import make_learner
 from cartridges_jax.distill.settings import TrainSettings
@@ -40,6 +41,65 @@ def split(conversations: Sequence[Conversation], questions: Sequence[Question], 
         [question.question for question in questions],
         heldout,
         _stream(seed, _HELDOUT_STREAM),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingData:
+    """Conversations as examples.
+
+    Attributes:
+      parts: the split that they come from.
+      examples: to train on.
+      heldout: for the held-out loss.
+    """
+
+    parts: Split
+    examples: list[Example]
+    heldout: list[Example]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the examples to train on."""
+        return sum(len(example.tokens) for example in self.examples)
+
+
+def training_data(
+    model: Model,
+    conversations: Sequence[Conversation],
+    questions: Sequence[Question],
+    settings: TrainSettings,
+    *,
+    heldout: int,
+    seed: int,
+) -> TrainingData:
+    """Splits and renders conversations.
+
+    Raises:
+      UserError: no conversation is left to train on.
+    """
+    parts = split(conversations, questions, heldout, seed)
+    if not parts.training:
+        raise UserError(
+            f"of {len(conversations)} conversations {parts.dropped['like_evaluation']} equal evaluation questions and "
+            "the others are held out: raise study.conversations"
+        )
+    return TrainingData(
+        parts,
+        [render_example(conversations[i], model.chat, targets=settings.targets) for i in parts.training],
+        [render_example(conversations[i], model.chat) for i in parts.heldout],
+    )
+
+
+def initial_prefix(model: Model, corpus: TokenizedCorpus, size: CartridgeSettings, seed: int) -> KVPrefix:
+    """The prefix that training starts from."""
+    return make_initial_prefix(
+        size.init,
+        model,
+        corpus,
+        size.num_slots,
+        _stream(seed, _INITIAL_STREAM),
+        num_frozen=size.num_frozen,
     )
 
 
@@ -76,33 +136,21 @@ def distil_cartridge(
     Raises:
       UserError, StopRequested: as `trainer.train`, or no conversation is left to train on.
     """
-    parts = split(conversations, questions, heldout, seed)
-    if not parts.training:
-        raise UserError(
-            f"of {len(conversations)} conversations {parts.dropped['like_evaluation']} equal evaluation questions and "
-            "the others are held out: raise study.conversations"
-        )
-    examples = [render_example(conversations[i], model.chat, targets=settings.targets) for i in parts.training]
+    data = training_data(model, conversations, questions, settings, heldout=heldout, seed=seed)
+    parts, examples = data.parts, data.examples
     if not settings.steps:
-        num_tokens = sum(len(example.tokens) for example in examples)
+        num_tokens = data.num_tokens
         steps = auto_steps(num_tokens, settings.epochs, settings.rows_per_step, settings.row_tokens)
         settings = dataclasses.replace(settings, steps=steps)
         say(f"{len(examples)} conversations of {num_tokens:,} tokens, {settings.epochs:g} epochs: {steps} steps")
-    initial = make_initial_prefix(
-        size.init,
-        model,
-        corpus,
-        size.num_slots,
-        _stream(seed, _INITIAL_STREAM),
-        num_frozen=size.num_frozen,
-    )
+    initial = initial_prefix(model, corpus, size, seed)
     if initial.num_slots < size.num_slots:
         say(f"cartridge.init={size.init!r} fills {initial.num_slots} of {size.num_slots} slots")
     result = train(
         model,
         initial,
         examples,
-        [render_example(conversations[i], model.chat) for i in parts.heldout],
+        data.heldout,
         settings,
         directory,
         learner=make_learner(settings.learner, num_frozen=size.num_frozen),

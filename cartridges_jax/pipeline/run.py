@@ -12,6 +12,7 @@ from cartridges_jax.errors import UserError
 from cartridges_jax.models import load_model
 from cartridges_jax.models.sharding import undivided
 from cartridges_jax.parallel import ALONE, Job, make_mesh, row_parts
+from cartridges_jax.pipeline import budget
 from cartridges_jax.pipeline.config import RunConfig
 from cartridges_jax.pipeline.inputs import freeze_questions, read_inputs, tokenized_inputs
 from cartridges_jax.pipeline.preflight import refuse_what_cannot_work
@@ -52,6 +53,7 @@ def run(
       UserError: bad input, found before expensive work where that is possible.
       Interrupted: SIGINT or SIGTERM came; the same call resumes.
     """
+    started = budget.monotonic()
     config.check()
     inputs = read_inputs(config)
     # One choice for all hosts, whose processors may differ.
@@ -82,7 +84,8 @@ def run(
             say(f"{mesh.size} devices: {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items() if size > 1)}")
         stop.check()
         corpus, questions = tokenized_inputs(inputs, config, model.tokenizer)
-        config = with_sizes(config, corpus)
+        auto = with_sizes(config, corpus)
+        config = budget.with_budget(auto, corpus)
         if mesh is not None:
             for words in undivided(model.config, mesh) + undivided_slots(config.cartridge.num_slots, mesh):
                 say(words)
@@ -90,13 +93,17 @@ def run(
         context = RunContext(config, workdir, model, corpus, questions, job, stop, reporter)
         if job.from_first(lambda: freeze_questions(workdir, questions, new_evaluation=config.new_evaluation)):
             say("new evaluation: this workdir held other evaluation questions before")
-        say(plan_line(config, model.config, corpus, len(questions)))
+        say(plan_line(auto, model.config, corpus, len(questions)))
+        if config.budget_minutes:
+            context = dataclasses.replace(context, budget=budget.open_budget(context, auto, started))
         return _stages(context)
 
 
 def _stages(run: RunContext) -> dict[str, Any] | None:
     """Runs the stages that are missing, in order."""
     study_stage, conversations = study(run)
+    if run.budget is not None:
+        run = dataclasses.replace(run, config=budget.with_steps(run, run.budget, study_stage, conversations))
     train_stage, cartridge = train(run, study_stage, conversations)
     evaluate_stage = evaluate(run, train_stage, cartridge, conversations)
     if not run.job.is_first:

@@ -94,6 +94,11 @@ def expected_sizes(config: RunConfig) -> Sizes:
     return Sizes(config.cartridge.num_slots, config.study.conversations, steps)
 
 
+def expected_messages(conversations: int) -> float:
+    """Messages that a small model writes until that many conversations are kept."""
+    return conversations / (1 - _DROPPED_SHARE)
+
+
 def measured_flops(model: ModelConfig, dtype: str, seconds: float = 0.4) -> float:
     """Operations a second of this machine in products of a layer's feed-forward shape.
 
@@ -125,7 +130,7 @@ def estimated_seconds(
     """
     study, train = config.study, config.train
     context = corpus_tokens if study.teacher_context == "document" else min(study.chunk_max_tokens, corpus_tokens)
-    written = sizes.conversations / (1 - _DROPPED_SHARE)
+    written = expected_messages(sizes.conversations)
     per_conversation = decode_flops(model, 1, context) * study.answer_max_tokens
     per_conversation += decode_flops(model, 1, 200) * study.writer_max_tokens
     step = distillation_flops(

@@ -11,6 +11,7 @@ from cartridges_jax.corpus import TokenizedCorpus
 from cartridges_jax.corpus.questions import Question
 from cartridges_jax.models import Model
 from cartridges_jax.parallel import Job
+from cartridges_jax.pipeline.budget import Budget
 from cartridges_jax.pipeline.config import RunConfig
 from cartridges_jax.pipeline.reporting import Progress, Reporter
 from cartridges_jax.pipeline.signals import NeverStops
@@ -59,6 +60,7 @@ class RunContext:
       job: the processes that take part.
       stop: tells whether the run was asked to stop.
       reporter: receives messages and progress; silent in every process but process 0.
+      budget: what fits the run into `budget_minutes`; None without a budget.
       code: stage to the hash of the code that its outcome depends on.
     """
 
@@ -70,6 +72,7 @@ class RunContext:
     job: Job
     stop: NeverStops
     reporter: Reporter
+    budget: Budget | None = None
     # Hashed at the start, because the files may change under a long run.
     code: Mapping[str, str] = dataclasses.field(
         default_factory=lambda: {name: code_hash(*parts) for name, parts in _CODE.items()}

@@ -22,11 +22,14 @@ def study(run: RunContext) -> tuple[Stage, list[Conversation]]:
         "windows_see_prefix": config.windows_see_prefix,
         "corpus": run.corpus.sha256,
         **flat("study", config.study),
+        # Here, because it decides where the study ends.
+        **({"budget_minutes": config.budget_minutes} if config.budget_minutes else {}),
     })  # fmt: skip
+    limits = {} if run.budget is None else run.budget.study_limits(stage)
 
     def converse(**callbacks) -> Study:
         return synthesise(
-            run.model, run.corpus, stage.directory, config.study, seed=config.seed, job=run.job, **callbacks
+            run.model, run.corpus, stage.directory, config.study, seed=config.seed, job=run.job, **limits, **callbacks
         )
 
     if stage.done:

@@ -21,6 +21,7 @@ def train(run: RunContext, study: Stage, conversations: list[Conversation]) -> t
     config = run.config
     stage = run.open("train", {
         "study": study.key,
+        "conversations": len(conversations),
         "seed": config.seed,
         "heldout": config.heldout,
         "questions": questions_hash(run.questions),

@@ -1,0 +1,387 @@
+"""A run that fits a given time: `budget_minutes` decides its conversations and its steps.
+
+What is measured corrects the estimates as the run proceeds. Self-study ends with the batch that uses up its share of the
+time; a trial of the train step then tells how many steps fit into what is left before evaluation, whose time is
+estimated and corrected by the pace of the study. Slots and questions are not cut.
+
+Every decision is stored in the workdir as `plan.json` under the stage that it belongs to. A resumed run follows the
+stored decisions; a run with another budget has other stages and decides anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from cartridges_jax.corpus import TokenizedCorpus
+from cartridges_jax.corpus.questions import questions_hash
+from cartridges_jax.data.schema import Conversation
+from cartridges_jax.distill.learner import make_learner
+from cartridges_jax.distill.trainer import measure_steps
+from cartridges_jax.errors import UserError
+from cartridges_jax.parallel import Job
+from cartridges_jax.pipeline.config import RunConfig
+from cartridges_jax.pipeline.distillation import initial_prefix, training_data
+from cartridges_jax.pipeline.sizes import (
+    auto_conversations,
+    auto_steps,
+    estimated_seconds,
+    expected_messages,
+    expected_sizes,
+    measured_flops,
+)
+from cartridges_jax.pipeline.workdir import Stage, Workdir, read_json, write_json
+
+if TYPE_CHECKING:
+    from cartridges_jax.pipeline.stages.context import RunContext
+
+FILE = "plan.json"
+
+# A budget above what auto sizes take raises the questions per sentence to this and the epochs by up to this factor.
+_MOST_ASKS, _MOST_EPOCHS = 8.0, 2.0
+# Fewer steps hardly move a cartridge, and fewer conversations besides the held-out ones hardly cover a text.
+_LEAST_STEPS, _LEAST_LEARNED = 20, 8
+# Minutes of budget up to which a batch of self-study has at most that many requests: batches are what a study is cut into.
+_REQUESTS = ((10.0, 32), (30.0, 64))
+# Share of the time that stays free for the report and for the errors of the estimates.
+_SPARE = 0.03
+# Seconds from the start of the process to that of the run (imports).
+_START_SECONDS = 5.0
+# Seconds of compiling in all, before any is measured; where programs are cached it is less.
+_COMPILE_SECONDS = 40.0
+# Compiling for evaluation and for training, as multiples of what it took for self-study.
+_EVALUATION_COMPILES, _TRAINING_COMPILES = 1.0, 1.0
+
+
+def with_budget(auto: RunConfig, corpus: TokenizedCorpus) -> RunConfig:
+    """The config of a run with a budget: conversations are the most that it may keep, in batches small enough to stop between.
+
+    Args:
+      auto: with auto sizes resolved; returned as it is without a budget.
+    """
+    if not auto.budget_minutes:
+        return auto
+    study = auto.study
+    most = auto_conversations(len(corpus.sentences), max(study.asks_per_sentence, _MOST_ASKS), auto.heldout)
+    requests = next((count for minutes, count in _REQUESTS if auto.budget_minutes <= minutes), study.requests_per_batch)
+    study = dataclasses.replace(
+        study,
+        conversations=max(most, study.conversations),
+        requests_per_batch=min(requests, study.requests_per_batch),
+    )
+    return dataclasses.replace(auto, study=study)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Seconds of the parts of a run with auto sizes, by counted operations, and those sizes.
+
+    Attributes:
+      study, train, evaluate: of whole stages, without compiling.
+      batch: of one batch of self-study, of the size that the budget chooses.
+      conversations, steps: auto sizes.
+    """
+
+    study: float
+    train: float
+    evaluate: float
+    batch: float
+    conversations: int
+    steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Pace:
+    """What the batches of a study tell about the machine.
+
+    Attributes:
+      compiling: seconds that the first batch took beyond the others.
+      batch: seconds of a batch.
+      ratio: measured over estimated seconds of a batch.
+    """
+
+    compiling: float
+    batch: float
+    ratio: float
+
+    @classmethod
+    def of(cls, marks: Sequence[Sequence[float]], estimate: Estimate) -> Pace:
+        """Reads the pace off [batches done, seconds since the study began], one or more in order."""
+        (first, first_seconds), (last, last_seconds) = marks[0], marks[-1]
+        if last == first:
+            batch, compiling = first_seconds / first, 0.0
+        else:
+            batch = (last_seconds - first_seconds) / (last - first)
+            compiling = max(0.0, first_seconds - first * batch)
+        return cls(compiling, batch, batch / estimate.batch)
+
+    def evaluation(self, estimate: Estimate) -> float:
+        """Seconds that evaluation is expected to take on this machine."""
+        return self.ratio * estimate.evaluate + _EVALUATION_COMPILES * self.compiling
+
+
+def usable_seconds(minutes: float) -> float:
+    """Seconds of a budget that are planned with."""
+    return 60 * minutes * (1 - _SPARE)
+
+
+def least_minutes(estimate: Estimate, loading: float, heldout: int, kept_per_batch: float) -> float:
+    """The smallest budget that a run is expected to keep, in minutes, rounded up to tenths.
+
+    Args:
+      loading: seconds until the study starts.
+      heldout: conversations to hold out.
+      kept_per_batch: conversations that a batch is expected to give.
+    """
+    batches = math.ceil((heldout + _LEAST_LEARNED) / kept_per_batch)
+    steps = min(_LEAST_STEPS, estimate.steps)
+    work = batches * estimate.batch + steps * estimate.train / estimate.steps + estimate.evaluate
+    return math.ceil((loading + _COMPILE_SECONDS + work) / usable_seconds(1) * 10) / 10
+
+
+def study_should_end(minutes: float, loading: float, marks: Sequence[Sequence[float]], estimate: Estimate) -> bool:
+    """Whether a study has used up its share of a budget, to the nearest batch.
+
+    What loading, evaluation and compiling leave is divided as a run with auto sizes divides it.
+
+    Args:
+      marks: as of `Pace.of`.
+    """
+    pace = Pace.of(marks, estimate)
+    work = usable_seconds(minutes) - loading - pace.evaluation(estimate) - (1 + _TRAINING_COMPILES) * pace.compiling
+    share = pace.compiling + work * estimate.study / (estimate.study + estimate.train)
+    return marks[-1][1] + pace.batch / 2 >= share
+
+
+def fitting_steps(left: float, step: float, heldout: float, eval_every: int, least: int, most: int) -> int:
+    """Steps that fit into `left` seconds, with the held-out losses before, between and after them.
+
+    Args:
+      step, heldout: seconds of a step and of a held-out loss.
+      eval_every: steps between held-out losses.
+      least, most: bounds of the result.
+    """
+    per_step = step + heldout / eval_every
+    fitting = int((left - 2 * heldout) / per_step) if per_step > 0 else most
+    return max(min(fitting, most), min(least, most))
+
+
+def in_words(minutes: float, conversations: int, steps: int, estimate: Estimate, auto_steps: int) -> str:
+    """One line that says what was decided, and the cost in quality relative to auto sizes."""
+    line = (
+        f"budget of {minutes:g} minutes: {conversations:,} conversations instead of {estimate.conversations:,} and "
+        f"{steps:,} steps instead of {auto_steps:,}; expect "
+    )
+    # A batch more or less is no difference.
+    less = conversations < 0.95 * estimate.conversations or steps < 0.95 * auto_steps
+    return line + ("a lower kl_closed" if less else "kl_closed as with auto sizes, or higher")
+
+
+class Budget:
+    """The budget of one run, and its plan on disk.
+
+    Attributes:
+      minutes: the budget.
+      loading: seconds from the start of the process until the study.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        workdir: Workdir,
+        job: Job,
+        loading: float,
+        estimate: Callable[[], Estimate],
+        say: Callable[[str], None],
+    ):
+        """
+        Args:
+          config: with the sizes of `with_budget`.
+          estimate: measures the machine; called at a study's first start only.
+        """
+        self.minutes, self.loading = config.budget_minutes, loading
+        self._config, self._path, self._job = config, workdir.path / FILE, job
+        self._estimate, self._say = estimate, say
+
+    def study_limits(self, stage: Stage) -> dict[str, Any]:
+        """Arguments of `synthesise` that end the study in time, or where it ended before.
+
+        Raises:
+          UserError: the budget is too small, or the plan of a finished study is missing.
+        """
+        entry = self._job.from_first(lambda: self._read().get(stage.key))
+        if entry is None:
+            if stage.done:
+                raise UserError(
+                    f"{self._path} lacks the plan of {stage.directory}: restore it, or delete that directory to study again"
+                )
+            entry = self._job.from_first(self._new_entry)
+            self._refuse_if_too_small(entry)
+            self._job.from_first(lambda: self._write(stage.key, entry))
+        if "batches" in entry:
+            return {"most_batches": entry["batches"]}
+        return {} if stage.done else {"should_end": self._ender(stage, entry)}
+
+    def entry(self, stage: Stage) -> dict[str, Any]:
+        """What is stored about a study."""
+        return self._job.from_first(lambda: self._read()[stage.key])
+
+    def store(self, stage: Stage, entry: dict[str, Any]) -> None:
+        """Replaces what is stored about a study."""
+        self._job.from_first(lambda: self._write(stage.key, entry))
+
+    def _ender(self, stage: Stage, entry: dict[str, Any]) -> Callable[[int, int], bool]:
+        before, start = stage.spent(), monotonic()
+        estimate = Estimate(**entry["estimate"])
+        least = self._config.heldout + _LEAST_LEARNED
+
+        def decide(batches: int, conversations: int) -> bool:
+            marks = entry["batch_seconds"]
+            if marks and batches <= marks[-1][0]:
+                # Of an earlier attempt, which went on.
+                return False
+            marks.append([batches, round(before + monotonic() - start, 3)])
+            ends = study_should_end(self.minutes, entry["loading_seconds"], marks, estimate) and conversations >= least
+            if ends:
+                entry["batches"] = batches
+            self._write(stage.key, entry)
+            return ends
+
+        return lambda batches, conversations: self._job.from_first(lambda: decide(batches, conversations))
+
+    def _new_entry(self) -> dict[str, Any]:
+        return {
+            "budget_minutes": self.minutes,
+            "loading_seconds": round(self.loading, 3),
+            "estimate": dataclasses.asdict(self._estimate()),
+            "batch_seconds": [],
+            "steps": {},
+        }
+
+    def _refuse_if_too_small(self, entry: dict[str, Any]) -> None:
+        estimate, config = Estimate(**entry["estimate"]), self._config
+        kept = config.study.requests_per_batch / expected_messages(1)
+        least = least_minutes(estimate, entry["loading_seconds"], config.heldout, kept)
+        if self.minutes < least:
+            raise UserError(
+                f"budget_minutes={self.minutes:g} is too short on this machine: loading, evaluation and the least of study "
+                f"and training take about {least:g} minutes; give budget_minutes={least:g} or more, or lower "
+                "evaluation.max_questions"
+            )
+        whole = (entry["loading_seconds"] + _COMPILE_SECONDS + estimate.study + estimate.train + estimate.evaluate) / 60
+        self._say(
+            f"budget of {self.minutes:g} minutes, where auto sizes take about {whole:.0f}: self-study ends in time, and the "
+            "steps follow from what is left"
+        )
+
+    def _read(self) -> dict[str, Any]:
+        return read_json(self._path)["studies"] if self._path.exists() else {}
+
+    def _write(self, key: str, entry: dict[str, Any]) -> None:
+        write_json(self._path, {"format": 1, "studies": {**self._read(), key: entry}})
+
+
+def open_budget(run: RunContext, auto: RunConfig, started: float) -> Budget:
+    """The budget of a run that is ready to study.
+
+    Args:
+      run: its config has the sizes of `with_budget`.
+      auto: with auto sizes.
+      started: `monotonic()` at the start of the run.
+    """
+
+    def estimate() -> Estimate:
+        sizes = expected_sizes(auto)
+        asked = min(len(run.questions), auto.evaluation.max_questions or len(run.questions))
+        flops = measured_flops(run.model.config, "bfloat16" if auto.weights == "bfloat16" else auto.dtype)
+        seconds = estimated_seconds(auto, run.model.config, sizes, run.corpus.num_tokens, asked, flops)
+        messages = expected_messages(sizes.conversations)
+        batch = seconds["study"] * run.config.study.requests_per_batch / messages
+        return Estimate(
+            seconds["study"], seconds["train"], seconds["evaluate"], batch, sizes.conversations, sizes.steps
+        )
+
+    loading = _START_SECONDS + monotonic() - started
+    return Budget(run.config, run.workdir, run.job, loading, estimate, run.reporter.say)
+
+
+def with_steps(run: RunContext, budget: Budget, study: Stage, conversations: Sequence[Conversation]) -> RunConfig:
+    """The config with the number of conversations that the study reached and the steps that the budget leaves time for.
+
+    At the first start this times the train step on the first batches, and stores the decision.
+    """
+    config, entry = run.config, budget.entry(study)
+    estimate = Estimate(**entry["estimate"])
+    key = _training_key(run, conversations)
+    if key not in entry["steps"]:
+        started = monotonic()
+        settings = config.train
+        data = training_data(
+            run.model, conversations, run.questions, settings, heldout=config.heldout, seed=config.seed
+        )
+
+        def steps_of(num_tokens: float, epochs: float) -> int:
+            return auto_steps(round(num_tokens), epochs, settings.rows_per_step, settings.row_tokens)
+
+        reached = steps_of(data.num_tokens, settings.epochs)
+        per_conversation = data.num_tokens / len(data.examples)
+        auto = steps_of(per_conversation * max(estimate.conversations - config.heldout, 1), settings.epochs)
+        run.reporter.say("timing the train step")
+        timed = measure_steps(
+            run.model,
+            initial_prefix(run.model, run.corpus, config.cartridge, config.seed),
+            data.examples,
+            data.heldout,
+            dataclasses.replace(settings, steps=reached),
+            learner=make_learner(settings.learner, num_frozen=config.cartridge.num_frozen),
+            seed=config.seed,
+            job=run.job,
+            clock=monotonic,
+        )
+        run.stop.check()
+
+        def decided() -> dict[str, Any]:
+            evaluation = Pace.of(entry["batch_seconds"], estimate).evaluation(estimate)
+            spent = entry["loading_seconds"] + entry["batch_seconds"][-1][1] + monotonic() - started
+            left = usable_seconds(entry["budget_minutes"]) - spent - evaluation
+            most = steps_of(data.num_tokens, _MOST_EPOCHS * settings.epochs)
+            steps = fitting_steps(left, timed.step, timed.heldout, settings.eval_every, _LEAST_STEPS, most)
+            return {
+                "conversations": len(conversations),
+                "steps": steps,
+                "auto_steps": auto,
+                "step_seconds": timed.step,
+                "heldout_seconds": timed.heldout,
+                "evaluation_seconds": evaluation,
+                "left_seconds": left,
+            }
+
+        entry["steps"][key] = run.job.from_first(decided)
+        budget.store(study, entry)
+    found = entry["steps"][key]
+    run.reporter.say(in_words(budget.minutes, len(conversations), found["steps"], estimate, found["auto_steps"]))
+    if found["left_seconds"] < found["steps"] * found["step_seconds"]:
+        run.reporter.say("the run will take longer than its budget: give it more minutes, or a machine with less load")
+    return dataclasses.replace(
+        config,
+        study=dataclasses.replace(config.study, conversations=len(conversations)),
+        train=dataclasses.replace(config.train, steps=found["steps"]),
+    )
+
+
+def _training_key(run: RunContext, conversations: Sequence[Conversation]) -> str:
+    """A hash of what a decision about steps belongs to, besides the study."""
+    config = run.config
+    parts = {
+        "train": dataclasses.asdict(config.train),
+        "cartridge": dataclasses.asdict(config.cartridge),
+        "heldout": config.heldout,
+        "questions": questions_hash(run.questions),
+        "conversations": len(conversations),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -121,6 +121,7 @@ def compiled(model, job) -> dict:
             jax.tree_util.keystr(path): (leaf.shape, leaf.sharding.shard_shape(leaf.shape))
             for path, leaf in jax.tree_util.tree_leaves_with_path(state)
         },
+        "num_targets": plan.num_targets,
         "batch": {name: part.sharding.shard_shape(part.shape) for name, part in batch._asdict().items()},
     }
 
@@ -147,17 +148,17 @@ def sampled(model, job) -> dict:
 
 
 def evaluated(model, job) -> dict:
-    """The measures of the four conditions."""
-    from test_evaluation import DOCUMENT, NUM_SLOTS, QUESTIONS, SETTINGS, corpus_of
+    """The measures of the default conditions."""
+    from test_evaluation import DOCUMENT, NUM_SLOTS, QUESTIONS, SETTINGS, corpus_of, tasks_of
 
-    from cartridges_jax.evaluation.conditions import conditions
+    from cartridges_jax.evaluation.conditions import make_conditions
     from cartridges_jax.evaluation.evaluate import evaluate
     from cartridges_jax.prefixes.first_tokens import initialise_from_first_tokens
 
-    fronts, _ = conditions(
+    prefixes = make_conditions(
         model, corpus_of(model), initialise_from_first_tokens(model, DOCUMENT.text, NUM_SLOTS), room=80
     )
-    measured = evaluate(model, fronts, QUESTIONS, [], SETTINGS)
+    measured = evaluate(model, prefixes, tasks_of(model, QUESTIONS), SETTINGS)
     return {"measures": measured.conditions, "answers": measured.answers}
 
 
@@ -166,21 +167,20 @@ def studied(model, job) -> dict:
     from tiny_runs import DOCUMENT, config_of, settings
 
     from cartridges_jax.corpus import Corpus, tokenize_corpus
-    from cartridges_jax.selfstudy import synthesis
+    from cartridges_jax.selfstudy import shards, synthesis
 
     chosen = config_of(settings(model.name, Path())).study
-    written, write_shard = [], synthesis.write_shard
+    written, write_shard = [], shards.write_shard
 
     def noted(path, conversations):
         written.append(path.name)
         write_shard(path, conversations)
 
-    synthesis.write_shard = noted
+    shards.write_shard = noted
     with tempfile.TemporaryDirectory() as directory:
         shared = Path(job.from_first(lambda: directory))
-        conversations = synthesis.synthesise(
-            model, tokenize_corpus(Corpus.from_text(DOCUMENT, "doc"), model.tokenizer), shared, chosen, seed=5, job=job
-        )
+        corpus = tokenize_corpus(Corpus.from_text(DOCUMENT, "doc"), model.tokenizer)
+        conversations = synthesis.synthesise(model, corpus, shared, chosen, seed=5, job=job).conversations
         job.wait_for_all()
     mine = [[c.metadata["id"], *(m.content for m in c.messages)] for c in conversations]
     return {"conversations": everyone(job, mine), "written": everyone(job, written)}

@@ -112,7 +112,7 @@ def test_state_and_optimizer_are_split_over_heads_and_slots_and_batches_over_row
     assert len(slots) == 3 * 2
     assert set(slots) == {((3, 2, 16, 16), (3, 1, 8, 16))}
     assert program["batch"]["tokens"] == (2, 8 // 4, 48)
-    assert program["batch"]["ids"][1] == 64
+    assert program["batch"]["ids"][1] == program["num_targets"]
 
 
 # Tokens and measures
@@ -204,8 +204,8 @@ def test_a_run_on_a_mesh_is_finished_and_kept_on_another(talker_gguf, tmp_path, 
     assert first.returncode == 0, first.stderr
     assert "8 devices: data 4, tensor 2" in first.stdout
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert report["conditions"]["icl"]["teacher_kl"] == 0
-    assert report["conditions"]["cartridge"]["teacher_kl"] < report["conditions"]["truncated"]["teacher_kl"]
+    assert report["conditions"]["whole_text"]["teacher_kl"] == 0
+    assert report["conditions"]["cartridge"]["teacher_kl"] < report["conditions"]["first_tokens"]["teacher_kl"]
     assert load_cartridge(tmp_path / "run" / "cartridge").prefix.num_slots == 24
 
     second = finish(command(values, tmp_path / "run"))

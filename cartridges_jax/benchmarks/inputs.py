@@ -15,13 +15,14 @@ from cartridges_jax.data.conversations import read_shard
 from cartridges_jax.data.schema import Conversation
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Model, load_model
-from cartridges_jax.selfstudy.synthesis import FOR_SMALL_MODELS, synthesise
+from cartridges_jax.selfstudy.settings import SynthesisSettings
+from cartridges_jax.selfstudy.synthesis import synthesise
 from cartridges_jax.typed_config import build, config_values
 
 # The name of our side in results.
 OURS = "cartridges_jax"
 # The defaults of a run, with shorter answers.
-STUDY = dataclasses.replace(FOR_SMALL_MODELS, conversations=48, requests_per_batch=96, answer_max_tokens=32)
+STUDY = SynthesisSettings(conversations=48, requests_per_batch=96, answer_max_tokens=32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +108,8 @@ def make_conversations(
     """Conversations of a short self-study with the whole document in context, cached in `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
     settings = dataclasses.replace(STUDY, conversations=count, requests_per_batch=2 * count, **overrides)
-    return synthesise(model, tokenize_corpus(Corpus((document,)), model.tokenizer), directory, settings, seed=seed)
+    corpus = tokenize_corpus(Corpus((document,)), model.tokenizer)
+    return synthesise(model, corpus, directory, settings, seed=seed).conversations
 
 
 def prompts_of_length(model: Model, document: Document, count: int, num_tokens: int, seed: int) -> list[list[int]]:

@@ -30,7 +30,9 @@ from cartridges_jax.models.costs import layer_weights
 from cartridges_jax.models.model import AUTO, chosen_weights
 from cartridges_jax.selfstudy.plan import plan_batches
 from cartridges_jax.selfstudy.seeds import FAMILIES
-from cartridges_jax.selfstudy.synthesis import SynthesisSettings, synthesise
+from cartridges_jax.selfstudy.settings import SynthesisSettings
+from cartridges_jax.selfstudy.synthesis import synthesise
+from cartridges_jax.selfstudy.writer import examples_text
 
 NAME = "self_study"
 
@@ -60,6 +62,8 @@ class SelfStudySettings:
         self.study.check()
         if self.chunk_tokens < 1 or self.peer_rows < 1:
             raise UserError("chunk_tokens and peer_rows must be 1 or more")
+        if not self.study.conversations:
+            raise UserError("study.conversations=0: the benchmark needs a number")
         if self.study.writer != "completion":
             raise UserError("study.writer: the benchmark's peer writes by completion only")
 
@@ -116,11 +120,8 @@ def rows_of(
     messages, answers = [], []
     for request in (request for batch in plan for request in batch.requests):
         pattern = FAMILIES[request.family].pattern
-        lines = [pattern.header, ""]
-        for sentence, message in pattern.examples:
-            lines += [f"Fact: {sentence}", f"{pattern.label}: {message}", ""]
         own = encode(f"Fact: {request.sentence}\n{pattern.label}:")
-        messages.append(Row(tuple(encode("\n".join(lines) + "\n")), own, typical))
+        messages.append(Row(tuple(encode(examples_text(pattern))), own, typical))
     prefix = tuple(model.chat.system_prefix(chunk.text).token_ids)
     for conversation in kept:
         user, assistant = conversation.messages

@@ -71,7 +71,7 @@ class StoredTopLogprobs:
             )
 
     def dense(self) -> tuple[np.ndarray, np.ndarray]:
-        """As `TopLogprobs.dense`; raises as `read`."""
+        """Returns what `TopLogprobs.dense` does; raises as `read`."""
         with _damage_named(self.path):
             return self.read().dense()
 
@@ -200,7 +200,11 @@ def _of_entries(column: str) -> bool:
     return ".top_logprobs." in column and ".top_logprobs.shape." not in column
 
 
-_groups: BoundedCache[pa.ChunkedArray] = BoundedCache(_GROUP_BYTES, lambda rows: rows.nbytes)
+def _nbytes(rows: pa.ChunkedArray) -> int:
+    return rows.nbytes
+
+
+_groups: BoundedCache[pa.ChunkedArray] = BoundedCache(_GROUP_BYTES, _nbytes)
 
 
 class _OpenShard:

@@ -43,12 +43,12 @@ _POSSESSIVE = re.compile(r"['’]s\b")
 def normalise(text: str) -> str:
     """The content words of `text` in order, case-folded and joined by spaces; all words where none has content."""
     folded = _POSSESSIVE.sub("", unicodedata.normalize("NFKC", text).casefold())
-    words = [_SAME_WORD.get(word, word) for word in _WORD.findall(folded)]
+    words = [_SAME_WORD.get(match[0], match[0]) for match in _WORD.finditer(folded)]
     return " ".join([word for word in words if word not in _EMPTY_WORDS] or words)
 
 
 def is_near_duplicate(a: str, b: str, threshold: float = NEAR_DUPLICATE_THRESHOLD) -> bool:
-    """Whether two questions ask the same by the rule in the module's docstring; symmetric in `a` and `b`."""
+    """Returns True if two questions ask the same by the rule in the module's docstring; symmetric in `a` and `b`."""
     return _is_similar(_Bag(a), _Bag(b), threshold)
 
 
@@ -71,7 +71,7 @@ def split_contaminated(
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Which conversations are trained on, and which are held out.
+    """The conversations to train on and those to hold out.
 
     Attributes:
       training: indices of the conversations to train on, ascending.

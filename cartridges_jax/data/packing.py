@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,7 +25,7 @@ _LOOKAHEAD = 64
 _TARGETS_STEP = 32
 # Targets that stay in memory, in bytes: all of a small run's, and a bounded part of a large one's.
 _TARGETS_BYTES = 64 * 2**20
-# Tells the stream of shuffles from others of the same seed.
+# Key of the stream of shuffles among the streams of a seed.
 _SHUFFLES = 2
 
 # A target's token ids [M, k] and log-probabilities [M, k].
@@ -39,6 +39,9 @@ def _target_cache() -> BoundedCache[_Targets]:
 class TrainBatch(NamedTuple):
     """One optimizer step's data: A micro-batches of B rows of T tokens.
 
+    The arrays are NumPy's on the host and JAX's on devices. The same tuple also holds their
+    shapes, dtypes, logical axes or shardings.
+
     Attributes:
       tokens, positions, segment_ids: [A, B, T] int32; positions count from 0 within a
         segment (the model adds the prefix's); segment 0 is padding.
@@ -48,13 +51,13 @@ class TrainBatch(NamedTuple):
       weight: [A, M] float32, 1 for a target, 0 for padding.
     """
 
-    tokens: np.ndarray
-    positions: np.ndarray
-    segment_ids: np.ndarray
-    rows: np.ndarray
-    ids: np.ndarray
-    logprobs: np.ndarray
-    weight: np.ndarray
+    tokens: Any
+    positions: Any
+    segment_ids: Any
+    rows: Any
+    ids: Any
+    logprobs: Any
+    weight: Any
 
 
 # Logical axis names of the arrays (see `parallel.rules`).
@@ -151,7 +154,9 @@ class PackingPlan:
 def _endless_order(num_examples: int, seed: int) -> Iterator[int]:
     """Indices of the examples, epoch after epoch, each shuffled by a stream of its own."""
     for epoch in itertools.count():
-        yield from np.random.default_rng([seed, _SHUFFLES, epoch]).permutation(num_examples).tolist()
+        # A spawn key, because [seed, tag] and [seed, tag, 0] are the same entropy to NumPy.
+        stream = np.random.SeedSequence(seed, spawn_key=(_SHUFFLES, epoch))
+        yield from np.random.default_rng(stream).permutation(num_examples).tolist()
 
 
 def _fullest_row(sizes: Sequence[int], row_tokens: int) -> list[int]:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import collections
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 Item = TypeVar("Item")
 
 
-def prefetch(make: Callable[[int], Item], steps: range, depth: int = 2) -> Iterator[Item]:
+def prefetch(make: Callable[[int], Item], steps: range, depth: int = 2) -> Generator[Item, None, None]:
     """`make(step)` for every step in order, up to `depth` of them ahead of time.
 
-    One thread calls `make`, so the order of the calls is that of the
-    steps. Close the iterator when leaving it early (`contextlib.closing`): the items that
-    are ready are dropped, which does not matter where `make` is a pure function.
+    One thread calls `make`, so the order of the calls is that of the steps. Close the
+    iterator when leaving it early (`contextlib.closing`): the items that are ready are
+    dropped, which does not matter where `make` is a pure function.
 
     Raises:
       Whatever `make` raised, when its step is reached.

@@ -64,9 +64,11 @@ class TeacherEntries(Protocol):
 
     def read(self) -> TopLogprobs:
         """Returns the entries, read from the file if they are stored in one."""
+        ...
 
     def dense(self) -> tuple[np.ndarray, np.ndarray]:
-        """As `TopLogprobs.dense`."""
+        """Returns what `TopLogprobs.dense` does."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)

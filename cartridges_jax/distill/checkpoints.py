@@ -31,10 +31,13 @@ class SharedCheckpoints:
         # In the background on accelerators, which compute meanwhile; a CPU would have to share its cores.
         in_background = jax.default_backend() != "cpu"
         self._own = TrainCheckpoints(directory, keep, asynchronous=in_background) if job.is_first else None
-        self.latest: int | None = job.from_first(lambda: self._own.latest_step())
+        self.latest: int | None = job.from_first(self._latest_on_disk)
+
+    def _latest_on_disk(self) -> int | None:
+        return None if self._own is None else self._own.latest_step()
 
     def save(self, step: int, state: Any, extra: Mapping[str, Any]) -> None:
-        """As `TrainCheckpoints.save`; does nothing if the newest checkpoint is of this step."""
+        """Saves like `TrainCheckpoints.save`; does nothing if the newest checkpoint is of this step."""
         if self.latest == step:
             return
         if self._job.num_processes > 1:
@@ -57,15 +60,16 @@ class SharedCheckpoints:
         """
         if self._job.num_processes == 1:
             abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+            assert self._own is not None
             restored, extra = self._own.restore(abstract)
-            self.latest = self._own.latest_step()
+            self.latest = self._latest_on_disk()
             return restored, extra
         # Of the state's shapes; processes that do not read contribute these.
         arrays = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)
         extra: dict = {}
         if self._own is not None:
             arrays, extra = self._own.restore(arrays)
-        extra, self.latest = self._job.from_first(lambda: (extra, self._own.latest_step()))
+        extra, self.latest = self._job.from_first(lambda: (extra, self._latest_on_disk()))
         arrays = self._job.arrays_from_first(arrays)
         return parallel.place(arrays, jax.tree.map(lambda x: x.sharding, state)), extra
 

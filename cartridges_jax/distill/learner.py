@@ -1,4 +1,4 @@
-"""What is trained: a learner splits a starting prefix into frozen and trainable parts and joins them again.
+"""Learners: each splits a starting prefix into frozen and trainable parts, and joins them in every step.
 
 The trainer, the train step and the shardings know learners only by the protocol below. A
 learner is chosen by name (`train.learner`); another one is a class and a call of `register`.
@@ -20,7 +20,10 @@ from cartridges_jax.models import Model
 
 
 class Learner(Protocol):
-    """One way to train. Immutable and hashable: compiled steps are looked up by it."""
+    """A choice of the parameters that are trained.
+
+    Immutable and hashable: compiled steps are looked up by it.
+    """
 
     def init(self, model: Model, prefix: KVPrefix) -> tuple[Any, Any]:
         """Splits the start into (frozen, trainable), two pytrees of arrays.
@@ -34,9 +37,14 @@ class Learner(Protocol):
           frozen: everything that `combine` needs besides the model's parameters.
           trainable: the parameters to train, float32.
         """
+        ...
 
     def combine(self, params: Any, frozen: Any, trainable: Any) -> tuple[Any, KVPrefix]:
-        """Joins the parts to the (parameters, prefix) of the student's forward pass. Pure; traced by the step."""
+        """Returns the parameters and the prefix of the student's forward pass.
+
+        Pure: the compiled step traces it.
+        """
+        ...
 
     def mask(self, frozen: Any, trainable: Any) -> Any:
         """Factors of gradients and updates: 1 trains an entry, 0 keeps its bits.
@@ -45,9 +53,11 @@ class Learner(Protocol):
           One array that broadcasts against every leaf of `trainable`, or a pytree of them
           that `trainable` extends.
         """
+        ...
 
     def axes(self, trainable: Any) -> Any:
         """Logical axis names (see `parallel.rules`): `trainable` with a tuple of names in place of each array."""
+        ...
 
     def export(self, frozen: Any, trainable: Any) -> KVPrefix:
         """Builds the prefix that the run hands back.
@@ -59,6 +69,7 @@ class Learner(Protocol):
         Returns:
           P slots on the default device.
         """
+        ...
 
 
 # A factory is called with num_frozen=…, the number of first slots that never change.
@@ -114,7 +125,7 @@ class CartridgeLearner:
 
     def init(self, model: Model, prefix: KVPrefix) -> tuple[KVPrefix, dict[str, Array]]:
         """The prefix is frozen; trainable are {"keys", "values": [L, K, P, H]}."""
-        return prefix, {"keys": prefix.keys.astype(jnp.float32), "values": prefix.values.astype(jnp.float32)}
+        return prefix, {name: jnp.astype(getattr(prefix, name), jnp.float32) for name in ("keys", "values")}
 
     def combine(self, params: Any, frozen: KVPrefix, trainable: dict[str, Array]) -> tuple[Any, KVPrefix]:
         """The prefix with the trained slots; the parameters as they are."""

@@ -104,7 +104,7 @@ def _forward(static, hidden, head, ids, logprobs):
     hidden, ids, logprobs = hidden.value, ids.value, logprobs.value
     head = jax.tree.map(lambda leaf: leaf.value, head, is_leaf=_is_primal)
     chosen, rest, mean_row = _stream(hidden, head, ids, logprobs, softcap, block, parts, gradient=True)
-    divergence, pull = jax.vjp(lambda *logits: _coarsened(*logits, logprobs, tail), chosen, rest)
+    divergence, pull = jax.vjp(lambda chosen, rest: _coarsened(chosen, rest, logprobs, tail), chosen, rest)
     grad_chosen, grad_rest = pull(jnp.ones_like(divergence))
     grad_chosen = grad_chosen * _slope(chosen, softcap)
 
@@ -174,7 +174,8 @@ def _stream(
         shrink = jnp.exp(maximum - maximum.max(axis=0))
         maximum, total, chosen = maximum.max(axis=0), (total * shrink).sum(axis=0), chosen.sum(axis=0)
         weighted_rows = (weighted_rows * shrink[..., None]).sum(axis=0) if gradient else None
-    return chosen, maximum + jnp.log(total), weighted_rows / total[:, None] if gradient else None
+    mean_row = None if weighted_rows is None else weighted_rows / total[:, None]
+    return chosen, maximum + jnp.log(total), mean_row
 
 
 def _stream_part(

@@ -29,7 +29,7 @@ def batch_shardings(mesh: Mesh) -> TrainBatch:
 
 
 def placed_batch(plan: PackingPlan, step: int, mesh: Mesh | None) -> TrainBatch:
-    """The batch of a step on the devices. Every process builds the rows of its own devices, each part once.
+    """The batch of a step on the devices, for which every process builds the rows of its own devices, once each.
 
     Args:
       plan: of the mesh's `row_parts`.
@@ -42,7 +42,11 @@ def placed_batch(plan: PackingPlan, step: int, mesh: Mesh | None) -> TrainBatch:
 
     def placed(field: int, shape: tuple[int, ...], where: NamedSharding) -> Array:
         size = shape[1] // plan.row_parts
-        return jax.make_array_from_callback(shape, where, lambda index: part((index[1].start or 0) // size)[field])
+
+        def rows(index: Any) -> Any:
+            return part((index[1].start or 0) // size)[field]
+
+        return jax.make_array_from_callback(shape, where, rows)
 
     return TrainBatch(*map(placed, itertools.count(), plan.shapes, batch_shardings(mesh)))
 

@@ -21,7 +21,7 @@ from cartridges_jax.parallel import constrain, num_parts, on_mesh_of, place
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that a run needs to resume.
+    """The state that a run needs to resume; the same pytree also holds the shardings of its arrays.
 
     Attributes:
       step: steps taken, refused ones included; it fixes the data position.
@@ -31,11 +31,11 @@ class TrainState:
       refused_in_a_row: number of the last steps that were.
     """
 
-    step: Array
+    step: Any
     trainable: Any
     opt_state: Any
-    refused: Array
-    refused_in_a_row: Array
+    refused: Any
+    refused_in_a_row: Any
 
 
 def new_state(trainable: Any, optimizer: optax.GradientTransformation) -> TrainState:

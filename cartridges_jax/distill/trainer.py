@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +39,15 @@ class TrainResult:
 
     Attributes:
       prefix: the trained cartridge, as the learner exports it.
-      history: {"train": [{"step", "loss"}], "heldout": [{"step", "loss"}]}, nats a token.
+      history: {"train": [{"step", "loss"}], "heldout": [{"step", "loss"}]}, nats a token; the loss
+        of a step that was not finite is None.
       refused: steps refused for a loss or gradient that was not finite.
       packing_efficiency: real tokens over all tokens of the packed rows.
       epochs: passes over the examples, on average.
     """
 
     prefix: KVPrefix
-    history: dict[str, list[dict[str, float]]]
+    history: dict[str, list[dict[str, float | None]]]
     refused: int
     packing_efficiency: float
     epochs: float
@@ -182,7 +183,7 @@ class _Training:
         self._mask = parallel.replicate(learner.mask(frozen, trainable), mesh)
         shardings = None if mesh is None else state_shardings(mesh, optimizer, learner, trainable)
         self._state = init_state(trainable, optimizer, shardings)
-        self._history: dict[str, list[dict[str, float]]] = {"train": [], "heldout": []}
+        self._history: dict[str, list[dict[str, float | None]]] = {"train": [], "heldout": []}
         self.checkpoints = SharedCheckpoints(directory, settings.keep_checkpoints, job)
         if self.checkpoints.latest is not None:
             self._state, extra = self.checkpoints.restore(self._state)
@@ -227,7 +228,7 @@ class _Training:
             epochs=self._plan.epochs,
         )
 
-    def _batches(self, steps: range) -> contextlib.closing[Iterator[TrainBatch]]:
+    def _batches(self, steps: range) -> contextlib.closing[Generator[TrainBatch, None, None]]:
         """Batches of the given steps on the devices, packed and copied while earlier steps run."""
         return contextlib.closing(prefetch(lambda step: placed_batch(self._plan, step, self._model.mesh), steps))
 

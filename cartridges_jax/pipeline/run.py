@@ -1,4 +1,4 @@
-"""A run: study, train, evaluate, report. Each stage is skipped when its inputs' hash is unchanged."""
+"""A run: study, train, evaluate and report, each stage skipped when its inputs' hash is unchanged."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ def run(
                 say(words)
         refuse_what_cannot_work(config, model, corpus, questions, workdir)
         context = RunContext(config, workdir, model, corpus, questions, job, stop, reporter)
-        if job.is_first:
-            freeze_questions(workdir, questions)
+        if job.from_first(lambda: freeze_questions(workdir, questions, new_evaluation=config.new_evaluation)):
+            say("new evaluation: this workdir held other evaluation questions before")
         say(plan_line(config, model.config, corpus, len(questions)))
         return _stages(context)
 

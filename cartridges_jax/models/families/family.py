@@ -1,7 +1,7 @@
 """A family of models: the reading of its config and the names of its tensors.
 
 To add one, write a module like its neighbours (a `Family`, or several), and list it in
-`families/__init__.py`; BUILD.md walks through it.
+`families/__init__.py`; docs/models.md has the steps.
 """
 
 from __future__ import annotations

@@ -3,7 +3,10 @@
 import cartridges_jax as cj
 
 model = cj.load_model("smollm2-135m-instruct")
-cartridge = cj.load_cartridge("runs/quickstart/cartridge")
+corpus = cj.read_corpus("my.txt")
+study = cj.self_study(model, corpus)
+cartridge = cj.train(model, corpus, study)
+cj.save_cartridge(cartridge, "my.cartridge")
 cj.generate(model, "How many steps does the tower have?", prefix=cartridge)
 """
 
@@ -15,11 +18,15 @@ __all__ = [
     "Chunk",
     "Corpus",
     "Document",
+    "Evaluation",
     "Interrupted",
     "KVPrefix",
     "Model",
+    "Question",
+    "Study",
     "UserError",
     "compose",
+    "evaluate",
     "generate",
     "load_cartridge",
     "load_model",
@@ -27,7 +34,11 @@ __all__ = [
     "make_mesh",
     "prefill",
     "read_corpus",
+    "read_questions",
+    "save_cartridge",
+    "self_study",
     "stream",
+    "train",
 ]
 
 

@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import overload
 
 import numpy as np
 
 from cartridges_jax import cartridge as prefixes
-from cartridges_jax import sampling
+from cartridges_jax import checkpoint, sampling
 from cartridges_jax.cartridge import KVPrefix
 from cartridges_jax.chat import TooLong
 from cartridges_jax.checkpoint import Cartridge, check_compatible, load_cartridge  # noqa: F401
 from cartridges_jax.corpus import Chunk, Corpus, Document, read_corpus  # noqa: F401
+from cartridges_jax.corpus.questions import Question, read_questions  # noqa: F401
 from cartridges_jax.errors import Interrupted, UserError  # noqa: F401
+from cartridges_jax.evaluation.evaluate import Evaluation  # noqa: F401
 from cartridges_jax.models import Model, load_model  # noqa: F401
 from cartridges_jax.parallel import make_mesh  # noqa: F401
+from cartridges_jax.pipeline.functional import evaluate, self_study, train  # noqa: F401
+from cartridges_jax.selfstudy.synthesis import Study  # noqa: F401
 
 Prefix = KVPrefix | Cartridge
 # A user's message, or a conversation as [{"role", "content"}, …] that ends with the user's message.
 Prompt = str | Sequence[Mapping[str, str]]
+
+
+def save_cartridge(cartridge: Cartridge, directory: str | Path) -> None:
+    """Writes a cartridge, replacing the one that is there (see `checkpoint.save_cartridge`).
+
+    Raises:
+      UserError: values that are not finite, a directory that is something else, or a full disk.
+    """
+    checkpoint.save_cartridge(directory, cartridge.prefix, cartridge.metadata)
 
 
 def compose(*parts: Prefix, allow_other_weights: bool = False) -> KVPrefix:

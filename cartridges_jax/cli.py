@@ -11,9 +11,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -60,14 +62,9 @@ def chat() -> Callable[..., None]:
     """cartridges chat CARTRIDGE: a conversation in the terminal, or with --prompt one answer."""
     directory = flags.DEFINE_string("cartridge", None, "Directory of the cartridge, or of a run.")
     prompt = flags.DEFINE_string("prompt", None, "One message to answer; without it a chat starts.")
-    name = flags.DEFINE_string(
-        "model", None, "The model; needed for a cartridge that was trained for a local file or directory."
-    )
     max_tokens = flags.DEFINE_integer("max_tokens", 128, "Longest answer, in tokens.", lower_bound=1)
     temperature = flags.DEFINE_float("temperature", 0.0, "0 answers greedily.", lower_bound=0.0)
-    allow_other_weights = flags.DEFINE_bool(
-        "allow_other_weights", False, "Accept a cartridge trained with other weights of the same architecture."
-    )
+    model_of = _define_model_flags()
 
     def main(arguments: list[str] | None = None) -> None:
         place = directory.value or (arguments or [None])[0]
@@ -79,16 +76,17 @@ def chat() -> Callable[..., None]:
 
         cartridge = cj.load_cartridge(place)
         metadata = cartridge.metadata
-        model = cj.load_model(name.value or metadata.model_to_load(), **metadata.model_options)
+        model = model_of(cartridge)
 
         def answer(messages):
+            # `model_of` has compared the weights.
             return cj.stream(
                 model,
                 messages,
                 prefix=cartridge,
                 max_tokens=max_tokens.value,
                 temperature=temperature.value,
-                allow_other_weights=allow_other_weights.value,
+                allow_other_weights=True,
             )
 
         def write(text: str) -> None:
@@ -107,8 +105,36 @@ def chat() -> Callable[..., None]:
 
 
 def evaluate() -> Callable[..., None]:
-    """cartridges evaluate CARTRIDGE --corpus FILE: measures a cartridge against its text in context."""
-    raise NotImplementedError
+    """cartridges evaluate CARTRIDGE --corpus FILE --questions FILE: measures a cartridge against its text in context."""
+    source = flags.DEFINE_string("corpus", None, "The text: a file, a folder, a glob pattern or a list of these.")
+    questions = flags.DEFINE_string("questions", None, 'JSONL of {"question", "answers"}; a SQuAD file brings its own.')
+    conditions = flags.DEFINE_list("conditions", [], "Conditions to compare; by default those of a run.")
+    max_questions = flags.DEFINE_integer("max_questions", 48, "At most this many, spread evenly; 0 is all.")
+    model_of = _define_model_flags()
+
+    def main(arguments: list[str]) -> None:
+        if len(arguments) != 1 or not source.value:
+            raise UserError("give a cartridge and its text: cartridges evaluate my.cartridge --corpus=my.txt")
+        from cartridges_jax import api as cj
+        from cartridges_jax.evaluation.evaluate import EvaluationSettings
+        from cartridges_jax.evaluation.summary import comparison_table
+        from cartridges_jax.pipeline.terminal import TerminalReporter
+
+        corpus = cj.read_corpus(source.value)
+        asked = cj.read_questions(questions.value) if questions.value else corpus.questions
+        if not asked:
+            raise UserError('there are no questions: give --questions=FILE, JSONL of {"question", "answers"}')
+        settings = EvaluationSettings(max_questions=max_questions.value)
+        if conditions.value:
+            settings = dataclasses.replace(settings, conditions=tuple(conditions.value))
+        settings.check()
+        cartridge = cj.load_cartridge(arguments[0])
+        model = model_of(cartridge)
+        with TerminalReporter().progress("evaluate", 1) as bar:
+            found = cj.evaluate(model, corpus, cartridge, questions=asked, settings=settings, on_progress=bar.at)
+        print(comparison_table(found.condition_list, found.metric_list, found.conditions))
+
+    return main
 
 
 def bench() -> Callable[..., None]:
@@ -161,6 +187,27 @@ COMMANDS: dict[str, Command] = {
     "bench": bench,
     "aot": aot,
 }
+
+
+def _define_model_flags() -> Callable[[Any], Any]:
+    """Defines --model and --allow_other_weights; returns a function that loads the model of a cartridge."""
+    name = flags.DEFINE_string(
+        "model", None, "The model; needed for a cartridge that was trained for a local file or directory."
+    )
+    other_weights = flags.DEFINE_bool(
+        "allow_other_weights", False, "Accept a cartridge trained with other weights of the same architecture."
+    )
+
+    def model_of(cartridge):
+        from cartridges_jax.checkpoint import check_compatible
+        from cartridges_jax.models import load_model
+
+        metadata = cartridge.metadata
+        model = load_model(name.value or metadata.model_to_load(), **metadata.model_options)
+        check_compatible(metadata, model, allow_other_weights=other_weights.value)
+        return model
+
+    return model_of
 
 
 def define_aot_flags() -> Callable[[], dict]:

@@ -39,7 +39,7 @@ class Quantized:
 
     @property
     def dtype(self) -> Any:
-        """What the matrix acts as: the dtype of the scales."""
+        """The dtype that products treat the matrix as: that of the scales."""
         return self.scale.dtype
 
 
@@ -60,7 +60,7 @@ class Narrow:
 
     @property
     def values(self) -> Array:
-        """The same as bfloat16."""
+        """The weights as bfloat16."""
         return self.bits if self.bits.dtype == jnp.bfloat16 else jax.lax.bitcast_convert_type(self.bits, jnp.bfloat16)
 
     @property
@@ -69,7 +69,7 @@ class Narrow:
 
     @property
     def dtype(self) -> Any:
-        """What the matrix acts as."""
+        """The dtype that products treat the matrix as."""
         return jnp.dtype(jnp.float32)
 
 

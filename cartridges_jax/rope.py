@@ -12,19 +12,20 @@ import math
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float, Float32, Int
 
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """How fast each pair of a head turns.
+    """The rotation frequencies of a head's pairs.
 
-    Every scaling that only slows pairs down is a factor per pair, so one field holds
+    Every scaling that only lowers frequencies is a factor per pair, so one field represents
     Llama 3's, the linear one, and the factors that a GGUF file stores.
 
     Attributes:
       base: the wavelength base ("theta").
-      factors: per pair (H / 2 of them), by how much its wavelength is stretched; empty
-        means 1 for all.
+      factors: [H / 2], by how much each pair's wavelength is stretched; empty means 1
+        for all.
       scale: factor of cosines and sines, hence its square that of the scores (YaRN).
       width: how many of a head's values are rotated, the first ones; 0 means all H. Where
         it is set there are `width / 2` pairs.
@@ -37,7 +38,7 @@ class Rope:
 
 
 def linear_factors(head_dim: int, factor: float) -> tuple[float, ...]:
-    """Position interpolation (arXiv 2306.15595): all pairs alike."""
+    """Position interpolation (arXiv 2306.15595): the same factor for all pairs."""
     return (float(factor),) * (head_dim // 2)
 
 
@@ -46,16 +47,16 @@ def llama3_factors(
 ) -> tuple[float, ...]:
     """Llama 3.1's scaling (transformers' `_compute_llama3_parameters`).
 
-    Pairs that turn more than `high_freq_factor` times within the original context stay;
-    those that turn fewer than `low_freq_factor` times are slowed by `factor`; between,
-    the frequency is interpolated.
+    Pairs that rotate more than `high_freq_factor` times within the original context are
+    unchanged; those that rotate fewer than `low_freq_factor` times are slowed by `factor`;
+    between, the frequency is interpolated.
     """
     factors = []
     for pair in range(head_dim // 2):
-        turns = original_context / (2 * math.pi * base ** (2 * pair / head_dim))
-        kept = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
-        kept = min(max(kept, 0.0), 1.0)
-        factors.append(1 / ((1 - kept) / factor + kept))
+        rotations = original_context / (2 * math.pi * base ** (2 * pair / head_dim))
+        unchanged = (rotations - low_freq_factor) / (high_freq_factor - low_freq_factor)
+        unchanged = min(max(unchanged, 0.0), 1.0)
+        factors.append(1 / ((1 - unchanged) / factor + unchanged))
     return tuple(factors)
 
 
@@ -100,7 +101,9 @@ def yarn_scale(factor: float, mscale: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def rope_tables(positions: Array, head_dim: int, rope: Rope) -> tuple[Array, Array]:
+def rope_tables(
+    positions: Int[Array, "B T"], head_dim: int, rope: Rope
+) -> tuple[Float32[Array, "B T pairs"], Float32[Array, "B T pairs"]]:
     """Cosines and sines for integer positions.
 
     Args:
@@ -122,7 +125,9 @@ def rope_tables(positions: Array, head_dim: int, rope: Rope) -> tuple[Array, Arr
     return jnp.cos(angle) * rope.scale, jnp.sin(angle) * rope.scale
 
 
-def rotate(x: Array, cos: Array, sin: Array) -> Array:
+def rotate(
+    x: Float[Array, "B T heads H"], cos: Float32[Array, "B T pairs"], sin: Float32[Array, "B T pairs"]
+) -> Float[Array, "B T heads H"]:
     """Rotates heads by their positions, in float32, and returns x's dtype.
 
     Args:

@@ -62,5 +62,5 @@ def _typed(kind: Any, value: Any, path: str) -> Any:
     if plain is dict:
         return {key: _typed(float, item, f"{path}.{key}") for key, item in value.items()}
     if plain is tuple:
-        return tuple(_typed(typing.get_args(kind)[0], item, path) for item in value)
+        return tuple(_typed(typing.get_args(kind)[0], item, path) for item in value)  # pyright: ignore[reportGeneralTypeIssues]
     return value

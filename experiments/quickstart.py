@@ -1,4 +1,4 @@
-"""The shipped handbook (or your own text) with SmolLM2-135M, in minutes on two cores.
+"""The shipped handbook (or your own text) with SmolLM2-135M: minutes on two cores.
 
 python launch/train.py --config=experiments/quickstart.py --workdir=runs/quickstart
 """
@@ -7,6 +7,5 @@ from cartridges_jax.pipeline.config import default_config
 
 
 def get_config():
-    config = default_config()
-    config.cartridge.num_slots = 144
-    return config
+    # The sizes follow from the text.
+    return default_config()

@@ -1,10 +1,10 @@
-"""Compiles a run's programs for a pod that is not there: does it fit, what bounds it, which mesh is best.
+"""Compiles a run's programs ahead of time for hardware that you do not have: memory, bounds and the best mesh.
 
-    python launch/aot.py --config=experiments/pods/llama31_8b_v5e16.py
-    python launch/aot.py --config=experiments/pods/llama31_8b_v5e16.py --sweep
-    python launch/aot.py --config=experiments/pods/llama31_8b_v5p16.py --scaling
+    python launch/aot.py --config=experiments/pods.py:llama31_8b_v5e16
+    python launch/aot.py --config=experiments/pods.py:llama31_8b_v5e16 --sweep
+    python launch/aot.py --config=experiments/pods.py:llama31_8b_v5p16 --scaling
 
-Needs no accelerator and no weights, but the compiler: pip install -e '.[tpu]', or '.[cuda]' for H100s.
+It needs the compiler (pip install -e '.[tpu]', or '.[cuda]' for H100s), but no accelerator and no weights.
 The last lines are JSON, one for each program.
 """
 
@@ -16,11 +16,11 @@ from ml_collections import config_flags
 from cartridges_jax.errors import UserError
 from cartridges_jax.pipeline.program import run_program
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The run, e.g. experiments/pods/llama31_8b_v5e16.py.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The run, e.g. experiments/pods.py:llama31_8b_v5e16.")
 _PROGRAMS = flags.DEFINE_list(
     "programs",
     [],
-    "What is compiled: train, prefill and decode by default; there is also icl, evaluation's read of the text.",
+    "Programs to compile: train, prefill and decode by default; icl is evaluation's read of the whole text.",
 )
 _SWEEP = flags.DEFINE_bool("sweep", False, "Try all meshes of the topology.")
 _SCALING = flags.DEFINE_bool("scaling", False, "Project the train step from 1 to 512 chips.")
@@ -28,7 +28,7 @@ _SCALING = flags.DEFINE_bool("scaling", False, "Project the train step from 1 to
 
 def main() -> None:
     if _CONFIG.value is None:
-        raise UserError("give --config=experiments/pods/llama31_8b_v5e16.py (or another)")
+        raise UserError("give --config=experiments/pods.py:llama31_8b_v5e16 (or another)")
     from cartridges_jax.aot.run import run
     from cartridges_jax.pipeline.config import from_config_dict
     from cartridges_jax.pipeline.pod import workload_of
@@ -42,6 +42,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # The devices are described to the compiler, not looked for.
+    # The compiler gets a description of the devices; JAX need not look for any.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     run_program(main)

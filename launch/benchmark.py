@@ -3,7 +3,7 @@
     python launch/benchmark.py --config=experiments/benchmarks/train_step.py --workdir=runs/bench_train_step
     python launch/benchmark.py --config=experiments/benchmarks/decode.py --config.batches='(1, 8)' --workdir=runs/bench_decode
 
-The last line is the result as JSON; the workdir keeps it, with a figure.
+The last line is the result as JSON; the workdir has the same as a file, and a figure.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from cartridges_jax.errors import UserError
 from cartridges_jax.pipeline.program import run_program
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The benchmark, e.g. experiments/benchmarks/decode.py.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where results are kept, e.g. runs/bench_decode.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the results, e.g. runs/bench_decode.")
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 # Trains on a Cloud TPU slice: creates it or uses the one there is, copies this checkout, runs on all hosts, shows their output.
 #
 #   launch/tpu_pod.sh --name=books --zone=us-west4-a --type=v5litepod-16 --nfs=10.0.0.2:/runs \
-#       --config=experiments/pods/llama31_8b_v5e16.py --run=books --spot -- --config.corpus=/mnt/runs/books.txt
+#       --config=experiments/pods.py:llama31_8b_v5e16 --run=books --spot -- --config.corpus=/mnt/runs/books.txt
 #
 #   --name, --zone      of the slice; --project if it is not gcloud's default
 #   --type              accelerator type, as `gcloud compute tpus accelerator-types list --zone=ZONE` writes it
@@ -11,7 +11,7 @@
 #   --config, --run     the run's config, and the name of its folder under /mnt/runs
 #   --env               NAME=VALUE,… for the run, such as HF_TOKEN
 #   --spot              a cheaper slice that may be preempted: then it is created again and the run resumes
-#   --attempts          the most times that it is created (20)
+#   --attempts          largest number of attempts (20)
 #   --keep              does not delete the slice when the run has ended; a slice that this run did not create is never deleted
 #   --dry_run           only prints the commands
 #   -- …                further flags of launch/train.py
@@ -61,7 +61,8 @@ if [[ -z $version ]]; then
 fi
 
 cd "$(dirname "$0")/.."
-[[ -f $config ]] || fail "--config=$config: there is no such file"
+# A config may take an argument after a colon.
+[[ -f ${config%%:*} ]] || fail "--config=$config: there is no file ${config%%:*}"
 $dry_run || command -v gcloud >/dev/null || fail "gcloud is not installed: https://cloud.google.com/sdk"
 
 where=("--zone=$zone")

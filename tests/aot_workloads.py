@@ -17,7 +17,6 @@ from cartridges_jax.pipeline.config import from_config_dict
 from cartridges_jax.pipeline.pod import pod_config, workload_of
 
 ROOT = Path(__file__).parents[1]
-PODS = sorted((ROOT / "experiments" / "pods").glob("*.py"))
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed: pip install -e '.[tpu]'"
 )
@@ -45,12 +44,20 @@ def toy_workload(directory: Path, *, topology: str = "v5e:2x2", mesh: str = "dat
     return workload_of(from_config_dict(config))
 
 
-def load_pod(path: Path) -> ModuleType:
-    """A config of `PODS`, as a module."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+def load_pods() -> ModuleType:
+    """`experiments/pods.py`, as a module."""
+    spec = importlib.util.spec_from_file_location("pods", ROOT / "experiments" / "pods.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+PODS = sorted(load_pods().PODS)
+
+
+def pod_workload(name: str) -> Workload:
+    """The workload of a config of `PODS`."""
+    return workload_of(from_config_dict(load_pods().get_config(name)))
 
 
 def run_aot(config: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:

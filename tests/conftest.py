@@ -16,10 +16,16 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(Path(__file__).parent))
 
+import shape_checks
+
+# Before the first import of the package.
+shape_checks.install()
+
 import numpy as np
 import pytest
+from peers import PEERS
 
-# Files that share something dear, each group in one process: the real model, or a finished run.
+# Files that share something expensive, each group in one process: the real model, or a finished run.
 GROUPS = {
     "real_model": ("test_real_model.py", "test_quickstart.py"),
     "tiny_runs": ("test_pipeline.py", "test_bad_input.py", "test_selfstudy.py"),
@@ -31,6 +37,29 @@ GROUPS = {
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "long: does not fit `make test`; run by `make test-long`")
+
+
+def _skip_without(error: ModuleNotFoundError) -> None:
+    """Skips a test that needs an absent peer; any other missing module is an error."""
+    if (error.name or "").split(".")[0] not in PEERS:
+        raise error
+    pytest.skip(f"{error.name} is not installed: pip install -e '.[peers]'")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    try:
+        return (yield)
+    except ModuleNotFoundError as error:
+        _skip_without(error)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    try:
+        return (yield)
+    except ModuleNotFoundError as error:
+        _skip_without(error)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -79,9 +108,7 @@ def tiny_model(tiny_gguf):
 @pytest.fixture(scope="session")
 def tiny_pair(tiny_model):
     """`tiny_model` and the same model in transformers: a `tiny.TinyPair`."""
-    import torch
     from tiny import TinyPair, random_weights, tiny_config, twin_of
 
-    torch.set_num_threads(1)
     config = tiny_config()
     return TinyPair(tiny_model, twin_of(random_weights(config, seed=0), config))

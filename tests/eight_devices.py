@@ -49,7 +49,7 @@ def task(model):
     from targets import random_targets
     from tiny import random_prefix, random_tokens
 
-    from cartridges_jax.data.packing import Example
+    from cartridges_jax.data.examples import Example
 
     rng = np.random.default_rng(3)
     examples = []
@@ -81,9 +81,7 @@ def trained(model, job) -> dict:
         checkpoint_every=STEPS,
     )
     with tempfile.TemporaryDirectory() as directory:
-        result = train(
-            model, initial, examples[:50], examples[50:], settings, Path(directory), num_frozen=1, seed=7, job=job
-        )
+        result = train(model, initial, examples[:50], examples[50:], settings, Path(directory), seed=7, job=job)
     PackingPlan.part = part
     return {
         "keys": np.asarray(result.prefix.keys),
@@ -102,22 +100,21 @@ def compiled(model, job) -> dict:
     from cartridges_jax import parallel
     from cartridges_jax.aot.hlo import collectives
     from cartridges_jax.data.packing import plan_packing
+    from cartridges_jax.distill.learner import CartridgeLearner
     from cartridges_jax.distill.sharding import batch_shardings, state_shardings, step_on_mesh
-    from cartridges_jax.distill.step import cartridge_trainable, combine_cartridge, init_state, learning_mask
+    from cartridges_jax.distill.step import init_state
 
     initial, examples = task(model)
     mesh, optimizer = model.mesh, optax.adam(1e-2)
     plan = plan_packing(
         examples, num_steps=1, rows_per_step=16, row_tokens=48, micro_batches=2, row_parts=parallel.row_parts(mesh)
     )
-    initial = parallel.place_prefix(initial, mesh)
-    trainable = cartridge_trainable(initial)
-    state = init_state(trainable, optimizer, state_shardings(mesh, optimizer, trainable))
-    step = step_on_mesh(
-        model.config, optimizer, combine_cartridge, mesh, model.params, initial, state, tail="class", remat=False
-    )
+    learner = CartridgeLearner()
+    frozen, trainable = learner.init(model, parallel.place_prefix(initial, mesh))
+    state = init_state(trainable, optimizer, state_shardings(mesh, optimizer, learner, trainable))
+    step = step_on_mesh(model.config, optimizer, learner, mesh, model.params, frozen, state, tail="class", remat=False)
     batch = parallel.place(plan.batch(0), batch_shardings(mesh))
-    program = step.lower(model.params, initial, learning_mask(SLOTS, 1)[:, None], state, batch).compile()
+    program = step.lower(model.params, frozen, learner.mask(frozen, trainable), state, batch).compile()
     return {
         "sent": {(one.kind, dtype, shape) for one in collectives(program.as_text()) for dtype, shape in one.arrays},
         "shards": {
@@ -150,17 +147,17 @@ def sampled(model, job) -> dict:
 
 
 def evaluated(model, job) -> dict:
-    """The measures of the four conditions."""
-    from test_evaluation import DOCUMENT, NUM_SLOTS, QUESTIONS, SETTINGS, corpus_of
+    """The measures of the default conditions."""
+    from test_evaluation import DOCUMENT, NUM_SLOTS, QUESTIONS, SETTINGS, corpus_of, tasks_of
 
-    from cartridges_jax.evaluation.conditions import conditions
+    from cartridges_jax.evaluation.conditions import make_conditions
     from cartridges_jax.evaluation.evaluate import evaluate
     from cartridges_jax.prefixes.first_tokens import initialise_from_first_tokens
 
-    fronts, _ = conditions(
+    prefixes = make_conditions(
         model, corpus_of(model), initialise_from_first_tokens(model, DOCUMENT.text, NUM_SLOTS), room=80
     )
-    measured = evaluate(model, fronts, QUESTIONS, [], SETTINGS)
+    measured = evaluate(model, prefixes, tasks_of(model, QUESTIONS), SETTINGS)
     return {"measures": measured.conditions, "answers": measured.answers}
 
 
@@ -169,21 +166,20 @@ def studied(model, job) -> dict:
     from tiny_runs import DOCUMENT, config_of, settings
 
     from cartridges_jax.corpus import Corpus, tokenize_corpus
-    from cartridges_jax.selfstudy import synthesis
+    from cartridges_jax.selfstudy import shards, synthesis
 
     chosen = config_of(settings(model.name, Path())).study
-    written, write_shard = [], synthesis.write_shard
+    written, write_shard = [], shards.write_shard
 
     def noted(path, conversations):
         written.append(path.name)
         write_shard(path, conversations)
 
-    synthesis.write_shard = noted
+    shards.write_shard = noted
     with tempfile.TemporaryDirectory() as directory:
         shared = Path(job.from_first(lambda: directory))
-        conversations = synthesis.synthesise(
-            model, tokenize_corpus(Corpus.from_text(DOCUMENT, "doc"), model.tokenizer), shared, chosen, seed=5, job=job
-        )
+        corpus = tokenize_corpus(Corpus.from_text(DOCUMENT, "doc"), model.tokenizer)
+        conversations = synthesis.synthesise(model, corpus, shared, chosen, seed=5, job=job).conversations
         job.wait_for_all()
     mine = [[c.metadata["id"], *(m.content for m in c.messages)] for c in conversations]
     return {"conversations": everyone(job, mine), "written": everyone(job, written)}

@@ -13,8 +13,7 @@ from typing import Any
 import gguf
 import gguf_files
 import numpy as np
-import torch
-import transformers
+from peers import torch, transformers
 
 from cartridges_jax.formats.gguf import GGUFFile
 from cartridges_jax.formats.safetensors_files import SafetensorsDirectory
@@ -38,13 +37,13 @@ class TinyFamily:
     """A family's tiny model.
 
     Attributes:
-      config: class of its config in transformers.
+      config: name of its config's class in transformers.
       fields: what differs from `_SHAPES`.
       gguf: its architecture in GGUF files; "" leaves that test out.
       perturbed: overrides of `fields`, each of which must move the logits.
     """
 
-    config: type
+    config: str
     fields: dict[str, Any]
     gguf: str = ""
     perturbed: tuple[dict[str, Any], ...] = ()
@@ -64,14 +63,14 @@ _BOTH_ROPES = {"full_attention": {"rope_type": "linear", "rope_theta": 3000.0, "
 
 FAMILIES = {
     "llama2": TinyFamily(
-        transformers.LlamaConfig,
+        "LlamaConfig",
         {"num_key_value_heads": 4, "tie_word_embeddings": False, **_rope(1000.0)},
         gguf="llama",
         perturbed=({"rms_norm_eps": 0.1}, {"hidden_act": "gelu_pytorch_tanh"}),
     ),
-    "llama3": TinyFamily(transformers.LlamaConfig, {**_rope(50_000.0), "attention_bias": True}, perturbed=(_rope(100.0),)),
+    "llama3": TinyFamily("LlamaConfig", {**_rope(50_000.0), "attention_bias": True}, perturbed=(_rope(100.0),)),
     "llama31": TinyFamily(
-        transformers.LlamaConfig,
+        "LlamaConfig",
         {"rope_parameters": _LLAMA31},
         gguf="llama",
         perturbed=tuple(
@@ -83,7 +82,7 @@ FAMILIES = {
         ),
     ),
     "llama_yarn": TinyFamily(
-        transformers.LlamaConfig,
+        "LlamaConfig",
         {"rope_parameters": _YARN, "mlp_bias": True},
         gguf="",
         perturbed=(
@@ -95,36 +94,36 @@ FAMILIES = {
         ),
     ),
     "llama_dynamic": TinyFamily(
-        transformers.LlamaConfig, {**_rope(5000.0, rope_type="dynamic", factor=4.0)}, perturbed=(_rope(100.0),)
+        "LlamaConfig", {**_rope(5000.0, rope_type="dynamic", factor=4.0)}, perturbed=(_rope(100.0),)
     ),
     "llama32": TinyFamily(
-        transformers.LlamaConfig,
+        "LlamaConfig",
         {"rope_parameters": {**_LLAMA31, "factor": 32.0}, "tie_word_embeddings": True, "head_dim": 24},
     ),
     "mistral": TinyFamily(
-        transformers.MistralConfig,
+        "MistralConfig",
         {**_rope(2000.0), "sliding_window": 8, "head_dim": 24},
         perturbed=({"sliding_window": 5}, {"sliding_window": None}),
     ),
     "qwen2": TinyFamily(
-        transformers.Qwen2Config,
+        "Qwen2Config",
         {**_rope(3000.0), "tie_word_embeddings": True},
         gguf="qwen2",
         perturbed=(_rope(100.0), {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
     ),
     "qwen2_yarn": TinyFamily(
-        transformers.Qwen2Config, {"rope_parameters": {**_YARN, "rope_theta": 3000.0}}, gguf="qwen2"
+        "Qwen2Config", {"rope_parameters": {**_YARN, "rope_theta": 3000.0}}, gguf="qwen2"
     ),
     "qwen2_windows": TinyFamily(
-        transformers.Qwen2Config,
+        "Qwen2Config",
         {**_rope(3000.0), "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
         perturbed=({"max_window_layers": 2}, {"sliding_window": 4}),
     ),
     "qwen3": TinyFamily(
-        transformers.Qwen3Config, {**_rope(3000.0), "head_dim": 32}, gguf="qwen3", perturbed=({"rms_norm_eps": 0.1},)
+        "Qwen3Config", {**_rope(3000.0), "head_dim": 32}, gguf="qwen3", perturbed=({"rms_norm_eps": 0.1},)
     ),
     "gemma2": TinyFamily(
-        transformers.Gemma2Config,
+        "Gemma2Config",
         {
             **_rope(900.0), "num_hidden_layers": 5, "head_dim": 24, "sliding_window": 8, "query_pre_attn_scalar": 10,
             "attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0,
@@ -135,7 +134,7 @@ FAMILIES = {
         ),
     ),
     "gemma3": TinyFamily(
-        transformers.Gemma3TextConfig,
+        "Gemma3TextConfig",
         # Two layers more than a period.
         {
             "num_hidden_layers": 8, "head_dim": 24, "sliding_window": 8, "query_pre_attn_scalar": 24,
@@ -150,13 +149,13 @@ FAMILIES = {
         ),
     ),
     "smollm3": TinyFamily(
-        transformers.SmolLM3Config,
+        "SmolLM3Config",
         {**_rope(4000.0), "num_hidden_layers": 6, "pad_token_id": 0},
         gguf="smollm3",
         perturbed=({"no_rope_layers": [1, 0, 1, 0, 1, 0]}, _rope(100.0)),
     ),
     "granite": TinyFamily(
-        transformers.GraniteConfig,
+        "GraniteConfig",
         {
             **_rope(3000.0), "tie_word_embeddings": True, "embedding_multiplier": 6.0, "attention_multiplier": 0.4,
             "residual_multiplier": 0.6, "logits_scaling": 1.5,
@@ -168,11 +167,11 @@ FAMILIES = {
         ),
     ),
     "olmo2": TinyFamily(
-        transformers.Olmo2Config, {**_rope(3000.0), "pad_token_id": 0}, gguf="olmo2",
+        "Olmo2Config", {**_rope(3000.0), "pad_token_id": 0}, gguf="olmo2",
         perturbed=({"rms_norm_eps": 0.1}, {"attention_bias": True}, _rope(100.0)),
     ),
     "phi3": TinyFamily(
-        transformers.Phi3Config, {**_rope(3000.0), "pad_token_id": 0, "sliding_window": 8}, gguf="phi3",
+        "Phi3Config", {**_rope(3000.0), "pad_token_id": 0, "sliding_window": 8}, gguf="phi3",
         perturbed=(
             {"sliding_window": None}, {"sliding_window": 5},
             {"rope_parameters": {"rope_type": "default", "rope_theta": 3000.0, "partial_rotary_factor": 0.5}},
@@ -180,7 +179,7 @@ FAMILIES = {
     ),
     # Phi-4-mini's kind: a part of each head is rotated, with the short factors up to the original context.
     "phi3_longrope": TinyFamily(
-        transformers.Phi3Config,
+        "Phi3Config",
         {
             "rope_parameters": _LONGROPE, "pad_token_id": 0, "max_position_embeddings": 2048,
             "original_max_position_embeddings": 512, "tie_word_embeddings": True,
@@ -193,7 +192,7 @@ FAMILIES = {
 def build_twin(family: TinyFamily, seed: int, **overrides: Any) -> transformers.PreTrainedModel:
     """The family's model in transformers, float32, with weights that make every field matter."""
     fields = {**_SHAPES, "bos_token_id": 1, "eos_token_id": 2, **family.fields, **overrides}
-    config = family.config(**fields, attn_implementation="eager")
+    config = getattr(transformers, family.config)(**fields, attn_implementation="eager")
     twin = transformers.AutoModelForCausalLM.from_config(config)
     rng = np.random.default_rng(seed)
     gemma = "Gemma" in type(config).__name__

@@ -1,4 +1,4 @@
-"""Programs compiled for devices that are not there: a toy model, in seconds; the 8B is in test_aot_long.py."""
+"""Programs compiled ahead of time for absent devices: a toy model, in seconds; the 8B is in test_aot_long.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from aot_workloads import PODS, ROOT, load_pod, needs_libtpu, records, run_aot, toy_flags, toy_workload
+from aot_workloads import PODS, ROOT, load_pods, needs_libtpu, records, run_aot, toy_flags, toy_workload
 from jax.sharding import Mesh
 
 from cartridges_jax.aot import inputs
@@ -66,18 +66,34 @@ def test_published_models_have_the_parameters_their_publishers_count(name, billi
 
 def test_every_published_model_has_a_pod_of_every_kind():
     found = set()
-    for path in PODS:
-        module = load_pod(path)
-        assert f"--config=experiments/pods/{path.name}" in module.__doc__
-        config = from_config_dict(module.get_config())
+    for name in PODS:
+        config = from_config_dict(load_pods().get_config(name))
         workload = workload_of(config)
         sizes = dict(part.split(":") for part in config.mesh.split(","))
-        assert math.prod(map(int, sizes.values())) == math.prod(parse_topology(config.pod.topology)[1]), path.name
+        devices = math.prod(map(int, sizes.values()))
+        assert devices == math.prod(parse_topology(config.pod.topology)[1]), name
+        kind = config.pod.topology.split(":")[0]
+        assert name.endswith(f"_{kind}x{devices}" if kind == "h100" else f"_{kind}{devices}")
         rows = int(sizes.get("data", 1)) * int(sizes.get("fsdp", 1))
-        assert with_micro_batches(workload, rows).train.micro_batches == config.train.micro_batches, path.name
-        found.add((config.model, config.pod.topology.split(":")[0]))
+        assert with_micro_batches(workload, rows).train.micro_batches == config.train.micro_batches, name
+        found.add((config.model, kind))
     names = set(PUBLISHED) - {"smollm2-135m-instruct"}
     assert found == {(name, chip) for name in names for chip in CHIPS}
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"), [("", "a pod's name is missing"), ("llama9_8b_v5e16", "there is no pod 'llama9_8b_v5e16'")]
+)
+def test_a_pod_that_is_not_in_the_table_is_refused_with_the_names_there_are(name, complaint):
+    with pytest.raises(UserError, match=f"{complaint}: .*llama31_8b_v5e16, .*qwen3_32b_h100x8"):
+        load_pods().get_config(name)
+
+
+def test_a_program_refuses_an_unknown_pod_in_one_line():
+    done = run_aot("experiments/pods.py:nothing")
+    assert done.returncode == UserError.exit_code
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: there is no pod 'nothing'")
 
 
 def test_a_model_of_which_nothing_is_known_is_refused():
@@ -101,7 +117,7 @@ def test_shapes_of_weights_are_those_that_loading_gives(tiny_gguf, dtype, stored
 
 
 def test_the_flops_of_llama_31_8b_are_those_of_a_hand_count():
-    """The numbers of BUILD.md."""
+    """The numbers of docs/aot.md."""
     config = pod_config("meta-llama/Llama-3.1-8B-Instruct", topology="v5e:4x4", mesh="data:4,tensor:4", micro_batches=8)
     workload = workload_of(from_config_dict(config))
     tokens = 32 * 2048
@@ -146,7 +162,7 @@ def test_the_bytes_of_a_step_and_of_decoding_are_those_of_a_hand_count(tmp_path)
     # Two micro-batches forward, again, backward; slots and two moments in float32, read and written.
     assert memory_bytes("train", workload, mesh) == 2 * 3 * (weights + 256 * token) + 2 * 3 * 256 * 2 * token
     # Eight tokens; eight conversations of 32 + 96 tokens behind what self-study reads.
-    assert memory_bytes("decode", workload, mesh) == 8 * (weights + token * (workload.front_slots + 8 * 128))
+    assert memory_bytes("decode", workload, mesh) == 8 * (weights + token * (workload.prefix_slots + 8 * 128))
 
 
 def test_decoding_gains_with_what_the_cartridge_saves_in_memory():
@@ -164,7 +180,7 @@ def test_decoding_gains_with_what_the_cartridge_saves_in_memory():
 def test_a_long_text_is_no_longer_than_what_the_model_sees():
     config = pod_config("Qwen/Qwen3-4B", topology="v5e:2x4", mesh="data:2,tensor:4", micro_batches=8)
     workload = workload_of(from_config_dict(config))
-    assert (workload.pod.context_tokens, workload.context_tokens) == (131072, 40960)
+    assert (workload.context_tokens, workload.visible_tokens) == (131072, 40960)
     kv = 2 * 36 * 8 * 128 * 2
     weights = num_bytes(abstract_loaded(workload.config, "bfloat16", stored=""))
     assert predict(workload, V5E, 8)[0].num_rows == int((8 * V5E.memory_bytes - weights) / (kv * (40960 + 512)))
@@ -174,14 +190,14 @@ def test_decoding_is_compiled_as_self_study_decodes(tmp_path):
     """128 rows behind a chunk of at most 4,096 tokens and its template, in the bucket of a prefix."""
     config = pod_config("meta-llama/Llama-3.1-8B-Instruct", topology="v5e:4x4", mesh="data:4,tensor:4", micro_batches=8)
     workload, mesh = workload_of(from_config_dict(config)), abstract_mesh(tensor=4)
-    assert workload.pod.decode_rows == inspect.signature(generate_tokens).parameters["batch_size"].default
-    assert inputs.front(workload, mesh).prefix.keys.shape == (32, 8, 4096 + 256, 128)
+    assert workload.decode_rows == inspect.signature(generate_tokens).parameters["batch_size"].default
+    assert inputs.resident_prefix(workload, mesh).keys.shape == (32, 8, 4096 + 256, 128)
     assert inputs.decode_state(workload, mesh).cache.keys.shape == (32, 128, 8, 512, 128)
     # Training stays with the cartridge.
     assert inputs.frozen(workload, mesh).keys.shape == (32, 8, 2048, 128)
     whole = toy_workload(tmp_path / "toy", study__teacher_context="document", pod__context_tokens=3000)
-    assert whole.front_slots == 3064
-    assert toy_workload(tmp_path / "toy", cartridge__num_slots=3584).front_slots == 3584
+    assert whole.prefix_slots == 3064
+    assert toy_workload(tmp_path / "toy", cartridge__num_slots=3584).prefix_slots == 3584
 
 
 def test_the_whole_text_is_read_with_room_for_a_conversation(tmp_path):
@@ -328,7 +344,7 @@ def test_a_layout_is_followed_until_rows_or_heads_run_out(scaled):
         assert (none, whole) == ("", 1.0)
         assert efficiency == pytest.approx(one / (2 * two))
     # So small a model is sent longer than it is computed.
-    assert points["tensor", 2][2] < 0.5 and points["tensor", 2][1] == "sending takes longer than computing"
+    assert points["tensor", 2][2] < 0.5 and points["tensor", 2][1] == "collectives take longer than arithmetic"
 
 
 def test_the_table_of_layouts_has_a_row_for_each_point_and_its_reason(scaled):
@@ -345,10 +361,10 @@ def test_the_table_of_layouts_has_a_row_for_each_point_and_its_reason(scaled):
 @needs_libtpu
 def test_a_toy_is_compiled_for_a_tpu_slice(tmp_path):
     flags = toy_flags(tmp_path / "toy", "v5e:2x2", "data:2,tensor:2")
-    done = run_aot("experiments/pods/llama31_8b_v5e16.py", *flags)
+    done = run_aot("experiments/pods.py:llama31_8b_v5e16", *flags)
     found = records(done)
     assert list(found) == ["train", "prefill", "decode"]
-    assert "in front" in done.stdout and "1 x h100" in done.stdout
+    assert "| prefix" in done.stdout and "1 x h100" in done.stdout
     for record in found.values():
         assert list(record) == KEYS
         assert (record["topology"], record["devices"], record["mesh"]) == ("v5e:2x2", 4, "data:2,tensor:2")
@@ -371,18 +387,18 @@ def test_the_read_of_the_whole_text_is_compiled_too(tmp_path):
 @needs_libtpu
 def test_a_sweep_prints_every_mesh_and_the_best_as_json(tmp_path):
     flags = toy_flags(tmp_path / "toy", "v5e:2x2", "")
-    done = run_aot("experiments/pods/llama31_8b_v5e16.py", *flags, "--sweep", "--programs=train")
+    done = run_aot("experiments/pods.py:llama31_8b_v5e16", *flags, "--sweep", "--programs=train")
     best = records(done)["train"]
     table = [line for line in done.stdout.splitlines() if line.startswith("| train")]
     assert len(table) == 5 and table[0].split("|")[2].strip() == best["mesh"]
-    assert "in front" in done.stdout and "1 x h100" in done.stdout
+    assert "| prefix" in done.stdout and "1 x h100" in done.stdout
 
 
 @needs_libtpu
 def test_what_does_not_fit_is_said_with_its_size():
     """The 70B on four chips: the compiler gives up, and says what it would take."""
     done = run_aot(
-        "experiments/pods/llama31_70b_v5e32.py",
+        "experiments/pods.py:llama31_70b_v5e32",
         "--config.pod.topology=v5e:2x2",
         "--config.mesh=tensor:4",
         "--programs=decode",
@@ -396,7 +412,7 @@ def test_without_the_compiler_for_gpus_cpu_devices_stand_in_and_say_so(tmp_path)
     if importlib.util.find_spec("jax_cuda12_plugin"):
         pytest.skip("the compiler for GPUs is installed")
     flags = toy_flags(tmp_path / "toy", "h100:8", "data:4,tensor:2")
-    done = run_aot("experiments/pods/llama31_8b_h100x8.py", *flags, "--programs=train", JAX_NUM_CPU_DEVICES="8")
+    done = run_aot("experiments/pods.py:llama31_8b_h100x8", *flags, "--programs=train", JAX_NUM_CPU_DEVICES="8")
     found = records(done)["train"]
     assert found["compiled_for"].startswith("cpu") and found["collectives"]["all-reduce"] > 0
 
@@ -411,5 +427,5 @@ def test_without_the_compiler_for_gpus_cpu_devices_stand_in_and_say_so(tmp_path)
     ],
 )
 def test_what_cannot_be_compiled_is_one_plain_line(arguments, complaint):
-    done = run_aot("experiments/pods/llama31_8b_v5e16.py", *arguments)
+    done = run_aot("experiments/pods.py:llama31_8b_v5e16", *arguments)
     assert done.returncode == 2 and complaint in done.stderr and "Traceback" not in done.stderr

@@ -1,13 +1,12 @@
-"""What `experiments/pods` has, compiled at the paper's sizes: p = 2,048, 32 packs of 2,048 tokens a step."""
+"""The pods of `experiments/pods.py`, compiled at the paper's sizes: p = 2,048, 32 packs of 2,048 tokens a step."""
 
 from __future__ import annotations
 
 import importlib.util
 import math
-from pathlib import Path
 
 import pytest
-from aot_workloads import PODS, ROOT, load_pod, needs_libtpu
+from aot_workloads import PODS, needs_libtpu, pod_workload
 
 from cartridges_jax.aot.check import check, mesh_of
 from cartridges_jax.aot.topology import find
@@ -24,13 +23,8 @@ needs_cuda = pytest.mark.skipif(
 )
 
 
-def pod(path: Path) -> Workload:
-    """What a config of `experiments/pods` compiles."""
-    return workload_of(from_config_dict(load_pod(path).get_config()))
-
-
 def step_of(workload: Workload):
-    found = find(workload.pod.topology)
+    found = find(workload.topology)
     return check("train", workload, found, mesh_of(workload.mesh, found))
 
 
@@ -46,7 +40,7 @@ def smallest_weight(tensor: int) -> int:
 
 @pytest.fixture(scope="module")
 def v5e():
-    return step_of(pod(ROOT / "experiments" / "pods" / "llama31_8b_v5e16.py"))
+    return step_of(pod_workload("llama31_8b_v5e16"))
 
 
 @needs_libtpu
@@ -76,9 +70,8 @@ def test_on_other_meshes_of_16_a_step_fits(topology, mesh, micro_batches):
 
 
 @pytest.mark.parametrize(
-    "path",
-    [pytest.param(path, id=path.stem, marks=needs_cuda if "_h100" in path.stem else needs_libtpu) for path in PODS],
+    "name", [pytest.param(name, marks=needs_cuda if "_h100" in name else needs_libtpu) for name in PODS]
 )
-def test_the_step_of_every_pod_fits(path):
-    found = step_of(pod(path))
+def test_the_step_of_every_pod_fits(name):
+    found = step_of(pod_workload(name))
     assert found.fits and not found.topology.stand_in, f"{found.bytes_per_device / GiB:.2f} GiB"

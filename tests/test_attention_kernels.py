@@ -112,17 +112,17 @@ def masks(case: Case, inputs: Inputs):
 def dense(case: Case, inputs: Inputs, *leaves):
     """One softmax over concatenated keys, every key repeated for its group."""
     queries, keys, values, *prefix = leaves
-    mask, front_mask = masks(case, inputs)
+    mask, prefix_mask = masks(case, inputs)
     bias = jnp.zeros((case.B, case.K, case.T))
     if prefix:
-        front_keys, front_values, front_bias = (*prefix, jnp.zeros((case.K, case.P)))[:3]
-        repeated = [jnp.broadcast_to(x, (case.B, *x.shape)) for x in (front_keys, front_values, front_bias)]
+        prefix_keys, prefix_values, prefix_bias = (*prefix, jnp.zeros((case.K, case.P)))[:3]
+        repeated = [jnp.broadcast_to(x, (case.B, *x.shape)) for x in (prefix_keys, prefix_values, prefix_bias)]
         keys, values, bias = (jnp.concatenate(pair, axis=2) for pair in zip(repeated, (keys, values, bias)))
     keys, values, bias = (jnp.repeat(x, case.N // case.K, axis=1) for x in (keys, values, bias))
     scores = jnp.einsum("btnh,bnsh->bnts", queries, keys) * case.H**-0.5
     if case.softcap:
         scores = case.softcap * jnp.tanh(scores / case.softcap)
-    seen = jnp.concatenate([front_mask, mask], axis=-1)[:, None]
+    seen = jnp.concatenate([prefix_mask, mask], axis=-1)[:, None]
     weights = jax.nn.softmax(jnp.where(seen, scores + bias[:, :, None], -jnp.inf), axis=-1)
     return jnp.einsum("bnts,bnsh->btnh", weights, values)
 
@@ -160,11 +160,11 @@ def test_output_and_gradients_are_those_of_one_dense_softmax(rng, name):
 def test_the_dense_softmax_of_these_tests_is_the_reference(rng):
     case = Case(8, 4, 2, 5, B=2, T=9, window=4, softcap=2.0)
     inputs = random_inputs(rng, case)
-    mask, front_mask = masks(case, inputs)
+    mask, prefix_mask = masks(case, inputs)
     queries, keys, values, *prefix = inputs.leaves
     np.testing.assert_allclose(
         dense(case, inputs, *inputs.leaves),
-        dense_attention(queries, keys, values, mask, tuple(prefix), prefix_mask=front_mask, softcap=2.0),
+        dense_attention(queries, keys, values, mask, tuple(prefix), prefix_mask=prefix_mask, softcap=2.0),
         rtol=1e-4, atol=1e-5,
     )  # fmt: skip
 
@@ -177,9 +177,9 @@ def test_large_scores_stay_exact_and_finite(rng):
         lambda *leaves: jax.value_and_grad(lambda *leaves: by_kernels(case, inputs, *leaves).sum(), range(6))(*leaves)
     )(*peaked)
     assert np.isfinite(found) and all(np.isfinite(gradient).all() for gradient in gradients)
-    mixed = np.asarray(by_kernels(case, inputs, *peaked))
+    found = np.asarray(by_kernels(case, inputs, *peaked))
     largest = max(np.abs(peaked[2]).max(), np.abs(peaked[4]).max())
-    assert np.abs(mixed).max() <= largest * (1 + 1e-5)  # a softmax cannot leave the range of its values
+    assert np.abs(found).max() <= largest * (1 + 1e-5)  # a softmax cannot leave the range of its values
 
 
 @pytest.mark.parametrize("window", [0, 40, 200])

@@ -25,9 +25,12 @@ from cartridges_jax import sampling
 from cartridges_jax.benchmarks import inputs, memory, peers, train_step
 from cartridges_jax.benchmarks.run import BENCHMARKS, run
 from cartridges_jax.benchmarks.timing import Times, interleaved
-from cartridges_jax.data.conversations import Conversation, Message, TopLogprobs, write_shard
-from cartridges_jax.data.packing import Example, plan_packing
-from cartridges_jax.distill.step import cartridge_trainable, combine_cartridge, init_state, learning_mask
+from cartridges_jax.data.conversations import write_shard
+from cartridges_jax.data.examples import Example
+from cartridges_jax.data.packing import plan_packing
+from cartridges_jax.data.schema import Conversation, Message, TopLogprobs
+from cartridges_jax.distill.learner import CartridgeLearner
+from cartridges_jax.distill.step import init_state
 from cartridges_jax.distill.step import train_step as take_step
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import costs, load_model
@@ -205,9 +208,11 @@ def test_peft_s_loss_and_gradient_are_ours(tiny_model, exported, rng):
         lambda grads, state, params=None: (jax.tree.map(jnp.zeros_like, grads), grads),
     )
     plan = plan_packing(examples, num_steps=None, rows_per_step=2, row_tokens=45, micro_batches=1)
+    learner = CartridgeLearner()
+    start, trainable = learner.init(tiny_model, prefix)
     state, metrics = take_step(
-        config, recorder, combine_cartridge, tiny_model.params, prefix, learning_mask(7, 1)[:, None],
-        init_state(cartridge_trainable(prefix), recorder), plan.batch(0),
+        config, recorder, learner, tiny_model.params, start, learner.mask(start, trainable),
+        init_state(trainable, recorder), plan.batch(0),
     )  # fmt: skip
 
     frozen = transformers_peft.load(exported, "float32")

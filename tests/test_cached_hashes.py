@@ -11,8 +11,7 @@ import pytest
 from cartridges_jax.formats import cache
 from cartridges_jax.formats.cache import cached_sha256
 
-
-# As long as one another, and long enough to be remembered.
+# Of one length, which is enough to be remembered.
 WEIGHTS, OTHER = b"weights" * 2**18, b"WEIGHTS" * 2**18
 
 

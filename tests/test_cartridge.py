@@ -26,10 +26,9 @@ def random_prefix(rng, num_slots=P, *, dtype=jnp.float32, bias=False, layers=L, 
     return prefix
 
 
-def test_plain_tokens_stand_at_their_own_positions(rng):
+def test_plain_tokens_are_at_their_own_positions(rng):
     prefix = random_prefix(rng)
     np.testing.assert_array_equal(prefix.positions, [0, 1, 2, 3, 4])
-    np.testing.assert_array_equal(prefix.group, [0] * 5)
     assert (prefix.num_layers, prefix.num_slots, prefix.next_position) == (L, P, P)
 
 
@@ -44,19 +43,15 @@ def test_composing_puts_slots_in_a_row_and_leaves_keys_as_they_were_rotated(rng)
 
 
 def test_next_position_of_a_composition_is_the_sum_of_the_parts_and_not_their_slots(rng):
-    thinned = random_prefix(rng, 4).replace(positions=jnp.array([0, 7, 8, 30], jnp.int32), next_position=31)
+    thinned = random_prefix(rng, 4).replace(positions=jnp.array([0, 7, 8, 30]), next_position=jnp.int32(31))
     assert cartridge.compose(thinned, random_prefix(rng, 5)).next_position == 36
 
 
-def test_composing_keeps_groups_apart_in_whatever_order_it_is_nested(rng):
+def test_nested_compositions_equal_a_flat_one(rng):
     a, b, c = (random_prefix(rng, n) for n in (2, 3, 1))
-    expected = [0, 0, 1, 1, 1, 2]
-    for nested in (
-        cartridge.compose(a, b, c),
-        cartridge.compose(cartridge.compose(a, b), c),
-        cartridge.compose(a, cartridge.compose(b, c)),
-    ):
-        np.testing.assert_array_equal(nested.group, expected)
+    flat = cartridge.compose(a, b, c)
+    for nested in (cartridge.compose(cartridge.compose(a, b), c), cartridge.compose(a, cartridge.compose(b, c))):
+        jax.tree.map(np.testing.assert_array_equal, nested, flat)
 
 
 def test_a_part_without_a_bias_gets_zeros_beside_one_that_has_it(rng):
@@ -78,14 +73,13 @@ def test_composing_nothing_is_refused():
         cartridge.compose()
 
 
-def test_a_slice_keeps_its_slots_positions_groups_bias_and_the_texts_length(rng):
+def test_a_slice_keeps_its_slots_positions_and_bias_and_the_texts_length(rng):
     both = cartridge.compose(random_prefix(rng, 3, bias=True), random_prefix(rng, 4, bias=True))
     part = cartridge.slice_slots(both, 2, 5)
     np.testing.assert_array_equal(part.keys, both.keys[:, :, 2:5])
     np.testing.assert_array_equal(part.values, both.values[:, :, 2:5])
     np.testing.assert_array_equal(part.bias, both.bias[:, :, 2:5])
     np.testing.assert_array_equal(part.positions, [2, 0, 1])
-    np.testing.assert_array_equal(part.group, [0, 1, 1])
     assert part.next_position == 7
 
 
@@ -118,7 +112,35 @@ def test_casting_changes_keys_and_values_and_not_the_bias(rng):
     np.testing.assert_array_equal(cast.keys, prefix.keys.astype(jnp.bfloat16))
 
 
-def test_next_position_is_static_and_survives_a_jitted_function(rng):
-    prefix = random_prefix(rng).replace(next_position=40)
-    assert jax.jit(lambda p: p)(prefix).next_position == 40
-    assert len(jax.tree.leaves(prefix)) == 4
+def test_next_position_is_a_leaf_so_that_prefixes_of_other_texts_share_a_compiled_function(rng):
+    following = jax.jit(lambda prefix: prefix.next_position + 1)
+    for position in (40, 90):
+        assert following(random_prefix(rng).replace(next_position=jnp.int32(position))) == position + 1
+    assert following(random_prefix(rng)) == P + 1
+    assert following._cache_size() == 1
+
+
+def test_prefixes_of_equal_size_are_stacked_whatever_their_next_position(rng):
+    near, far = random_prefix(rng), random_prefix(rng).replace(next_position=jnp.int32(90))
+    stacked = jax.tree.map(lambda *parts: jnp.stack(parts), near, far)
+    assert stacked.keys.shape == (2, L, K, P, H)
+    assert stacked.next_position.tolist() == [P, 90]
+    back = jax.tree.map(lambda part: part[1], stacked)
+    jax.tree.map(np.testing.assert_array_equal, back, far)
+
+
+def test_unstacked_a_prefix_has_the_same_slots_and_bytes_in_arrays_of_each_layer(rng):
+    prefix = random_prefix(rng, bias=True)
+    unstacked = prefix.unstacked()
+    np.testing.assert_array_equal(np.stack(unstacked.keys), prefix.keys)
+    np.testing.assert_array_equal(np.stack(unstacked.values), prefix.values)
+    sizes = [(one.num_layers, one.num_slots, one.nbytes) for one in (unstacked, prefix)]
+    assert sizes[0] == sizes[1]
+
+
+def test_padding_adds_slots_that_no_token_sees_and_nothing_to_a_full_prefix(rng):
+    prefix = random_prefix(rng, 3, bias=True)
+    padded = cartridge.pad_slots(prefix, 5)
+    jax.tree.map(np.testing.assert_array_equal, cartridge.slice_slots(padded, 0, 3), prefix)
+    assert np.exp(np.asarray(padded.bias[:, :, 3:])).max() == 0
+    assert cartridge.pad_slots(prefix, 3) is prefix

@@ -12,9 +12,8 @@ from typing import NamedTuple
 
 import chat_templates
 import pytest
+from peers import transformers
 from tiny_texts import FAMILIES, WORDS, Family, save_tokenizer, tiny_tokenizer
-from transformers import PreTrainedTokenizerFast
-from transformers.utils import chat_template_utils
 
 from cartridges_jax.errors import UserError
 from cartridges_jax.text.chat import ChatTemplate
@@ -60,7 +59,7 @@ class Pair(NamedTuple):
     """Ours and transformers', read from the same directory."""
 
     chat: ChatTemplate
-    theirs: PreTrainedTokenizerFast
+    theirs: transformers.PreTrainedTokenizerFast
     family: Family
 
     def text(self, ids) -> str:
@@ -86,7 +85,7 @@ class Day(datetime):
 
 @pytest.fixture(autouse=True)
 def day(monkeypatch):
-    monkeypatch.setattr(chat_template_utils, "datetime", Day)
+    monkeypatch.setattr(transformers.utils.chat_template_utils, "datetime", Day)
 
 
 @cache
@@ -248,7 +247,9 @@ def test_the_date_is_not_todays():
 def plain(request, tmp_path) -> ChatTemplate:
     """A model without a chat template."""
     tokenizer = tiny_tokenizer(request.param, ["<bos>", "<eos>"])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>").save_pretrained(tmp_path)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>"
+    ).save_pretrained(tmp_path)
     return ChatTemplate.from_directory(tmp_path, tokenizer_from_directory(tmp_path))
 
 

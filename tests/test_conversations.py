@@ -9,14 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cartridges_jax.data.conversations import (
-    Conversation,
-    Message,
-    StoredTopLogprobs,
-    TopLogprobs,
-    read_shard,
-    write_shard,
-)
+from cartridges_jax.data.conversations import read_shard, write_shard
+from cartridges_jax.data.schema import Conversation, Message, TopLogprobs
 from cartridges_jax.errors import PassingFailure, UserError
 
 
@@ -45,10 +39,6 @@ def random_conversation(rng, index):
     )
 
 
-def entries(top: TopLogprobs | StoredTopLogprobs) -> TopLogprobs:
-    return top.read() if isinstance(top, StoredTopLogprobs) else top
-
-
 def assert_same(found: Conversation, expected: Conversation):
     assert (found.metadata, found.system_prompt, found.type) == (
         expected.metadata,
@@ -61,7 +51,7 @@ def assert_same(found: Conversation, expected: Conversation):
         assert (one.top_logprobs is None) == (other.top_logprobs is None)
         if one.top_logprobs is not None:
             assert one.top_logprobs.shape == other.top_logprobs.shape
-            stored, expected_top = entries(one.top_logprobs), entries(other.top_logprobs)
+            stored, expected_top = one.top_logprobs.read(), other.top_logprobs.read()
             for name in ("token_idx", "token_id", "logprobs"):
                 ours, theirs = getattr(stored, name), getattr(expected_top, name)
                 assert ours.dtype == theirs.dtype
@@ -115,6 +105,32 @@ def test_entries_of_rows_that_share_a_group_are_found(tmp_path, rng):
     pq.write_table(pq.read_table(path), path, row_group_size=3)
     for index in rng.permutation(7):
         assert_same(read_shard(path)[index], written[index])
+
+
+def test_a_shard_has_the_mode_that_the_umask_gives(tmp_path, rng):
+    path = tmp_path / "shard.parquet"
+    before = os.umask(0o027)
+    try:
+        write_shard(path, [random_conversation(rng, 0)])
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_row_group_is_read_once_for_the_conversations_in_it(tmp_path, rng, monkeypatch):
+    path, read = tmp_path / "shard.parquet", []
+    written = [random_conversation(rng, index) for index in range(8)]
+    write_shard(path, written)
+    found, read_row_group = read_shard(path), pq.ParquetFile.read_row_group
+
+    def noted(file, group, **columns):
+        read.append(group)
+        return read_row_group(file, group, **columns)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", noted)
+    for one, other in zip(found, written):
+        assert_same(one, other)
+    assert read == [0]
 
 
 def test_a_shard_of_no_conversations_comes_back_empty(tmp_path):

@@ -13,25 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
+from peers import torch
 from targets import log_softmax, random_targets
 from tiny import random_prefix, random_tokens, twin_run
 
 from cartridges_jax import sampling
-from cartridges_jax.data.packing import Example, TrainBatch, plan_packing
-from cartridges_jax.distill.step import (
-    batch_loss,
-    cartridge_trainable,
-    combine_cartridge,
-    eval_step,
-    init_state,
-    learning_mask,
-    train_step,
-)
-
-torch.set_num_threads(1)
+from cartridges_jax.data.examples import Example
+from cartridges_jax.data.packing import TrainBatch, plan_packing
+from cartridges_jax.distill.learner import CartridgeLearner
+from cartridges_jax.distill.step import batch_loss, eval_step, init_state, train_step
 
 P, FROZEN = 6, 1
+LEARNER = CartridgeLearner(FROZEN)
 
 # Keeps the accumulated gradients as its state and moves nothing.
 RECORDER = optax.GradientTransformation(
@@ -86,11 +79,19 @@ def torch_loss_and_gradients(pair, prefix, examples, tail):
     return loss.item(), keys.grad.numpy(), values.grad.numpy()
 
 
+def trainable_of(prefix):
+    return LEARNER.init(None, prefix)[1]
+
+
+def mask_of(prefix, num_frozen):
+    return CartridgeLearner(num_frozen).mask(*LEARNER.init(None, prefix))
+
+
 def take_step(model, prefix, batch, *, optimizer=RECORDER, state=None, params=None, **settings):
-    state = init_state(cartridge_trainable(prefix), optimizer) if state is None else state
-    mask = settings.pop("mask", learning_mask(prefix.num_slots, 0)[:, None])
+    state = init_state(trainable_of(prefix), optimizer) if state is None else state
+    mask = settings.pop("mask", mask_of(prefix, 0))
     return train_step(
-        model.config, optimizer, combine_cartridge, model.params if params is None else params, prefix, mask, state,
+        model.config, optimizer, LEARNER, model.params if params is None else params, prefix, mask, state,
         batch, **settings,
     )  # fmt: skip
 
@@ -169,7 +170,7 @@ def test_padding_targets_and_padding_tokens_count_for_nothing(tiny_pair, rng, ex
 
 
 def test_a_cartridge_in_bfloat16_learns_in_float32(tiny_pair, rng):
-    trainable = cartridge_trainable(random_prefix(rng, tiny_pair.model.config, P).astype(jnp.bfloat16))
+    trainable = trainable_of(random_prefix(rng, tiny_pair.model.config, P).astype(jnp.bfloat16))
     state = init_state(trainable, ADAM)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.trainable)} == {jnp.dtype("float32")}
     assert {leaf.dtype for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim} == {jnp.dtype("float32")}
@@ -183,8 +184,8 @@ def bits(leaf):
 def test_frozen_slots_stay_as_they_are_to_the_bit(tiny_pair, rng, examples, optimizer):
     prefix = random_prefix(rng, tiny_pair.model.config, P)
     batch, _ = packed(examples, 2)
-    mask = learning_mask(P, FROZEN)[:, None]
-    assert learning_mask(P, FROZEN).tolist() == [0, 1, 1, 1, 1, 1]
+    mask = mask_of(prefix, FROZEN)
+    assert mask[:, 0].tolist() == [0, 1, 1, 1, 1, 1]
     state = None
     for _ in range(3):
         state, _ = take_step(tiny_pair.model, prefix, batch, optimizer=optimizer, state=state, mask=mask)
@@ -198,7 +199,7 @@ def test_the_recorded_gradient_of_frozen_slots_is_zero_and_of_the_others_unchang
     prefix = random_prefix(rng, tiny_pair.model.config, P)
     batch, _ = packed(examples, 2)
     all_learn, _ = take_step(tiny_pair.model, prefix, batch)
-    masked, _ = take_step(tiny_pair.model, prefix, batch, mask=learning_mask(P, 2)[:, None])
+    masked, _ = take_step(tiny_pair.model, prefix, batch, mask=mask_of(prefix, 2))
     assert not np.asarray(masked.opt_state["keys"][:, :, :2]).any()
     agrees(masked.opt_state["keys"][:, :, 2:], np.asarray(all_learn.opt_state["keys"][:, :, 2:]))
 
@@ -212,9 +213,7 @@ def test_training_lowers_the_loss(tiny_pair, rng, examples):
         losses.append(float(metrics["loss"]))
     assert int(state.step) == 12 and int(state.refused) == 0
     assert losses[-1] < losses[0] - 0.05
-    total, count = eval_step(
-        tiny_pair.model.config, combine_cartridge, tiny_pair.model.params, prefix, state.trainable, batch
-    )
+    total, count = eval_step(tiny_pair.model.config, LEARNER, tiny_pair.model.params, prefix, state.trainable, batch)
     assert float(total / count) < losses[-1]
 
 
@@ -223,7 +222,7 @@ def test_a_step_without_a_finite_loss_changes_nothing_but_the_counters(tiny_pair
     model = tiny_pair.model
     prefix = random_prefix(rng, model.config, P)
     batch, _ = packed(examples, 2)
-    mask = learning_mask(P, FROZEN)[:, None]
+    mask = mask_of(prefix, FROZEN)
     step = {"optimizer": ADAM, "mask": mask}
     bad_batch, bad_params = batch, model.params
     if damage == "nan target weight":
@@ -249,7 +248,7 @@ def test_evaluation_sums_what_training_averages(tiny_pair, rng, examples):
     model = tiny_pair.model
     prefix = random_prefix(rng, model.config, P)
     batch, members = packed(examples, 2)
-    total, count = eval_step(model.config, combine_cartridge, model.params, prefix, cartridge_trainable(prefix), batch)
+    total, count = eval_step(model.config, LEARNER, model.params, prefix, trainable_of(prefix), batch)
     loss, _, _ = torch_loss_and_gradients(tiny_pair, prefix, members, "class")
     assert int(count) == sum(len(example.rows) for example in members)
     assert float(total / count) == pytest.approx(loss, rel=1e-4)
@@ -279,6 +278,6 @@ def test_a_state_holds_its_own_buffers(tiny_pair, rng):
     """The step donates its state; what it was made from must live on."""
     prefix = random_prefix(rng, tiny_pair.model.config, P)
     kept = dataclasses.replace(prefix)
-    state = init_state(cartridge_trainable(prefix), ADAM)
+    state = init_state(trainable_of(prefix), ADAM)
     jax.tree.map(lambda leaf: leaf.delete(), state.trainable)
     assert np.isfinite(np.asarray(kept.keys)).all()

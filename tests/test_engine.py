@@ -10,13 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from families import saved_family
-from tiny import make_pair, random_prefix, random_tokens, twin_run
+from peers import torch
+from tiny import at_position, make_pair, random_prefix, random_tokens, twin_run
 
 from cartridges_jax import sampling
+from cartridges_jax.cartridge import pad_slots
 from cartridges_jax.errors import UserError
-from cartridges_jax.sampling import Engine, Request, Sampling, buckets, programs
+from cartridges_jax.models import cache
+from cartridges_jax.sampling import Engine, Request, Sampling, buckets, decoding, reading
 
 # Closer logits than these are a tie that rounding may break either way.
 TIE = 1e-4
@@ -26,12 +28,14 @@ def full_logits(twin, tokens, prefix):
     """One forward pass: by transformers, or by ours without an engine where `twin` is our model."""
     if not isinstance(twin, torch.nn.Module):
         return sampling.logits(twin, tokens, prefix)
-    front = {} if prefix is None else {"keys": prefix.keys, "values": prefix.values, "start": prefix.next_position}
-    return twin_run(twin, tokens, **front).numpy()
+    if prefix is None:
+        return twin_run(twin, tokens).numpy()
+    start = int(prefix.next_position)
+    return twin_run(twin, tokens, keys=prefix.keys, values=prefix.values, start=start).numpy()
 
 
 def assert_greedy(twin, request, prefix, token_ids):
-    """Every token is the most likely one behind all before it; returns how many were ties."""
+    """Every token is the most likely one after all before it; returns how many were ties."""
     logits = full_logits(twin, [*request.prompt, *token_ids], prefix)[len(request.prompt) - 1 : -1]
     best = logits.max(axis=-1)
     chosen = logits[np.arange(len(token_ids)), token_ids]
@@ -87,8 +91,8 @@ def test_every_request_is_answered_as_if_it_were_alone_in_any_interleaving(tiny_
     # Two that are padded, one that is not, one whose positions run ahead of its slots.
     prefixes = [random_prefix(rng, config, size) for size in (5, 40, 64)]
     prefixes.append(
-        random_prefix(rng, config, 20).replace(
-            positions=jnp.asarray(np.sort(rng.choice(90, 20, replace=False)), jnp.int32), next_position=90
+        at_position(random_prefix(rng, config, 20), 90).replace(
+            positions=jnp.asarray(np.sort(rng.choice(90, 20, replace=False)), jnp.int32)
         )
     )
     handles = [None, *(engine.add_prefix(prefix) for prefix in prefixes)]
@@ -120,7 +124,7 @@ def test_every_request_is_answered_as_if_it_were_alone_in_any_interleaving(tiny_
 
 
 def test_windows_reach_as_far_into_a_padded_prefix_as_without_an_engine(rng, tmp_path):
-    """Gemma 3: layers with a window of 8 and one without, and two behind the last whole period."""
+    """Gemma 3: layers with a window of 8 and one without, and two after the last whole period."""
     model, _ = saved_family("gemma3", tmp_path)
     prefix = random_prefix(rng, model.config, 11)
     engine = Engine(model, num_slots=4)
@@ -132,11 +136,11 @@ def test_windows_reach_as_far_into_a_padded_prefix_as_without_an_engine(rng, tmp
 
 def test_padding_a_prefix_changes_nothing_but_rounding(tiny_model, rng):
     prefix = random_prefix(rng, tiny_model.config, 37)
-    padded = programs.as_front(prefix, jnp.float32).prefix
+    padded = pad_slots(prefix, 256)
     assert padded.num_slots == 256
     prompt = random_tokens(rng, tiny_model.config, 9).tolist()
     np.testing.assert_allclose(
-        sampling.logits(tiny_model, prompt, padded.replace(next_position=37)),
+        sampling.logits(tiny_model, prompt, padded),
         sampling.logits(tiny_model, prompt, prefix),
         rtol=0,
         atol=2e-5,
@@ -191,7 +195,7 @@ def test_top_logprobs_are_those_of_one_full_forward(tiny_pair, rng):
         np.testing.assert_allclose(np.take_along_axis(expected, generation.top_ids, axis=-1), best, atol=2e-4)
 
 
-def test_slots_are_refilled_so_that_nobody_waits_for_the_longest(tiny_model, rng):
+def test_slots_are_refilled_so_that_no_request_waits_for_the_longest(tiny_model, rng):
     engine = Engine(tiny_model, num_slots=4)
     prompts = [random_tokens(rng, tiny_model.config, 8).tolist() for _ in range(13)]
     served = Served(engine)
@@ -223,13 +227,13 @@ def test_cancelling_frees_the_slot_for_the_next_request(tiny_model, rng):
 
 def test_new_prefixes_prompts_and_settings_of_like_size_compile_nothing(tiny_model, rng):
     config = tiny_model.config
-    compiled = (programs.read_chunk, programs.put_rows, programs.decode, programs.resize)
+    compiled = (reading.read_chunk, cache.put_rows, decoding.decode, decoding.resize)
 
     def serve():
         engine = Engine(tiny_model, num_slots=4)
         for _ in range(3):
             size = int(rng.integers(1, 65))
-            prefix = random_prefix(rng, config, size).replace(next_position=size + int(rng.integers(50)))
+            prefix = at_position(random_prefix(rng, config, size), size + int(rng.integers(50)))
             handle = engine.add_prefix(prefix)
             prompts = [random_tokens(rng, config, int(rng.integers(1, 17))).tolist() for _ in range(4)]
             requests = [
@@ -258,7 +262,7 @@ def test_a_dropped_prefix_serves_its_requests_to_the_end_and_is_freed(tiny_pair,
     engine = Engine(tiny_model, num_slots=2)
     prefix = random_prefix(rng, tiny_model.config, 64)
     handle = engine.add_prefix(prefix)
-    keys = weakref.ref(jax.tree.leaves(engine._residents[handle].front.prefix.keys)[0])
+    keys = weakref.ref(jax.tree.leaves(engine._residents[handle].prefix.keys)[0])
     request = Request(random_tokens(rng, tiny_model.config, 4).tolist(), 20, handle)
     served = Served(engine)
     request_id = engine.submit(request)
@@ -276,7 +280,7 @@ def test_a_dropped_prefix_serves_its_requests_to_the_end_and_is_freed(tiny_pair,
 def test_what_an_engine_cannot_serve_is_refused_and_leaves_it_as_it_was(tiny_model, rng):
     engine = Engine(tiny_model, num_slots=2, max_tokens_per_slot=40)
     elsewhere = Engine(tiny_model).add_prefix(random_prefix(rng, tiny_model.config, 3))
-    ahead = engine.add_prefix(random_prefix(rng, tiny_model.config, 3).replace(next_position=490))
+    ahead = engine.add_prefix(at_position(random_prefix(rng, tiny_model.config, 3), 490))
     for request, complaint in (
         (Request([1, 2], 5, elsewhere), "not held"),
         (Request([], 5), "no tokens"),
@@ -301,7 +305,7 @@ def test_sizes_hold_what_they_are_for_and_a_batch_that_waits_to_shrink_can():
         rows = buckets.row_bucket(number)
         smaller = buckets.smaller_bucket(rows)
         assert rows >= number and 2 * smaller <= rows
-        # Decoding stops early with `smaller` rows left: a batch of that size must exist, or nothing goes on.
+        # Decoding stops early with `smaller` rows left: a batch of that size must exist, or the engine stalls.
         assert smaller == 0 or buckets.row_bucket(smaller) == smaller
         read = buckets.read_rows(number)
         assert 1 <= read and number >= 0.75 * read

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
+from types import SimpleNamespace
+
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from tiny import random_prefix, random_tokens
+from tiny_texts import save_tokenizer
 
 from cartridges_jax import sampling
 from cartridges_jax.corpus import Corpus, tokenize_corpus
 from cartridges_jax.corpus.questions import Question
-from cartridges_jax.data.conversations import Conversation, Message, TopLogprobs
+from cartridges_jax.data.schema import Conversation, Message, TopLogprobs
 from cartridges_jax.errors import UserError
-from cartridges_jax.evaluation.conditions import Condition, conditions, icl_tokens
+from cartridges_jax.evaluation import conditions as evaluation_conditions
+from cartridges_jax.evaluation.conditions import CONDITIONS, Condition, make_conditions, tokens_cut
 from cartridges_jax.evaluation.evaluate import EvaluationSettings, evaluate
+from cartridges_jax.evaluation.measuring import longest_example, scored_reference
+from cartridges_jax.evaluation.metrics import normalise_answer
+from cartridges_jax.evaluation.results import SHOWN_ANSWERS, write_answers
 from cartridges_jax.evaluation.scoring import Scored, answer_hidden, token_kl, token_nll
+from cartridges_jax.evaluation.tasks import TASKS, Example, Metric, TaskInputs, make_tasks, register
 from cartridges_jax.prefixes.first_tokens import initialise_from_first_tokens
+from cartridges_jax.text.chat import ChatTemplate
+from cartridges_jax.text.tokenizer import tokenizer_from_directory
 
 DOCUMENT = Corpus.from_text(
     " ".join(f"Shed {n} holds {n * 7} tins of paint and a broom." for n in range(1, 9)), "sheds"
@@ -32,6 +44,10 @@ QUESTIONS = [
 ]
 SETTINGS = EvaluationSettings(max_answer_tokens=10, max_questions=0)
 NUM_SLOTS = 20
+
+
+def tasks_of(model, questions, heldout=()):
+    return make_tasks(SETTINGS.tasks, TaskInputs(corpus_of(model), questions, heldout))
 
 
 def log_softmax(logits):
@@ -72,21 +88,19 @@ def heldout(tiny_model):
 
 
 @pytest.fixture(scope="module")
-def fronts(tiny_model):
-    """The four conditions with a cartridge that was never trained."""
+def prefixes(tiny_model):
+    """The default conditions with a cartridge that was never trained."""
     untrained = initialise_from_first_tokens(tiny_model, DOCUMENT.text, NUM_SLOTS)
-    found, cut = conditions(tiny_model, corpus_of(tiny_model), untrained, room=80)
-    assert cut == 0
-    return found
+    return make_conditions(tiny_model, corpus_of(tiny_model), untrained, room=80)
 
 
 @pytest.fixture(scope="module")
-def measured(tiny_model, fronts, heldout):
-    return evaluate(tiny_model, fronts, QUESTIONS, heldout, SETTINGS)
+def measured(tiny_model, prefixes, heldout):
+    return evaluate(tiny_model, prefixes, tasks_of(tiny_model, QUESTIONS, heldout), SETTINGS)
 
 
-def prefix_of(fronts, name):
-    return next(condition.prefix for condition in fronts if condition.name == name)
+def prefix_of(prefixes, name):
+    return next(condition.prefix for condition in prefixes if condition.name == name)
 
 
 # Scores of given answers
@@ -143,23 +157,23 @@ def test_an_item_that_exceeds_the_context_is_refused(tiny_model):
 
 
 def test_the_whole_document_has_no_divergence_from_itself(measured):
-    assert measured.conditions["icl"]["teacher_kl"] == measured.conditions["icl"]["heldout_kl"] == 0
+    assert measured.conditions["whole_text"]["teacher_kl"] == measured.conditions["whole_text"]["heldout_kl"] == 0
     assert measured.conditions["none"]["teacher_kl"] > 1e-3
 
 
 def test_an_untrained_cartridge_measures_what_the_first_tokens_do(measured):
-    truncated, cartridge = measured.conditions["truncated"], measured.conditions["cartridge"]
-    assert truncated == pytest.approx(cartridge)
+    first, cartridge = measured.conditions["first_tokens"], measured.conditions["cartridge"]
+    assert first == pytest.approx(cartridge)
     assert cartridge["prefix_tokens"] == NUM_SLOTS and cartridge["kv_bytes"] == 2 * 3 * 2 * NUM_SLOTS * 16 * 4
-    assert measured.closed["kl_closed"] == pytest.approx(measured.closed["kl_closed_truncated"])
+    assert measured.headline["kl_closed"] == pytest.approx(first["kl_closed"])
 
 
-@pytest.mark.parametrize("name", ["none", "truncated", "icl", "cartridge"])
-def test_the_judge_scores_the_greedy_answers_of_each_condition(tiny_model, fronts, measured, name):
-    judge, own = prefix_of(fronts, "icl"), []
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_the_judge_scores_the_greedy_answers_of_each_condition(tiny_model, prefixes, measured, name):
+    judge, own = prefix_of(prefixes, "whole_text"), []
     for question in QUESTIONS:
         prompt = prompt_of(tiny_model, question.question)
-        (answer,) = sampling.generate_tokens(tiny_model, [prompt], prefix_of(fronts, name), max_tokens=10)
+        (answer,) = sampling.generate_tokens(tiny_model, [prompt], prefix_of(prefixes, name), max_tokens=10)
         item = Scored(prompt, answer.token_ids)
         own.append(-answer_logprobs(tiny_model, judge, item)[np.arange(len(item.answer_ids)), item.answer_ids])
     assert measured.conditions[name]["own_nll"] == pytest.approx(np.concatenate(own).mean(), rel=1e-3)
@@ -167,9 +181,9 @@ def test_the_judge_scores_the_greedy_answers_of_each_condition(tiny_model, front
 
 @pytest.mark.parametrize("name", ["none", "cartridge"])
 def test_the_divergence_is_measured_on_the_judges_greedy_answers_and_on_held_out_ones(
-    tiny_model, fronts, heldout, measured, name
+    tiny_model, prefixes, heldout, measured, name
 ):
-    judge = prefix_of(fronts, "icl")
+    judge = prefix_of(prefixes, "whole_text")
     prompts = [prompt_of(tiny_model, question.question) for question in QUESTIONS]
     judged = [
         Scored(prompt, sampling.generate_tokens(tiny_model, [prompt], judge, max_tokens=10)[0].token_ids)
@@ -179,16 +193,21 @@ def test_the_divergence_is_measured_on_the_judges_greedy_answers_and_on_held_out
     for measure, items in (("teacher_kl", judged), ("heldout_kl", kept_out)):
         divergences = []
         for item in items:
-            p, q = (answer_logprobs(tiny_model, prefix, item) for prefix in (judge, prefix_of(fronts, name)))
+            p, q = (answer_logprobs(tiny_model, prefix, item) for prefix in (judge, prefix_of(prefixes, name)))
             divergences.append((np.exp(p) * (p - q)).sum(-1))
         assert measured.conditions[name][measure] == pytest.approx(np.concatenate(divergences).mean(), rel=1e-3)
 
 
-def test_the_reference_answers_likelihood_is_a_mean_over_their_tokens(tiny_model, fronts, measured):
-    items = [Scored(prompt_of(tiny_model, q.question), tiny_model.tokenizer.encode(q.answers[0])) for q in QUESTIONS]
-    for name in ("icl", "none"):
+def test_the_reference_answers_likelihood_is_a_mean_over_their_tokens_and_the_end_of_turn(
+    tiny_model, prefixes, measured
+):
+    end = tiny_model.chat.end_of_turn_id
+    items = [
+        Scored(prompt_of(tiny_model, q.question), [*tiny_model.tokenizer.encode(q.answers[0]), end]) for q in QUESTIONS
+    ]
+    for name in ("whole_text", "none"):
         expected = [
-            -answer_logprobs(tiny_model, prefix_of(fronts, name), item)[
+            -answer_logprobs(tiny_model, prefix_of(prefixes, name), item)[
                 np.arange(len(item.answer_ids)), item.answer_ids
             ]
             for item in items
@@ -196,65 +215,89 @@ def test_the_reference_answers_likelihood_is_a_mean_over_their_tokens(tiny_model
         assert measured.conditions[name]["answer_nll"] == pytest.approx(np.concatenate(expected).mean(), rel=1e-3)
 
 
+@pytest.mark.parametrize("family", ["llama2", "llama3.2", "qwen3", "mistral-v3", "gemma3", "smollm2", "granite3"])
+def test_a_reference_is_scored_as_the_template_renders_it(tmp_path, family):
+    """The answer's tokens are those of transformers' rendering of the whole conversation, up to the end of the turn."""
+    theirs = save_tokenizer(family, tmp_path)
+    tokenizer = tokenizer_from_directory(tmp_path)
+    model = SimpleNamespace(tokenizer=tokenizer, chat=ChatTemplate.from_directory(tmp_path, tokenizer))
+    user, assistant = {"role": "user", "content": "Where is it?"}, {"role": "assistant", "content": "On the island."}
+    item = scored_reference(model, Example("0", (user,), ("On the island.",)))
+    system = {"role": "system", "content": "S"}
+    rendered = theirs.apply_chat_template([system, user, assistant], return_dict=False)
+    end = len(rendered) - rendered[::-1].index(model.chat.end_of_turn_id)
+    assert rendered[:end][-len(item.answer_ids) :] == item.answer_ids
+    assert item.prompt_ids == model.chat.render_continuation([user]).token_ids
+    assert theirs.decode(item.answer_ids, skip_special_tokens=True).strip() == "On the island."
+
+
 def test_the_fractions_closed_follow_from_the_measures(measured):
     kl = {name: values["teacher_kl"] for name, values in measured.conditions.items()}
-    assert measured.closed["kl_closed"] == pytest.approx(1 - kl["cartridge"] / kl["none"])
+    for name in CONDITIONS:
+        assert measured.conditions[name]["kl_closed"] == pytest.approx(1 - kl[name] / kl["none"])
+    assert measured.headline["kl_closed"] == measured.conditions["cartridge"]["kl_closed"]
     nll = {name: values["answer_nll"] for name, values in measured.conditions.items()}
-    if nll["none"] > nll["icl"]:
-        expected = (nll["none"] - nll["cartridge"]) / (nll["none"] - nll["icl"])
-        assert measured.closed["gap_closed"] == pytest.approx(expected)
+    if nll["none"] > nll["whole_text"]:
+        expected = (nll["none"] - nll["cartridge"]) / (nll["none"] - nll["whole_text"])
+        assert measured.headline["gap_closed"] == pytest.approx(expected)
     else:
-        assert measured.closed["gap_closed"] is None and "no better" in measured.reasons["gap_closed"]
+        assert measured.headline["gap_closed"] is None and "no better" in measured.reasons["gap_closed"]
 
 
-def test_the_judge_put_in_the_cartridges_place_closes_everything(tiny_model, fronts, heldout):
-    judge = prefix_of(fronts, "icl")
-    perfect = [Condition(c.name, judge if c.name == "cartridge" else c.prefix) for c in fronts]
-    found = evaluate(tiny_model, perfect, QUESTIONS, heldout, SETTINGS)
-    assert found.closed["kl_closed"] == pytest.approx(1.0, abs=1e-5)
-    assert found.conditions["cartridge"]["own_nll"] == pytest.approx(found.conditions["icl"]["own_nll"], rel=1e-5)
+def test_the_judge_put_in_the_cartridges_place_closes_everything(tiny_model, prefixes, heldout):
+    judge = prefix_of(prefixes, "whole_text")
+    perfect = [Condition(c.name, judge if c.name == "cartridge" else c.prefix) for c in prefixes]
+    found = evaluate(tiny_model, perfect, tasks_of(tiny_model, QUESTIONS, heldout), SETTINGS)
+    assert found.headline["kl_closed"] == pytest.approx(1.0, abs=1e-5)
+    assert found.conditions["cartridge"]["own_nll"] == pytest.approx(
+        found.conditions["whole_text"]["own_nll"], rel=1e-5
+    )
 
 
-def test_what_each_condition_answered_is_kept_beside_the_references(tiny_model, fronts, measured):
+def test_what_each_condition_answered_is_kept_beside_the_references(tiny_model, prefixes, measured):
     assert [answer["question"] for answer in measured.answers] == [question.question for question in QUESTIONS]
     assert measured.answers[0]["references"] == ["21 tins of paint", "paint"]
     prompt = prompt_of(tiny_model, QUESTIONS[1].question)
-    (answer,) = sampling.generate_tokens(tiny_model, [prompt], prefix_of(fronts, "none"), max_tokens=10)
-    assert measured.answers[1]["none"] == tiny_model.tokenizer.decode(answer.token_ids).strip()
+    (answer,) = sampling.generate_tokens(tiny_model, [prompt], prefix_of(prefixes, "none"), max_tokens=10)
+    assert measured.answers[1]["answers"]["none"] == tiny_model.tokenizer.decode(answer.token_ids).strip()
 
 
-def test_the_order_of_the_questions_does_not_matter(tiny_model, fronts, heldout, measured):
-    again = evaluate(tiny_model, fronts, QUESTIONS[::-1], heldout[::-1], SETTINGS)
+def test_the_order_of_the_questions_does_not_matter(tiny_model, prefixes, heldout, measured):
+    again = evaluate(tiny_model, prefixes, tasks_of(tiny_model, QUESTIONS[::-1], heldout[::-1]), SETTINGS)
     for name, values in measured.conditions.items():
-        assert again.conditions[name] == pytest.approx(values, rel=1e-4, abs=1e-5), name
+        for measure, value in values.items():
+            # Differences of likelihoods may be small, so what follows from them is compared less strictly.
+            other = again.conditions[name][measure]
+            assert other == (None if value is None else pytest.approx(value, rel=1e-3, abs=1e-3)), (name, measure)
 
 
 # What is missing
 
 
-def test_without_questions_held_out_ones_are_answered_and_human_measures_have_reasons(tiny_model, fronts, heldout):
-    found = evaluate(tiny_model, fronts, [], heldout, SETTINGS)
+def test_without_questions_held_out_ones_are_answered_and_human_measures_have_reasons(tiny_model, prefixes, heldout):
+    found = evaluate(tiny_model, prefixes, tasks_of(tiny_model, [], heldout), SETTINGS)
     for name, values in found.conditions.items():
-        for measure in ("answer_nll", "teacher_kl", "f1", "exact_match"):
+        for measure in ("answer_nll", "teacher_kl", "f1", "exact_match", "facts"):
             assert values[measure] is None
             assert "no human questions" in found.reasons[f"conditions.{name}.{measure}"]
         assert values["heldout_kl"] is not None and values["own_nll"] is not None
     kl = {name: values["heldout_kl"] for name, values in found.conditions.items()}
-    assert found.closed["kl_closed"] == pytest.approx(1 - kl["cartridge"] / kl["none"])
-    assert found.closed["gap_closed"] is None and "no human questions" in found.reasons["gap_closed"]
+    assert found.headline["kl_closed"] == pytest.approx(1 - kl["cartridge"] / kl["none"])
+    for name in ("gap_closed", "facts"):
+        assert found.headline[name] is None and "no human questions" in found.reasons[name]
     assert [answer["question"] for answer in found.answers] == [c.messages[0].content for c in heldout]
 
 
-def test_without_held_out_conversations_their_divergence_has_a_reason(tiny_model, fronts):
-    found = evaluate(tiny_model, fronts, QUESTIONS[:1], [], SETTINGS)
+def test_without_held_out_conversations_their_divergence_has_a_reason(tiny_model, prefixes):
+    found = evaluate(tiny_model, prefixes, tasks_of(tiny_model, QUESTIONS[:1]), SETTINGS)
     assert found.conditions["cartridge"]["heldout_kl"] is None
     assert "held out" in found.reasons["conditions.cartridge.heldout_kl"]
-    assert found.closed["kl_closed"] is not None
+    assert found.headline["kl_closed"] is not None
 
 
-def test_with_nothing_to_measure_on_the_remedy_is_named(tiny_model, fronts):
+def test_with_nothing_to_measure_on_the_remedy_is_named(tiny_model, prefixes):
     with pytest.raises(UserError, match="give questions, or hold conversations out"):
-        evaluate(tiny_model, fronts, [], [], SETTINGS)
+        evaluate(tiny_model, prefixes, tasks_of(tiny_model, []), SETTINGS)
 
 
 def test_every_value_is_a_number_or_has_a_reason(measured):
@@ -263,32 +306,207 @@ def test_every_value_is_a_number_or_has_a_reason(measured):
             assert (value is None) == (f"conditions.{name}.{measure}" in measured.reasons)
 
 
-def test_progress_ends_at_its_total_and_never_goes_back(tiny_model, fronts, heldout):
+def test_progress_ends_at_its_total_and_never_goes_back(tiny_model, prefixes, heldout):
     told = []
-    evaluate(tiny_model, fronts, QUESTIONS[:2], heldout[:1], SETTINGS, on_progress=lambda *at: told.append(at))
+    tasks = tasks_of(tiny_model, QUESTIONS[:2], heldout[:1])
+    evaluate(tiny_model, prefixes, tasks, SETTINGS, on_progress=lambda *at: told.append(at))
     assert told[-1][0] == told[-1][1] and len({total for _, total in told}) == 1
     assert [done for done, _ in told] == sorted(done for done, _ in told)
+
+
+# What the rows of single examples say
+
+
+def test_every_number_of_a_condition_follows_from_the_rows(prefixes, measured):
+    for condition in prefixes:
+        rows = [row for row in measured.rows if row["condition"] == condition.name]
+        of_questions = [row for row in rows if row["task"] == "questions"]
+        assert len(rows) == 6 and len(of_questions) == 3
+        values = measured.conditions[condition.name]
+        for measure, members in (("answer_nll", of_questions), ("teacher_kl", of_questions), ("heldout_kl", rows[3:])):
+            total, tokens = (sum(row[f"{measure}_{part}"] for row in members) for part in ("sum", "tokens"))
+            assert values[measure] == pytest.approx(total / tokens)
+        assert values["facts"] == sum(
+            any(f" {normalise_answer(a)} " in f" {normalise_answer(row['answer'])} " for a in row["references"])
+            for row in of_questions
+        )
+        assert values["f1"] == pytest.approx(np.mean([row["scores"]["f1"] for row in of_questions]))
+
+
+def test_a_fact_is_counted_where_an_answer_contains_a_reference(tiny_model, prefixes, measured):
+    """References taken from what the cartridge itself writes: one contained, one not."""
+    said = measured.answers[0]["answers"]["cartridge"]
+    assert normalise_answer(said)
+    questions = [Question(QUESTIONS[0].question, ("zyx", said)), Question(QUESTIONS[1].question, ("zyx",))]
+    found = evaluate(tiny_model, prefixes, tasks_of(tiny_model, questions), SETTINGS)
+    assert found.headline["facts"] == found.conditions["cartridge"]["facts"] == 1
+    assert found.answers[0]["scores"]["cartridge"]["facts"] == 1.0
+    assert found.answers[1]["scores"]["cartridge"]["facts"] == 0.0
+
+
+def test_the_parquet_file_holds_a_row_for_every_example_and_condition(tmp_path, prefixes, measured):
+    write_answers(tmp_path / "answers.parquet", measured.rows)
+    rows = pq.read_table(tmp_path / "answers.parquet").to_pylist()
+    assert [path.name for path in tmp_path.iterdir()] == ["answers.parquet"]
+    assert len(rows) == len(prefixes) * (len(QUESTIONS) + 3)
+    first = next(row for row in rows if row["condition"] == "cartridge" and row["question"] == QUESTIONS[0].question)
+    assert first["references"] == list(QUESTIONS[0].answers) and first["task"] == "questions"
+    assert first["answer"] == measured.answers[0]["answers"]["cartridge"]
+    assert first["heldout_kl_sum"] is None and first["answer_nll_tokens"] > 0
+    assert {"f1", "exact_match", "facts"} <= set(first)
+    kept_out = [row for row in rows if row["task"] == "heldout" and row["condition"] == "none"]
+    assert [row["answer"] for row in kept_out] == [None] * 3 and all(row["heldout_kl_sum"] > 0 for row in kept_out)
+
+
+# Tasks and conditions by name
+
+
+class Vowels:
+    """A task of its own: prompts without references, and a score of its own."""
+
+    name = "vowels"
+    metrics = (Metric("vowels", "Vowels", aggregate="sum", format="count"), Metric("f1", "Their F1"))
+
+    def __init__(self, inputs, argument="tins"):
+        content = f"Say something of {argument} in {inputs.corpus.name}."
+        self.examples = (Example("only", ({"role": "user", "content": content},)),)
+
+    def score(self, example, answer):
+        return {"vowels": sum(map(answer.lower().count, "aeiou")), "f1": 0.5}
+
+
+@pytest.fixture
+def vowels(monkeypatch):
+    monkeypatch.setitem(TASKS, "vowels", Vowels)
+
+
+def test_a_task_of_its_own_is_chosen_by_name_and_its_metrics_are_listed(tiny_model, prefixes, vowels):
+    inputs = TaskInputs(corpus_of(tiny_model), QUESTIONS[:1])
+    tasks = make_tasks(("questions", "vowels:brooms"), inputs)
+    found = evaluate(tiny_model, prefixes, tasks, SETTINGS)
+    names = [metric["name"] for metric in found.metric_list]
+    assert "vowels" in names and "f1" in names and "f1_vowels" in names and "own_nll_vowels" in names
+    (row,) = (row for row in found.rows if row["task"] == "vowels" and row["condition"] == "cartridge")
+    assert row["question"] == "Say something of brooms in sheds." and row["teacher_kl_tokens"] > 0
+    assert found.conditions["cartridge"]["vowels"] == sum(map(row["answer"].lower().count, "aeiou"))
+    assert found.conditions["cartridge"]["f1_vowels"] == 0.5
+    alone = evaluate(tiny_model, prefixes, tasks[:1], SETTINGS)
+    for measure in ("teacher_kl", "own_nll", "f1"):
+        assert found.conditions["none"][measure] == pytest.approx(alone.conditions["none"][measure], rel=1e-4)
+    assert [answer["task"] for answer in found.answers] == ["questions", "vowels"]
+
+
+def test_scores_without_a_metric_are_refused(tiny_model, prefixes):
+    task = Vowels(TaskInputs(corpus_of(tiny_model)))
+    task.metrics = ()
+    with pytest.raises(ValueError, match="task 'vowels' returns the score 'f1'"):
+        evaluate(tiny_model, prefixes, [task], SETTINGS)
+
+
+def test_two_tasks_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="already an evaluation task 'questions'"):
+        register("questions")(Vowels)
+
+
+def test_fewer_conditions_are_enough_and_a_missing_baseline_has_a_reason(tiny_model, prefixes):
+    tasks = tasks_of(tiny_model, QUESTIONS[:1])
+    three = [condition for condition in prefixes if condition.name != "first_tokens"]
+    found = evaluate(tiny_model, three, tasks, SETTINGS)
+    assert list(found.conditions) == ["none", "whole_text", "cartridge"] and found.headline["kl_closed"] is not None
+    # The judge is shown last.
+    assert [condition["name"] for condition in found.condition_list] == ["none", "cartridge", "whole_text"]
+    found = evaluate(tiny_model, three[1:], tasks, SETTINGS)
+    assert found.headline["kl_closed"] is None and "'none' was not evaluated" in found.reasons["kl_closed"]
+    with pytest.raises(UserError, match="add 'whole_text'"):
+        evaluate(tiny_model, [three[0], three[2]], tasks, SETTINGS)
+
+
+def test_an_extra_condition_is_measured_like_the_others(tiny_model, rng, prefixes):
+    extra = Condition("made_up", random_prefix(rng, tiny_model.config, 5), "Made up")
+    found = evaluate(tiny_model, [*prefixes, extra], tasks_of(tiny_model, QUESTIONS[:1]), SETTINGS)
+    assert set(found.conditions["made_up"]) == set(found.conditions["none"])
+    assert found.conditions["made_up"]["prefix_tokens"] == 5
+    assert {"name": "made_up", "title": "Made up", "role": ""} in found.condition_list
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"conditions": ("none", "cartridge")}, "lacks the judge: add 'whole_text'"),
+        ({"conditions": ("whole_text", "nonsense")}, "'nonsense'"),
+        ({"conditions": ("none", "none", "whole_text")}, "different names"),
+        ({"tasks": ("exam",)}, "evaluation task 'exam': choose among heldout, questions"),
+        ({"tasks": ()}, "one or more"),
+        ({"max_answer_tokens": 0}, "max_answer_tokens=0"),
+        ({"max_questions": -1}, "max_questions=-1"),
+    ],
+)
+def test_settings_that_no_evaluation_could_use_are_refused(changes, words):
+    with pytest.raises(UserError, match=words):
+        dataclasses.replace(EvaluationSettings(), **changes).check()
+
+
+def test_names_may_be_a_list_or_separated_by_commas():
+    chosen = ("none", "whole_text", "summary:64")
+    for given in (list(chosen), "none, whole_text,summary:64", ("none,whole_text", "summary:64")):
+        assert EvaluationSettings(conditions=given).conditions == chosen
+
+
+def test_many_answers_are_all_in_the_rows_and_some_are_shown(tiny_model, prefixes):
+    questions = [Question(f"What is in shed {n}?", ("paint",)) for n in range(SHOWN_ANSWERS + 2)]
+    short = dataclasses.replace(SETTINGS, max_answer_tokens=2)
+    found = evaluate(tiny_model, prefixes[:3], tasks_of(tiny_model, questions), short)
+    assert len(found.answers) == SHOWN_ANSWERS and len(found.rows) == 3 * (SHOWN_ANSWERS + 2)
+    assert len({row["example_id"] for row in found.rows}) == SHOWN_ANSWERS + 2
+
+
+def test_a_conditions_draws_do_not_depend_on_the_other_conditions(tiny_model, monkeypatch):
+    drawn = {}
+
+    def make(name, model, corpus, num_slots, rng, *, room=0):
+        drawn[name] = rng.random(3)
+
+    monkeypatch.setattr(evaluation_conditions, "make_prefix", make)
+    monkeypatch.setattr(evaluation_conditions, "prefix_title", lambda name: name)
+    untrained = initialise_from_first_tokens(tiny_model, DOCUMENT.text, NUM_SLOTS)
+    make_conditions(tiny_model, corpus_of(tiny_model), untrained, ("a", "b"), room=80, seed=1)
+    before = dict(drawn)
+    make_conditions(tiny_model, corpus_of(tiny_model), untrained, ("b", "c"), room=80, seed=1)
+    np.testing.assert_array_equal(drawn["b"], before["b"])
+    assert len({tuple(values) for values in drawn.values()}) == 3
+    make_conditions(tiny_model, corpus_of(tiny_model), untrained, ("b",), room=80, seed=2)
+    assert not np.array_equal(drawn["b"], before["b"])
 
 
 # Documents beyond the context
 
 
-def test_a_document_beyond_the_context_is_cut_at_its_end_and_the_cut_is_told(tiny_model):
+def test_a_document_beyond_the_context_is_cut_at_its_end_and_the_cut_is_counted(tiny_model):
     text = DOCUMENT.text * 4
+    long = corpus_of(tiny_model, Corpus.from_text(text, "long"))
     whole = tiny_model.chat.system_prefix(text)
-    tokens, cut = icl_tokens(tiny_model, corpus_of(tiny_model, Corpus.from_text(text, "long")), room=70)
-    assert cut == len(whole.token_ids) + 70 - 512 > 0 and len(tokens) == 512 - 70
-    closing = whole.token_ids[whole.spans[0][1] :]
-    assert tokens == whole.token_ids[: len(tokens) - len(closing)] + closing
-    found, told = conditions(
-        tiny_model,
-        corpus_of(tiny_model, Corpus.from_text(text, "long")),
-        initialise_from_first_tokens(tiny_model, text, NUM_SLOTS),
-        room=70,
-    )
-    assert told == cut and prefix_of(found, "icl").num_slots == 512 - 70
+    cut = tokens_cut(tiny_model, long, room=70)
+    assert cut == len(whole.token_ids) + 70 - 512 > 0
+    untrained = initialise_from_first_tokens(tiny_model, text, NUM_SLOTS)
+    (found,) = make_conditions(tiny_model, long, untrained, ("whole_text",), room=70)
+    end = whole.spans[0][1]
+    expected = sampling.prefill(tiny_model, whole.token_ids[: end - cut] + whole.token_ids[end:])
+    assert found.prefix_tokens == 512 - 70
+    np.testing.assert_allclose(found.prefix.keys, expected.keys, atol=1e-5)
 
 
 def test_a_document_that_fits_is_not_cut(tiny_model):
-    tokens, cut = icl_tokens(tiny_model, corpus_of(tiny_model), room=70)
-    assert cut == 0 and tokens == tiny_model.chat.system_prefix(DOCUMENT.text).token_ids
+    assert tokens_cut(tiny_model, corpus_of(tiny_model), room=70) == 0
+
+
+def test_the_longest_example_counts_prompts_references_and_given_answers(tiny_model, heldout):
+    def prompt(text):
+        return len(prompt_of(tiny_model, text))
+
+    encode = tiny_model.tokenizer.encode
+    question = Question("What?", ("paint and more " * 4,))
+    expected = prompt("What?") + len(encode(question.answers[0])) + 1
+    assert longest_example(tiny_model, tasks_of(tiny_model, [question]), 10) == expected
+    assert longest_example(tiny_model, tasks_of(tiny_model, [question]), 200) == prompt("What?") + 200
+    longest = max(prompt(c.messages[0].content) + len(c.messages[1].token_ids) for c in heldout)
+    assert longest_example(tiny_model, tasks_of(tiny_model, [Question("?", ("a",))], heldout), 1) == longest

@@ -8,16 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from families import FAMILIES, build_twin, load, load_gguf, save, saved_family, write_gguf
-from tiny import random_prefix, random_tokens, run, twin_run
+from peers import torch
+from tiny import at_position, random_prefix, random_tokens, run, twin_run
 
 from cartridges_jax.data.packing import TrainBatch
 from cartridges_jax.distill.step import batch_loss
 from cartridges_jax.models import empty_cache
 from cartridges_jax.models.unstacked import unstack_layers
-
-torch.set_num_threads(1)
 
 WITH_GGUF = [name for name, family in FAMILIES.items() if family.gguf]
 # Their logits are more than a product with the head.
@@ -65,12 +63,12 @@ def test_packed_segments_have_the_logits_each_has_alone(pair, rng):
         start += len(segment)
 
 
-def test_packed_segments_behind_a_prefix_have_the_logits_each_has_alone(pair, rng):
+def test_packed_segments_after_a_prefix_have_the_logits_each_has_alone(pair, rng):
     """Twelve slots, windows of eight: a window leaves the prefix slot by slot."""
     model, twin = pair
     prefix = random_prefix(rng, model.config, 12)
     segments = [random_tokens(rng, model.config, length) for length in (17, 6)]
-    positions = 12 + np.concatenate([np.arange(17), np.arange(6)])
+    positions = np.concatenate([np.arange(17), np.arange(6)])
     segment_ids = np.repeat([1, 2], [17, 6])
     found, _, _ = run(
         model, np.concatenate(segments)[None], positions=positions[None], segment_ids=segment_ids[None], prefix=prefix
@@ -84,26 +82,26 @@ def test_packed_segments_behind_a_prefix_have_the_logits_each_has_alone(pair, rn
 def test_prefill_then_decode_gives_the_logits_of_one_forward(pair, rng, with_prefix, unstacked):
     """Also with the layers of parameters, prefix and cache in arrays of their own."""
     model, twin = pair
-    prefix = front = random_prefix(rng, model.config, 6) if with_prefix else None
+    prefix = laid_out = random_prefix(rng, model.config, 6) if with_prefix else None
     tokens = random_tokens(rng, model.config, 1, 20)
     if unstacked:
         model = dataclasses.replace(model, params=unstack_layers(model.params, model.config))
         if with_prefix:
-            front = prefix.replace(keys=tuple(prefix.keys), values=tuple(prefix.values))
+            laid_out = prefix.unstacked()
     empty = empty_cache(model.config, 1, 24, jnp.float32, unstacked=unstacked)
-    found, cache, _ = run(model, tokens[:, :14], prefix=front, cache=empty)
+    found, cache, _ = run(model, tokens[:, :14], prefix=laid_out, cache=empty)
     parts = [found]
     for at in range(14, 20):
-        found, cache, _ = run(model, tokens[:, at : at + 1], prefix=front, cache=cache)
+        found, cache, _ = run(model, tokens[:, at : at + 1], prefix=laid_out, cache=cache)
         parts.append(found)
-    front = {} if prefix is None else {"keys": prefix.keys, "values": prefix.values}
-    close(np.concatenate(parts, axis=1)[0], twin_run(twin, tokens[0], **front))
+    slots = {} if prefix is None else {"keys": prefix.keys, "values": prefix.values}
+    close(np.concatenate(parts, axis=1)[0], twin_run(twin, tokens[0], **slots))
 
 
 def test_logits_at_far_positions_equal_transformers(pair, rng):
-    """Behind twelve slots that stand for 150 tokens, as a thinned cache does; where a window sees none of them."""
+    """After twelve slots that replace 150 tokens, as in a thinned cache; a window sees none of them."""
     model, twin = pair
-    prefix = random_prefix(rng, model.config, 12).replace(next_position=150)
+    prefix = at_position(random_prefix(rng, model.config, 12), 150)
     tokens = random_tokens(rng, model.config, 30)
     found, _, _ = run(model, tokens[None], prefix=prefix)
     if any(kind.window for kind in model.config.period):

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from aot_workloads import PODS
 
 from cartridges_jax.aot.hardware import H100
 from cartridges_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-CONFIG = "experiments/pods/llama31_8b_v5e16.py"
+CONFIG = "experiments/pods.py:llama31_8b_v5e16"
 POD = (
     "--dry_run", "--name=books", "--zone=us-west4-a", "--type=v5litepod-16", "--nfs=10.0.0.2:/runs", f"--config={CONFIG}",
     "--run=books",
@@ -75,7 +76,7 @@ def test_a_slice_that_is_kept_is_not_deleted():
         (("--dry_run",), "--name is missing"),
         ((*POD, "--speed=9"), "unknown option --speed=9"),
         ((*POD, "--type=v9-8"), "--type=v9-8 has no runtime version"),
-        ((*POD, "--config=nowhere.py"), "nowhere.py: there is no such file"),
+        ((*POD, "--config=nowhere.py"), "--config=nowhere.py: there is no file nowhere.py"),
         ((*POD, "--attempts=0"), "--attempts=0"),
     ],
 )
@@ -278,7 +279,8 @@ def test_the_job_set_takes_the_slice_whole():
     claimed = {volume["name"] for volume in pod["volumes"]}
     assert {mount["name"] for mount in container["volumeMounts"]} == claimed
     flags = dict(flag.split("=") for flag in container["command"][2:])
-    assert (ROOT / flags["--config"]).is_file()
+    file, name = flags["--config"].split(":")
+    assert file == "experiments/pods.py" and name in PODS
     assert job["spec"]["failurePolicy"]["maxRestarts"] > 0
 
 

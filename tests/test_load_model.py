@@ -6,8 +6,8 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 from families import FAMILIES, build_twin, save
+from peers import torch
 from tiny_texts import FAMILIES as TEXTS
 from tiny_texts import save_tokenizer
 
@@ -15,8 +15,6 @@ import cartridges_jax as cj
 from cartridges_jax import sampling
 from cartridges_jax.errors import UserError
 from cartridges_jax.models.model import fastest_weights
-
-torch.set_num_threads(1)
 
 # SmolLM3's and Granite's own templates write the day's date.
 PAIRS = [

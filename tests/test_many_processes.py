@@ -135,7 +135,7 @@ def test_a_run_of_two_processes_speaks_once_and_is_kept_by_one(values, tmp_path,
     lines = [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip()]
     assert all(re.match(r"\[0\] (study|train|evaluate|$)|\[\d\] \[Gloo\]", line) for line in lines), done.stderr
     report = json.loads((run / "report.json").read_text())
-    assert report["conditions"]["icl"]["teacher_kl"] == 0 and report["steps"] == 6
+    assert report["conditions"]["whole_text"]["teacher_kl"] == 0 and report["steps"] == 6
     again = finish(command(values | {"train.steps": 6}, run), cache=cache)
     for stage in ("study", "train", "evaluate"):
         assert f"{stage}: nothing changed, skipped" in again.stdout

@@ -8,14 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from tiny import make_pair, random_prefix, random_tokens, random_weights, run, tiny_config, twin_of, twin_run
+from peers import torch
+from tiny import (
+    at_position,
+    make_pair,
+    random_prefix,
+    random_tokens,
+    random_weights,
+    run,
+    tiny_config,
+    twin_of,
+    twin_run,
+)
 
 from cartridges_jax import sampling
 from cartridges_jax.models import Decoder, empty_cache, lm_logits, row_as_prefix
 from cartridges_jax.models.decoder import abstract_params
-
-torch.set_num_threads(1)
 
 
 def close(found, expected, tolerance=1e-4):
@@ -55,11 +63,11 @@ def test_each_packed_segment_has_the_logits_it_has_alone(tiny_pair, rng):
         start += len(segment)
 
 
-def test_packed_segments_behind_a_prefix_have_the_logits_each_has_alone(tiny_pair, rng):
+def test_packed_segments_after_a_prefix_have_the_logits_each_has_alone(tiny_pair, rng):
     model, twin = tiny_pair
     prefix = random_prefix(rng, model.config, 11)
     first, second = (random_tokens(rng, model.config, length) for length in (7, 10))
-    positions = 11 + np.concatenate([np.arange(7), np.arange(10)])
+    positions = np.concatenate([np.arange(7), np.arange(10)])
     segment_ids = np.repeat([1, 2], [7, 10])
     found, _, _ = run(
         model, np.concatenate([first, second])[None], positions=positions[None], segment_ids=segment_ids[None],
@@ -70,14 +78,53 @@ def test_packed_segments_behind_a_prefix_have_the_logits_each_has_alone(tiny_pai
 
 
 @pytest.mark.parametrize("next_position", [9, 9 + 55])
-def test_logits_behind_a_prefix_equal_past_key_values(tiny_pair, rng, next_position):
-    """A thinned cache has fewer slots than positions; tokens go on at `next_position`."""
-    prefix = random_prefix(rng, tiny_pair.model.config, 9).replace(next_position=next_position)
+def test_logits_after_a_prefix_equal_past_key_values(tiny_pair, rng, next_position):
+    """A thinned cache has fewer slots than positions; tokens continue at `next_position`."""
+    prefix = at_position(random_prefix(rng, tiny_pair.model.config, 9), next_position)
     tokens = random_tokens(rng, tiny_pair.model.config, 2, 25)
     found, _, _ = run(tiny_pair.model, tokens, prefix=prefix)
     for row in range(2):
         expected = twin_run(tiny_pair.twin, tokens[row], keys=prefix.keys, values=prefix.values, start=next_position)
         close(found[row], expected)
+
+
+def test_prefixes_that_differ_in_next_position_share_a_compiled_program(tiny_pair, rng):
+    model = tiny_pair.model
+    tokens, segment_ids = jnp.asarray(random_tokens(rng, model.config, 1, 6)), jnp.ones((1, 6), jnp.int32)
+
+    @jax.jit
+    def hidden(params, prefix):
+        return Decoder(model.config).apply({"params": params}, tokens, None, segment_ids, prefix=prefix)[0]
+
+    prefix = random_prefix(rng, model.config, 4)
+    near, far = (hidden(model.params, at_position(prefix, position)) for position in (4, 90))
+    assert np.abs(np.asarray(near - far)).max() > 1e-2
+    assert hidden._cache_size() == 1
+
+
+def test_positions_count_from_zero_in_a_conversation(tiny_pair, rng):
+    model = tiny_pair.model
+    prefix = at_position(random_prefix(rng, model.config, 4), 40)
+    tokens = random_tokens(rng, model.config, 2, 7)
+    implied, _, _ = run(model, tokens, prefix=prefix)
+    given, _, _ = run(model, tokens, positions=np.tile(np.arange(7), (2, 1)), prefix=prefix)
+    np.testing.assert_array_equal(given, implied)
+
+
+def test_stacked_prefixes_are_mapped_over_as_a_batch_of_cartridges(tiny_pair, rng):
+    model, twin = tiny_pair
+    prefixes = [at_position(random_prefix(rng, model.config, 5), position) for position in (5, 31)]
+    stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *prefixes)
+    tokens = random_tokens(rng, model.config, 8)
+
+    def logits(prefix):
+        ones = jnp.ones((1, 8), jnp.int32)
+        hidden, _, _ = Decoder(model.config).apply({"params": model.params}, tokens[None], None, ones, prefix=prefix)
+        return lm_logits(model.params, model.config, hidden[0])
+
+    for found, prefix in zip(jax.jit(jax.vmap(logits))(stacked), prefixes):
+        expected = twin_run(twin, tokens, keys=prefix.keys, values=prefix.values, start=int(prefix.next_position))
+        close(found, expected)
 
 
 def test_a_prefix_bias_equals_an_additive_attention_mask(tiny_pair, rng):
@@ -136,9 +183,9 @@ def test_rows_padded_on_the_right_decode_as_each_does_alone(tiny_pair, rng, with
         found, cache, _ = run(model, tokens, prefix=prefix, cache=cache)
         later.append(np.asarray(found)[:, 0])
     assert cache.lengths.tolist() == [length + steps for length in lengths]
-    front = {} if prefix is None else {"keys": prefix.keys, "values": prefix.values}
+    slots = {} if prefix is None else {"keys": prefix.keys, "values": prefix.values}
     for row, length in enumerate(lengths):
-        expected = twin_run(twin, rows[row], **front)
+        expected = twin_run(twin, rows[row], **slots)
         close(first[row, :length], expected[:length])
         close([found[row] for found in later], expected[length:])
 
@@ -177,15 +224,15 @@ def test_taps_are_the_rotated_queries_and_keys_and_the_values_of_every_layer(tin
         close(taps["values"][layer], cached.values.transpose(1, 2))
         queries = projected[layer].view(2, 9, config.num_heads, config.head_dim)
         half = config.head_dim // 2
-        turned = torch.cat([-queries[..., half:], queries[..., :half]], dim=-1)
-        close(taps["queries"][layer], queries * cos[:, :, None] + turned * sin[:, :, None])
+        rotated = torch.cat([-queries[..., half:], queries[..., :half]], dim=-1)
+        close(taps["queries"][layer], queries * cos[:, :, None] + rotated * sin[:, :, None])
     assert run(model, tokens, taps=("values",))[2].keys() == {"values"}
 
 
 def test_rematerialisation_changes_no_gradient(tiny_pair, rng):
     model = tiny_pair.model
     tokens = jnp.asarray(random_tokens(rng, model.config, 2, 10))
-    positions, segment_ids = 5 + jnp.tile(jnp.arange(10), (2, 1)), jnp.ones((2, 10), jnp.int32)
+    positions, segment_ids = jnp.tile(jnp.arange(10), (2, 1)), jnp.ones((2, 10), jnp.int32)
     prefix = random_prefix(rng, model.config, 5)
     weight = rng.standard_normal((2, 10, model.config.vocab_size)).astype(np.float32)
 

@@ -97,7 +97,7 @@ def test_the_quickstart_notebook_trains_looks_and_asks(tmp_path):
 @needs_libtpu
 def test_the_tpu_notebook_compiles_ahead(tmp_path):
     flags = " ".join(toy_flags(tmp_path / "toy", "v5e:2x2", "data:2,tensor:2"))
-    config = 'CONFIG = "experiments/pods/llama31_8b_v5e16.py"'
+    config = 'CONFIG = "experiments/pods.py:llama31_8b_v5e16"'
     (fit,) = run(
         ROOT / "experiments" / "colab" / "train_on_tpu.ipynb",
         tmp_path,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
 
-from cartridges_jax.data.conversations import Conversation, Message, TopLogprobs, read_shard, write_shard
-from cartridges_jax.data.packing import Example, plan_packing, render_example
+from cartridges_jax.data.conversations import read_shard, write_shard
+from cartridges_jax.data.examples import Example, render_example
+from cartridges_jax.data.packing import plan_packing
+from cartridges_jax.data.schema import Conversation, Message, TopLogprobs
 from cartridges_jax.errors import UserError
 
 
@@ -230,6 +234,60 @@ def test_a_part_of_the_mesh_reads_the_targets_that_it_trains_on_and_no_others(tm
         [plan.part(step, 1) for step in range(2)]
 
 
+# Memory
+
+
+def stored_examples(directory, rng, count, per_shard=100, targets=20, k=8):
+    """Examples whose targets are in shards; every conversation tells its number in its first target."""
+    examples = []
+    for first in range(0, count, per_shard):
+        conversations = []
+        for number in range(first, first + per_shard):
+            ids = rng.integers(1, 99, (targets, k)).astype(np.int32)
+            ids[0, 0] = number
+            top = TopLogprobs.from_dense(ids, -rng.random((targets, k)).astype(np.float32))
+            messages = [Message("user", "?", [1]), Message("assistant", "!", ids[:, 0].tolist(), top)]
+            conversations.append(Conversation(messages, {"id": number}))
+        write_shard(directory / f"{first}.parquet", conversations)
+        for conversation in read_shard(directory / f"{first}.parquet"):
+            rows = np.arange(targets, dtype=np.int32)
+            examples.append(Example(np.ones(targets + 1, np.int32), rows, (conversation.messages[1].top_logprobs,)))
+    return examples
+
+
+def test_an_epoch_over_many_conversations_holds_a_bounded_part_of_their_targets(tmp_path, rng, monkeypatch):
+    bytes_of_one, limit = 20 * 8 * 8, 200_000
+    monkeypatch.setattr("cartridges_jax.data.packing._TARGETS_BYTES", limit)
+    monkeypatch.setattr("cartridges_jax.data.conversations._groups._limit", 100_000)
+    examples = stored_examples(tmp_path, rng, 2000)
+    found = plan_packing(examples, num_steps=100, rows_per_step=10, row_tokens=42, micro_batches=1)
+    assert found.epochs == 1
+    seen, held = np.zeros((100, 20), np.int32), np.zeros(100, int)
+    tracemalloc.start()
+    for step in range(100):
+        batch = found.batch(step)
+        seen[step] = batch.ids[0, : 20 * 20 : 20, 0]
+        held[step] = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert sorted(seen.reshape(-1)) == list(range(2000))
+    assert 0.9 * limit < found.target_cache.nbytes <= limit
+    assert len(found.target_cache) == limit // bytes_of_one
+    print("bytes held after steps 20, 50 and 100:", held[[19, 49, 99]])
+    # The cache is full after 156 of 2000 conversations; keeping all would add another 2.3 MB.
+    assert held[20:].max() - held[19] < 0.25 * limit
+
+
+def test_targets_of_a_small_run_are_read_once(tmp_path, rng):
+    examples = stored_examples(tmp_path, rng, 20, per_shard=20)
+    found = plan_packing(examples, num_steps=4, rows_per_step=5, row_tokens=42, micro_batches=1)
+    first = found.batch(0)
+    for step in range(4):
+        found.batch(step)
+    (tmp_path / "0.parquet").unlink()
+    for one, other in zip(first, found.batch(0)):
+        np.testing.assert_array_equal(one, other)
+
+
 # Rendering
 
 
@@ -290,6 +348,26 @@ def test_all_targets_take_the_users_tokens_too(tiny_model, end):
     assert_targets_predict_the_first_stored_id(example)
     fewer = render_example(conversation, tiny_model.chat)
     assert len(fewer.rows) == len(turns[1].token_ids)
+
+
+def test_all_targets_of_a_longer_conversation_are_those_of_every_message(tiny_model):
+    messages = [
+        message(tiny_model, "user", "where is the cat", end=False),
+        message(tiny_model, "assistant", "in the hat"),
+        message(tiny_model, "user", "and the hat", end=False),
+        message(tiny_model, "assistant", "on the cat", end=False),
+    ]
+    example = render_example(Conversation(messages, {}), tiny_model.chat, targets="all")
+    assert len(example.rows) == sum(len(m.token_ids) for m in messages)
+    assert_targets_predict_the_first_stored_id(example)
+
+
+def test_a_users_tokens_that_the_text_does_not_encode_to_are_no_targets(tiny_model):
+    user, assistant = message(tiny_model, "user", "where is the cat"), message(tiny_model, "assistant", "in the hat")
+    other = dataclasses.replace(user, content="where is the dog")
+    example = render_example(Conversation([other, assistant], {}), tiny_model.chat, targets="all")
+    assert len(example.rows) == len(assistant.token_ids)
+    assert_targets_predict_the_first_stored_id(example)
 
 
 def test_a_conversation_without_teacher_logprobs_is_refused_by_its_id(tiny_model):

@@ -12,7 +12,8 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from tiny import tiny_config
 
 from cartridges_jax.cartridge import PREFIX_AXES
-from cartridges_jax.data.packing import BATCH_AXES, Example, check_rows, plan_packing
+from cartridges_jax.data.examples import Example
+from cartridges_jax.data.packing import BATCH_AXES, check_rows, plan_packing
 from cartridges_jax.errors import UserError
 from cartridges_jax.models.cache import CACHE_AXES
 from cartridges_jax.models.decoder import abstract_params, param_axes

@@ -204,8 +204,8 @@ def test_a_run_on_a_mesh_is_finished_and_kept_on_another(talker_gguf, tmp_path, 
     assert first.returncode == 0, first.stderr
     assert "8 devices: data 4, tensor 2" in first.stdout
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert report["conditions"]["icl"]["teacher_kl"] == 0
-    assert report["conditions"]["cartridge"]["teacher_kl"] < report["conditions"]["truncated"]["teacher_kl"]
+    assert report["conditions"]["whole_text"]["teacher_kl"] == 0
+    assert report["conditions"]["cartridge"]["teacher_kl"] < report["conditions"]["first_tokens"]["teacher_kl"]
     assert load_cartridge(tmp_path / "run" / "cartridge").prefix.num_slots == 24
 
     second = finish(command(values, tmp_path / "run"))

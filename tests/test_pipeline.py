@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from tiny_runs import Collected, config_of, contents, copied, finished, settings, talker_gguf  # noqa: F401
 
@@ -16,13 +17,15 @@ import cartridges_jax
 from cartridges_jax import sampling
 from cartridges_jax.checkpoint import load_cartridge, portable_config
 from cartridges_jax.corpus import Corpus, tokenize_corpus
+from cartridges_jax.corpus.questions import Question, questions_hash, read_questions
 from cartridges_jax.data.conversations import read_shard
 from cartridges_jax.errors import UserError
-from cartridges_jax.evaluation.conditions import conditions
+from cartridges_jax.evaluation.conditions import make_conditions
 from cartridges_jax.models import load_model
 from cartridges_jax.models.model import fastest_weights
 from cartridges_jax.pipeline import run as pipeline
 from cartridges_jax.pipeline.config import default_config, from_config_dict
+from cartridges_jax.pipeline.inputs import freeze_questions, replaced_questions
 from cartridges_jax.pipeline.stages import context
 from cartridges_jax.pipeline.workdir import Workdir, read_json, write_json
 
@@ -49,19 +52,24 @@ def without_clocks(files):
 
 def test_a_report_holds_every_number_that_the_readme_names(finished):
     report = json.loads((finished / "run" / "report.json").read_text())
-    assert set(report["conditions"]) == {"none", "truncated", "icl", "cartridge"}
+    assert set(report["conditions"]) == {"none", "first_tokens", "whole_text", "cartridge"}
     for measures in report["conditions"].values():
         assert set(measures) == {
-            "answer_nll", "teacher_kl", "heldout_kl", "own_nll", "f1", "exact_match", "prefix_tokens", "kv_bytes",
+            "answer_nll", "teacher_kl", "heldout_kl", "own_nll", "facts", "f1", "exact_match", "kl_closed", "gap_closed",
+            "prefix_tokens", "kv_bytes",
         }  # fmt: skip
-        assert all(math.isfinite(value) for value in measures.values())
+        measured = {name: value for name, value in measures.items() if not name.endswith("_closed")}
+        assert all(math.isfinite(value) for value in measured.values())
+    assert {condition["name"] for condition in report["condition_list"]} == set(report["conditions"])
+    assert {metric["name"] for metric in report["metric_list"]} == set(report["conditions"]["none"])
     assert report["corpus"]["tokens"] > report["cartridge"]["tokens"] == 24
     assert report["cartridge"]["bytes"] == report["conditions"]["cartridge"]["kv_bytes"] == 2 * 3 * 2 * 24 * 16 * 4
     assert report["conversations"] + report["dropped_training_questions"] == 18 - 3
     assert report["steps"] == 12
     assert set(report["seconds"]) == {"synthesis", "training", "evaluation", "total"}
     assert report["seconds"]["total"] == pytest.approx(sum(report["seconds"][k] for k in list(report["seconds"])[:3]))
-    for name in ("kl_closed", "kl_closed_truncated", "gap_closed"):
+    for name in ("kl_closed", "gap_closed", "facts"):
+        assert report[name] == report["conditions"]["cartridge"][name]
         assert (report[name] is None) == (name in report["reasons"])
     assert [step["step"] for step in report["history"]["train"]] == list(range(1, 13))
     assert [step["step"] for step in report["history"]["heldout"]] == [0, 4, 8, 12]
@@ -81,10 +89,64 @@ def test_the_published_cartridge_is_the_one_that_was_measured(finished):
     assert published.metadata.num_frozen == 1 and published.metadata.step == 12
 
 
-def test_the_evaluation_questions_are_frozen_into_the_workdir(finished):
-    lines = (finished / "run" / "questions.jsonl").read_text().splitlines()
-    given = [json.loads(line) for line in (finished / "questions.jsonl").read_text().splitlines()]
-    assert [json.loads(line) for line in lines] == given
+def test_the_answer_to_every_example_is_in_a_parquet_file_beside_the_report(finished):
+    report = json.loads((finished / "run" / "report.json").read_text())
+    rows = pq.read_table(finished / "run" / report["answers_file"]).to_pylist()
+    assert len(rows) == 4 * (2 + 3)
+    of_cartridge = [row for row in rows if row["condition"] == "cartridge" and row["task"] == "questions"]
+    assert [row["answer"] for row in of_cartridge] == [item["answers"]["cartridge"] for item in report["answers"]]
+    total, tokens = (sum(row[f"teacher_kl_{part}"] for row in of_cartridge) for part in ("sum", "tokens"))
+    assert report["conditions"]["cartridge"]["teacher_kl"] == pytest.approx(total / tokens)
+    assert report["answers_file"] in (finished / "run" / "report.html").read_text()
+
+
+def test_the_evaluation_questions_are_frozen_whole_into_the_workdir(tmp_path):
+    workdir = Workdir(tmp_path / "run")
+    questions = [Question("What?", ("a", "b"), "It is a, or b."), Question("Where?", ("here",))]
+    assert freeze_questions(workdir, questions) == []
+    assert read_questions(tmp_path / "run" / "questions.jsonl") == questions
+    assert freeze_questions(workdir, questions) == [] == replaced_questions(workdir)
+
+
+@pytest.mark.parametrize(
+    "others",
+    [[], [Question("What?", ("b",), "E.")], [Question("What?", ("a",), "F.")], [Question("Who?", ("a",), "E.")]],
+)
+def test_other_questions_in_the_same_workdir_are_refused_or_start_a_new_evaluation(tmp_path, others):
+    workdir = Workdir(tmp_path / "run")
+    frozen = [Question("What?", ("a",), "E.")]
+    freeze_questions(workdir, frozen)
+    with pytest.raises(UserError, match=r"1 other evaluation questions.*--workdir.*--config.new_evaluation=True"):
+        freeze_questions(workdir, others)
+    assert read_questions(tmp_path / "run" / "questions.jsonl") == frozen
+    assert freeze_questions(workdir, others, new_evaluation=True) == [questions_hash(frozen)]
+    # The new ones are as frozen as the old ones were, and the replacement is not forgotten.
+    assert freeze_questions(workdir, others) == replaced_questions(workdir) == [questions_hash(frozen)]
+    with pytest.raises(UserError, match="frozen"):
+        freeze_questions(workdir, frozen)
+
+
+def test_a_run_with_other_questions_is_refused_before_work_and_a_new_evaluation_is_reported(
+    talker_gguf, finished, copied, tmp_path
+):
+    path = tmp_path / "other.jsonl"
+    path.write_text('{"question": "What of boat 3?", "answers": ["c and o"]}\n')
+    before = contents(copied)
+    with pytest.raises(UserError, match="2 other evaluation questions"):
+        again(talker_gguf, finished, copied, questions=str(path))
+    assert {name: value for name, value in contents(copied).items() if name != "run.json"} == {
+        name: value for name, value in before.items() if name != "run.json"
+    }
+    said, report = again(talker_gguf, finished, copied, questions=str(path), train__steps=1, new_evaluation=True)
+    assert any(line.startswith("new evaluation") for line in said) and kept(said) == ["study"]
+    assert len(report["replaced_questions"]) == 1 and report["questions"] == 1
+    assert "New evaluation" in (copied / "report.html").read_text()
+
+
+def test_the_summary_is_said_and_not_printed(talker_gguf, finished, copied, capsys):
+    said, _ = again(talker_gguf, finished, copied)
+    assert any("The whole text" in text and "Report:" in text for text in said)
+    assert capsys.readouterr().out == ""
 
 
 def test_training_questions_that_equal_an_evaluation_question_are_dropped_and_counted(
@@ -102,7 +164,7 @@ def test_training_questions_that_equal_an_evaluation_question_are_dropped_and_co
     monkeypatch.setattr(pipeline, "evaluate", stop)
     before = set((copied / "train").glob("*/result.json"))
     with pytest.raises(UserError, match="trained enough"):
-        again(talker_gguf, finished, copied, questions=str(path), train__steps=1)
+        again(talker_gguf, finished, copied, questions=str(path), train__steps=1, new_evaluation=True)
     (result,) = set((copied / "train").glob("*/result.json")) - before
     trained = json.loads(result.read_text())
     assert trained["dropped_training_questions"] >= len(asked) - 3
@@ -181,7 +243,7 @@ def test_every_source_file_of_the_package_belongs_to_a_stage_or_cannot_change_it
     root = Path(cartridges_jax.__file__).parent
     outside = (
         {"__init__.py", "api.py", "chat.py", "cli.py", "errors.py", "files.py", "typed_config.py"}
-        | {f"evaluation/{name}" for name in ("__init__.py", "report.py", "figures.py")}
+        | {f"evaluation/{name}.py" for name in ("__init__", "report", "page", "summary", "units", "figures", "svg")}
         | {f"parallel/{name}" for name in ("__init__.py", "job.py", "local.py", "start.py")}
     )
     for file in root.rglob("*.py"):
@@ -279,11 +341,11 @@ def test_each_condition_is_the_prefix_that_its_name_says(talker_gguf):
     model = load_model(str(talker_gguf))
     document = tokenize_corpus(Corpus.from_text("Shed 4 has t and s. " * 8, "d"), model.tokenizer)
     cartridge = sampling.prefill(model, model.tokenizer.encode("something else in twenty tokens or so"))
-    found, cut = conditions(model, document, cartridge, room=64)
+    found = make_conditions(model, document, cartridge, room=64)
     by_name = {condition.name: condition for condition in found}
-    assert list(by_name) == ["none", "truncated", "icl", "cartridge"] and cut == 0
+    assert list(by_name) == ["none", "first_tokens", "whole_text", "cartridge"]
     whole = model.chat.system_prefix(document.text).token_ids
-    assert by_name["icl"].prefix_tokens == len(whole)
-    assert by_name["truncated"].prefix_tokens == by_name["cartridge"].prefix_tokens == cartridge.num_slots
+    assert by_name["whole_text"].prefix_tokens == len(whole)
+    assert by_name["first_tokens"].prefix_tokens == by_name["cartridge"].prefix_tokens == cartridge.num_slots
     assert by_name["none"].prefix_tokens == len(model.chat.default_head())
     assert by_name["cartridge"].prefix is cartridge

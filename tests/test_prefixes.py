@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
+from peers import torch
 from tiny import random_prefix
 
 from cartridges_jax import sampling
@@ -28,8 +28,6 @@ from cartridges_jax.prefixes.first_tokens import first_tokens
 from cartridges_jax.prefixes.random_vectors import SAMPLE_TOKENS
 from cartridges_jax.prefixes.summary import REQUEST
 from cartridges_jax.prefixes.unrelated_text import shipped_text, unrelated_tokens
-
-torch.set_num_threads(1)
 
 TEXT = "the cat and the hat of the other thing " * 5
 MEMBERS = ["none", "first_tokens", "whole_text", "unrelated_text", "random_vectors", "summary"]

@@ -6,9 +6,8 @@ import os
 
 import numpy as np
 import pytest
-import torch
-import transformers
 from oracles.llama_server import LlamaServer
+from peers import torch, transformers
 from tiny import twin_run
 
 from cartridges_jax import sampling
@@ -16,9 +15,7 @@ from cartridges_jax.corpus import QUICKSTART, read_corpus
 from cartridges_jax.errors import UserError
 from cartridges_jax.formats.sources import locate
 from cartridges_jax.models import load_model
-from cartridges_jax.models.decoder import layer_path
-
-torch.set_num_threads(1)
+from cartridges_jax.models.layout import layer_path
 
 NAME = "gemma3-270m"
 HF_NAMES = {

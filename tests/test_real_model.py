@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from oracles.llama_server import LlamaServer
 from tiny import rope_base, twin_of, twin_run
 
@@ -23,8 +22,6 @@ from cartridges_jax.errors import UserError
 from cartridges_jax.formats.sources import locate
 from cartridges_jax.models import load_model
 from cartridges_jax.quantized import num_bytes
-
-torch.set_num_threads(1)
 
 NAME = "smollm2-135m-instruct"
 DATA = Path(os.environ.get("CARTRIDGES_JAX_DATA") or Path(__file__).parents[1] / ".." / "shared" / "data")

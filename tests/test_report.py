@@ -1,5 +1,6 @@
 """The report is complete, strict JSON, self-contained HTML, and safe whatever the texts in it."""
 
+import copy
 import json
 import math
 import re
@@ -8,29 +9,51 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from cartridges_jax.evaluation import figures
-from cartridges_jax.evaluation.report import (
-    CONDITIONS,
-    complete_report,
-    format_bytes,
-    format_percent,
-    format_ratio,
-    format_seconds,
-    format_summary,
-    print_summary,
-    write_report,
-)
+from cartridges_jax.evaluation import figures, svg
+from cartridges_jax.evaluation.report import complete_report, write_report
+from cartridges_jax.evaluation.summary import format_summary
+from cartridges_jax.evaluation.units import format_bytes, format_percent, format_ratio, format_seconds, format_value
 
 VOID = {"meta", "link", "br", "path", "use", "rect"}
+
+
+def metric(name, title, format=".3f", *, featured=False, higher=False, unit="", mark="", note=""):
+    return {
+        "name": name, "title": title, "format": format, "featured": featured, "higher_is_better": higher, "unit": unit,
+        "mark": mark, "note": note, "aggregate": "mean",
+    }  # fmt: skip
+
+
+METRICS = [
+    metric("teacher_kl", "KL to whole text", featured=True, unit="nats per token"),
+    metric("heldout_kl", "KL, held-out"),
+    metric("answer_nll", "Answer NLL", featured=True, unit="nats per token"),
+    metric("own_nll", "Own-answer NLL"),
+    metric("facts", "Facts", "count", featured=True, higher=True, mark="contains a reference answer"),
+    metric("f1", "F1", ".2f", higher=True),
+    metric("exact_match", "Exact match", ".2f", higher=True),
+    metric("kl_closed", "KL gap closed", "percent", higher=True),
+    metric("gap_closed", "NLL gap closed", "percent", higher=True),
+    metric("prefix_tokens", "Slots", "count"),
+    metric("kv_bytes", "KV memory", "bytes"),
+]
+CONDITIONS = [
+    {"name": "none", "title": "No document", "role": "baseline"},
+    {"name": "first_tokens", "title": "First tokens", "role": ""},
+    {"name": "cartridge", "title": "Cartridge", "role": "subject"},
+    {"name": "whole_text", "title": "Whole text", "role": "judge"},
+]
 
 
 def fake_report() -> dict:
     """A fresh, complete report as a small run makes it, with invented numbers."""
 
-    def condition(answer_nll, teacher_kl, heldout_kl, own_nll, f1, exact_match, prefix_tokens):
+    def condition(answer_nll, teacher_kl, heldout_kl, own_nll, facts, f1, exact_match, prefix_tokens):
         return {
-            "answer_nll": answer_nll, "teacher_kl": teacher_kl, "heldout_kl": heldout_kl, "own_nll": own_nll, "f1": f1,
-            "exact_match": exact_match, "prefix_tokens": prefix_tokens, "kv_bytes": prefix_tokens * 2 * 30 * 3 * 64 * 4,
+            "answer_nll": answer_nll, "teacher_kl": teacher_kl, "heldout_kl": heldout_kl, "own_nll": own_nll,
+            "facts": facts, "f1": f1, "exact_match": exact_match, "kl_closed": 1 - teacher_kl / 1.441,
+            "gap_closed": (2.508 - answer_nll) / (2.508 - 0.714), "prefix_tokens": prefix_tokens,
+            "kv_bytes": prefix_tokens * 2 * 30 * 3 * 64 * 4,
         }  # fmt: skip
 
     answers = [
@@ -38,33 +61,50 @@ def fake_report() -> dict:
         ("At what time does the kitchen close?", ["half past nine", "21:30"], "The kitchen closes at 10:00 pm every day, but check with the staff.", "At 10 pm.", "The kitchen closes at ten.", "The kitchen closes at half past nine."),
         ("How many beds are there?", ["42"], "There are 12 beds.", "42 beds.", "There are 42 beds in nine rooms.", "42"),
     ]  # fmt: skip
+    right = [(0, 0, 1, 1), (0, 0, 0, 1), (0, 1, 1, 1)]
+    names = [entry["name"] for entry in CONDITIONS]
     return {
         "model": "SmolLM2-135M-Instruct",
         "model_fingerprint": "9f31c0de77ab",
         "seed": 0,
-        "corpus": {"name": "Fjordside Hostel handbook", "tokens": 811, "sha256": "5e" * 32},
+        "corpus": {
+            "name": "Fjordside Hostel handbook",
+            "tokens": 811,
+            "sha256": "5e" * 32,
+            "documents": [{"name": "Fjordside Hostel handbook", "tokens": 811, "sha256": "5e" * 32}],
+        },
         "cartridge": {"tokens": 128, "bytes": 128 * 2 * 30 * 3 * 64 * 4, "frozen": 1},
         "conditions": {
-            "none": condition(2.508, 1.441, 1.37, 3.02, 0.08, 0.0, 0) | {"f1": None, "exact_match": None},
-            "truncated": condition(1.870, 0.757, 0.70, 1.90, 0.22, 0.06, 128),
-            "cartridge": condition(1.327, 0.387, 0.33, 1.21, 0.48, 0.25, 128),
-            "icl": condition(0.714, 0.0, 0.0, 0.61, 0.71, 0.56, 811),
+            "none": condition(2.508, 1.441, 1.37, 3.02, 1, 0.08, 0.0, 0) | {"f1": None, "exact_match": None},
+            "first_tokens": condition(1.870, 0.757, 0.70, 1.90, 4, 0.22, 0.06, 128),
+            "cartridge": condition(1.327, 0.387, 0.33, 1.21, 9, 0.48, 0.25, 128),
+            "whole_text": condition(0.714, 0.0, 0.0, 0.61, 13, 0.71, 0.56, 811),
         },
+        "condition_list": copy.deepcopy(CONDITIONS),
+        "metric_list": copy.deepcopy(METRICS),
         "reasons": {
             "conditions.none.f1": "without the document no answers were written",
             "conditions.none.exact_match": "without the document no answers were written",
         },
         "kl_closed": 1 - 0.387 / 1.441,
-        "kl_closed_truncated": 1 - 0.757 / 1.441,
         "gap_closed": (2.508 - 1.327) / (2.508 - 0.714),
+        "facts": 9,
         "dropped_training_questions": 9,
+        "dropped_heldout_conversations": 2,
         "seconds": {"synthesis": 131.2, "training": 402.7, "evaluation": 48.1, "total": 584.0},
         "conversations": 380,
         "heldout_conversations": 20,
+        "study": {
+            "asked": 420,
+            "conversations": 400,
+            "dropped": {"question": {"no question mark": 14, "too long": 3}, "creative": {"repeats itself": 8}},
+        },
         "steps": 160,
         "refused_steps": 1,
         "questions": 16,
         "questions_sha256": "c4" * 32,
+        "replaced_questions": [],
+        "examples": {"questions": 16, "heldout": 20},
         "judge": "the model with the whole document in context",
         "trained_by": "the model with a chunk of 160 to 320 tokens in context",
         "coverage": {
@@ -85,15 +125,16 @@ def fake_report() -> dict:
         },
         "answers": [
             {
+                "task": "questions",
+                "id": f"{number:012}",
                 "question": question,
                 "references": references,
-                "none": none,
-                "truncated": truncated,
-                "cartridge": cartridge,
-                "icl": icl,
+                "answers": dict(zip(names, texts)),
+                "scores": {name: {"facts": float(hit)} for name, hit in zip(names, hits)},
             }
-            for question, references, none, truncated, cartridge, icl in answers * 4
+            for number, ((question, references, *texts), hits) in enumerate(zip(answers * 4, right * 4))
         ],
+        "answers_file": "answers.parquet",
         "config": {
             "cartridge": {"slots": 128, "frozen": 1},
             "train": {"learning_rate": 0.02, "steps": 160, "pack": [8, 128]},
@@ -134,6 +175,7 @@ def test_what_is_written_is_what_was_measured(tmp_path):
         "73 %",
         "47 %",
         "66 %",
+        "9 of 16",
         "6.3×",
         "128",
         "811",
@@ -162,7 +204,8 @@ def test_the_page_prints_the_rules_of_measurement(tmp_path):
 def test_texts_of_a_model_cannot_break_the_page(tmp_path):
     report = fake_report()
     report["corpus"]["name"] = "<b>A & B</b>"
-    report["answers"][0]["cartridge"] = "<script>alert(1)</script>"
+    report["answers"][0]["answers"]["cartridge"] = "<script>alert(1)</script>"
+    report["condition_list"][1]["title"] = "<script>first</script>"
     report["config"]["note"] = "</pre><script>"
     _, page = write_and_read(tmp_path, report)
     assert "<script" not in page and "&lt;b&gt;A &amp; B&lt;/b&gt;" in page
@@ -170,11 +213,11 @@ def test_texts_of_a_model_cannot_break_the_page(tmp_path):
 
 def test_numbers_that_are_not_finite_become_null_with_a_reason(tmp_path):
     report = fake_report()
-    report["conditions"]["icl"]["own_nll"] = math.inf
+    report["conditions"]["whole_text"]["own_nll"] = math.inf
     report["history"]["train"][3]["loss"] = float("nan")
     written, page = write_and_read(tmp_path, report)
-    assert written["conditions"]["icl"]["own_nll"] is None and written["history"]["train"][3]["loss"] is None
-    assert written["reasons"]["conditions.icl.own_nll"] == "the value was not finite (inf)"
+    assert written["conditions"]["whole_text"]["own_nll"] is None and written["history"]["train"][3]["loss"] is None
+    assert written["reasons"]["conditions.whole_text.own_nll"] == "the value was not finite (inf)"
     assert written["reasons"]["history.train.3.loss"] == "the value was not finite (nan)"
     assert "the value was not finite (inf)" in page
 
@@ -196,8 +239,10 @@ def test_numpy_values_paths_and_tuples_are_written_as_plain_json(tmp_path):
 
 def test_missing_keys_are_all_named(tmp_path):
     report = fake_report()
-    del report["judge"], report["conditions"]["icl"]["f1"], report["seconds"], report["answers"][1]["icl"]
-    with pytest.raises(ValueError, match=r"lacks seconds, judge, conditions\.icl\.f1, answers\.1\.icl;"):
+    del report["judge"], report["conditions"]["whole_text"]["f1"], report["seconds"]
+    del report["answers"][1]["answers"]["whole_text"], report["metric_list"][2]["title"]
+    missing = "lacks seconds, judge, metric_list.2.title, conditions.whole_text.f1, answers.1.answers.whole_text;"
+    with pytest.raises(ValueError, match=re.escape(missing)):
         write_report(tmp_path, report)
     assert list(tmp_path.iterdir()) == []
 
@@ -219,7 +264,8 @@ def test_writing_leaves_no_temporary_files_and_replaces_an_old_report(tmp_path):
 def test_a_report_of_a_run_that_measured_nearly_nothing_can_still_be_written(tmp_path):
     report = fake_report()
     report["conditions"] = {name: dict.fromkeys(values) for name, values in report["conditions"].items()}
-    report |= {"kl_closed": None, "kl_closed_truncated": None, "gap_closed": None, "answers": []}
+    report |= {"kl_closed": None, "gap_closed": None, "facts": None, "answers": [], "replaced_questions": ["ab" * 32]}
+    report["study"] = {"asked": 0, "conversations": 0, "dropped": {}}
     report["history"] = {"train": [], "heldout": []}
     report["coverage"] = {"sentences": 0, "asked": 0, "conversations_per_sentence": [], "tokens": None}
     report["reasons"] = {"kl_closed": "evaluation was skipped"}
@@ -234,14 +280,89 @@ def test_a_cartridge_that_is_worse_than_nothing_is_said_to_be(tmp_path):
 
 
 def test_the_summary_shows_conditions_answers_and_where_the_page_is(capsys):
-    summary = print_summary(fake_report(), "run/report.html")
-    assert capsys.readouterr().out == summary + "\n"
-    rows = [
-        line for line in summary.splitlines() if line.startswith(("No document", "First 128", "Cartridge", "Whole"))
-    ]
+    summary = format_summary(fake_report(), "run/report.html")
+    assert capsys.readouterr().out == ""
+    titles = tuple(condition["title"] for condition in CONDITIONS)
+    rows = [line for line in summary.splitlines() if line.startswith(titles)]
     assert [re.split(r"\s{2,}", row)[1] for row in rows] == ["1.441", "0.757", "0.387", "0.000"]
-    assert "closes 73 % of the gap" in summary and "Who keeps the lost property?" in summary
+    assert [re.split(r"\s{2,}", row)[3] for row in rows] == ["1", "4", "9", "13"]
+    said = summary.replace("\n", " ")
+    assert "closes 73 % of the gap to the whole text (First tokens: 47 %), with 6.3× less KV memory." in said
+    assert "9 of its 16 answers hold the fact" in said and "Who keeps the lost property?" in summary
     assert summary.endswith("Report: run/report.html")
+
+
+# Conditions and metrics that the report does not know
+
+
+def test_a_made_up_condition_and_metric_show_up_in_table_figure_page_and_summary(tmp_path):
+    report = fake_report()
+    report["condition_list"].insert(2, {"name": "summary:64.5", "title": "Summary of 64", "role": ""})
+    report["conditions"]["summary:64.5"] = report["conditions"]["first_tokens"] | {"f1": None, "kl_closed": 0.123}
+    report["metric_list"].insert(0, metric("shouts", "Shouting", ".1f", featured=True, higher=True, mark="shouts"))
+    for number, values in enumerate(report["conditions"].values()):
+        values["shouts"] = 10.5 + number
+    for item in report["answers"]:
+        item["answers"]["summary:64.5"] = "IN CAPITALS"
+        item["scores"]["summary:64.5"] = {"shouts": 1.0}
+    written, page = write_and_read(tmp_path, report)
+    assert written["reasons"]["conditions.summary:64.5.f1"] == "no reason was recorded"
+    wide, table = page[: page.index("All numbers")], page[page.index("All numbers") :]
+    assert re.search(r"<text[^>]*>Shouting ↑</text>", wide) and "Shouting ↑</th>" in table
+    assert len(re.findall(r"<text[^>]*>Summary of 64</text>", wide)) >= 2 * 4  # four panels in two widths
+    assert "<th>Summary of 64</th>" in table and "<td>14.5</td>" in table
+    assert "Summary of 64: 12 %" in page and "IN CAPITALS" in page and 'title="shouts">✓' in page
+    summary = format_summary(report)
+    assert "Shouting" in summary and "IN CAPITALS" in summary and max(map(len, summary.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("left_out", ["first_tokens", "none", "cartridge"])
+def test_a_report_without_one_of_the_usual_conditions_is_complete(tmp_path, left_out):
+    report = fake_report()
+    report["condition_list"] = [entry for entry in report["condition_list"] if entry["name"] != left_out]
+    title = next(entry["title"] for entry in CONDITIONS if entry["name"] == left_out)
+    del report["conditions"][left_out]
+    for item in report["answers"]:
+        del item["answers"][left_out], item["scores"][left_out]
+    _, page = write_and_read(tmp_path, report)
+    assert f"<th>{title}</th>" not in page and "<th>Whole text</th>" in page
+    assert title not in re.findall(r"^\S+(?: \S+)?", format_summary(report), re.MULTILINE)
+
+
+def test_metrics_that_do_not_fit_into_a_hundred_columns_are_left_out_of_the_summary():
+    report = fake_report()
+    for number in range(12):
+        report["metric_list"].insert(0, metric(f"m{number}", f"Measure {number}", featured=True))
+        for values in report["conditions"].values():
+            values[f"m{number}"] = 0.5
+    lines = format_summary(report).splitlines()
+    assert max(map(len, lines)) <= 100 and "Measure 11" in lines[0] and "Measure 0" not in lines[0]
+
+
+# Honesty about the data
+
+
+def test_drops_are_listed_by_family_and_reason(tmp_path):
+    _, page = write_and_read(tmp_path, fake_report())
+    assert "<th>no question mark</th><th>too long</th><th>repeats itself</th>" in page
+    assert "<th>question</th><td>14</td><td>3</td><td>0</td><td>17</td>" in page
+    assert "420 were asked for" in page and "2 of which were dropped" in page
+
+
+def test_several_documents_are_listed_and_a_single_one_is_not(tmp_path):
+    report = fake_report()
+    _, page = write_and_read(tmp_path, report)
+    assert "<th>Document</th>" not in page
+    report["corpus"]["documents"].append({"name": "House rules", "tokens": 1234, "sha256": "ab" * 32})
+    _, page = write_and_read(tmp_path, report)
+    assert "2 documents" in page and "<th>House rules</th><td>1,234</td><td><code>abababababab</code></td>" in page
+
+
+def test_a_new_evaluation_says_that_it_is_one(tmp_path):
+    _, page = write_and_read(tmp_path, fake_report())
+    assert "New evaluation" not in page
+    _, page = write_and_read(tmp_path, fake_report() | {"replaced_questions": ["d7" * 32]})
+    assert "New evaluation" in page and "d7" * 8 in page
 
 
 def test_figures_are_deterministic_follow_the_pages_colours_and_keep_text_as_text():
@@ -251,7 +372,7 @@ def test_figures_are_deterministic_follow_the_pages_colours_and_keep_text_as_tex
     assert pictures[0] == pictures[1]
     assert "held out</text>" in pictures[0] and "var(--cartridge" in pictures[0]
     leftovers = set(re.findall(r"#[0-9a-f]{6}", re.sub(r"var\([^)]*\)", "", pictures[0])))
-    assert not leftovers & set(figures._CSS)
+    assert not leftovers & set(svg._CSS)
 
 
 def test_ids_of_the_figures_on_one_page_do_not_collide(tmp_path):
@@ -267,6 +388,8 @@ def test_ids_of_the_figures_on_one_page_do_not_collide(tmp_path):
         (format_bytes(3 * 2**30), "3.0 GiB"), (format_bytes(None), "—"),
         (format_seconds(48.12), "48.1 s"), (format_seconds(95.2), "1 min 35 s"), (format_seconds(7260), "2 h 01 min"),
         (format_percent(0.704), "70 %"), (format_percent(-0.12), "−12 %"), (format_percent(None), "—"),
+        (format_value({"format": "count"}, 1234.0), "1,234"), (format_value({"format": ".2f"}, 0.123), "0.12"),
+        (format_value({"format": "bytes"}, 2048), "2.0 KiB"), (format_value({"format": "percent"}, None), "—"),
         (format_ratio(6.31), "6.3× less"), (format_ratio(0.5), "2.0× more"),
     ],
 )  # fmt: skip
@@ -274,5 +397,7 @@ def test_numbers_are_written_for_people(written, expected):
     assert written == expected
 
 
-def test_every_condition_of_the_report_has_a_colour():
-    assert set(figures.CONDITION_COLOURS) == set(CONDITIONS)
+def test_bars_have_the_colour_of_their_condition_role():
+    panels = [(METRICS[0], [1.0, 0.5, None, 0.0])]
+    picture = figures.conditions_figure(CONDITIONS, panels, figures.WIDE)
+    assert "var(--document" in picture and "var(--plain" in picture and "undefined</text>" in picture

@@ -52,7 +52,7 @@ def outcome(workdir):
     cartridge = load_cartridge(workdir / "cartridge")
     arrays = {
         name: (array.dtype.name, array.shape, bytes(array.tobytes()))
-        for name in ("keys", "values", "positions", "group")
+        for name in ("keys", "values", "positions")
         for array in [np.asarray(getattr(cartridge.prefix, name))]
     }
     report = json.loads((workdir / "report.json").read_text())

@@ -6,13 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
+from peers import torch
 
 from cartridges_jax.attention import LayerPrefix, attend, cache_mask, packed_causal_mask
 from cartridges_jax.attention.reference import dense_attention
 from cartridges_jax.rope import Rope, rope_tables, rotate
-
-torch.set_num_threads(1)
 
 B, T, S, P, K, G, H = 2, 7, 9, 5, 2, 3, 8
 N = K * G
@@ -69,26 +67,26 @@ def test_every_query_head_reads_the_key_head_of_its_group(rng, with_prefix):
     values = np.zeros_like(values) + np.arange(1, K + 1, dtype=np.float32)[:, None, None]
     if with_prefix:
         prefix = prefix._replace(values=np.zeros_like(prefix.values) + np.arange(1, K + 1)[:, None, None])
-    mixed = attend(queries, keys, values, random_mask(rng), prefix)
+    found = attend(queries, keys, values, random_mask(rng), prefix)
     expected = np.repeat(np.arange(1, K + 1), G)[:, None]
-    np.testing.assert_allclose(mixed, np.broadcast_to(expected, mixed.shape), rtol=1e-5)
+    np.testing.assert_allclose(found, np.broadcast_to(expected, found.shape), rtol=1e-5)
 
 
-def dense_in_torch(queries, keys, values, front_keys, front_values, bias, mask, *, prefix_mask=None, softcap=0.0):
+def dense_in_torch(queries, keys, values, prefix_keys, prefix_values, bias, mask, *, prefix_mask=None, softcap=0.0):
     """One softmax over concatenated keys, every key repeated for its group; differentiable."""
     rows = queries.shape[0]
-    front = [x[None].expand(rows, *x.shape) for x in (front_keys, front_values)]
-    all_keys = torch.cat([front[0], keys], dim=2).repeat_interleave(G, dim=1)
-    all_values = torch.cat([front[1], values], dim=2).repeat_interleave(G, dim=1)
+    slots = [x[None].expand(rows, *x.shape) for x in (prefix_keys, prefix_values)]
+    all_keys = torch.cat([slots[0], keys], dim=2).repeat_interleave(G, dim=1)
+    all_values = torch.cat([slots[1], values], dim=2).repeat_interleave(G, dim=1)
     scores = torch.einsum("btnh,bnsh->bnts", queries, all_keys) / queries.shape[-1] ** 0.5
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     hidden = torch.zeros(mask.shape, dtype=scores.dtype).masked_fill(~torch.from_numpy(np.array(mask)), -torch.inf)
     own = hidden[:, None].expand(-1, N, -1, -1)
-    front_bias = bias.repeat_interleave(G, dim=0)[None, :, None].expand(rows, -1, queries.shape[1], -1)
+    prefix_bias = bias.repeat_interleave(G, dim=0)[None, :, None].expand(rows, -1, queries.shape[1], -1)
     if prefix_mask is not None:
-        front_bias = front_bias.masked_fill(~torch.from_numpy(prefix_mask)[:, None], -torch.inf)
-    weights = torch.softmax(scores + torch.cat([front_bias, own], dim=-1), dim=-1)
+        prefix_bias = prefix_bias.masked_fill(~torch.from_numpy(prefix_mask)[:, None], -torch.inf)
+    weights = torch.softmax(scores + torch.cat([prefix_bias, own], dim=-1), dim=-1)
     return torch.einsum("bnts,bnsh->btnh", weights, all_values)
 
 
@@ -101,8 +99,8 @@ def test_gradients_equal_those_of_one_dense_softmax(rng, scale, softcap, with_pr
     prefix_mask = rng.random((B, T, P)) < 0.6 if with_prefix_mask else None
 
     def ours(queries, keys, values, *prefix):
-        mixed = attend(queries, keys, values, mask, LayerPrefix(*prefix), prefix_mask=prefix_mask, softcap=softcap)
-        return jnp.sum(mixed * upstream)
+        found = attend(queries, keys, values, mask, LayerPrefix(*prefix), prefix_mask=prefix_mask, softcap=softcap)
+        return jnp.sum(found * upstream)
 
     found = jax.grad(ours, argnums=range(6))(queries, keys, values, *prefix)
 
@@ -131,17 +129,17 @@ def test_a_peaked_cache_gives_finite_values_and_gradients(rng, dtype, where):
     keys, values = keys[:, :, :T], values[:, :, :T]
     cast = [jnp.asarray(x, dtype) for x in (queries * 10, keys, values, prefix.keys, prefix.values)]
 
-    def total(queries, keys, values, front_keys, front_values, bias):
-        mixed = attend(queries, keys, values, mask, LayerPrefix(front_keys, front_values, bias))
-        return mixed.astype(jnp.float32).sum(), mixed
+    def total(queries, keys, values, prefix_keys, prefix_values, bias):
+        found = attend(queries, keys, values, mask, LayerPrefix(prefix_keys, prefix_values, bias))
+        return found.astype(jnp.float32).sum(), found
 
-    gradients, mixed = jax.grad(total, argnums=range(6), has_aux=True)(*cast, jnp.asarray(prefix.bias))
-    assert mixed.dtype == dtype
-    assert np.isfinite(np.asarray(mixed, np.float32)).all()
+    gradients, found = jax.grad(total, argnums=range(6), has_aux=True)(*cast, jnp.asarray(prefix.bias))
+    assert found.dtype == dtype
+    assert np.isfinite(np.asarray(found, np.float32)).all()
     assert all(np.isfinite(np.asarray(gradient, np.float32)).all() for gradient in gradients)
     # A softmax mixes values, so it cannot leave their range.
     largest = max(np.abs(values).max(), np.abs(prefix.values).max())
-    assert np.abs(np.asarray(mixed, np.float32)).max() <= largest * 1.02
+    assert np.abs(np.asarray(found, np.float32)).max() <= largest * 1.02
 
 
 def test_bfloat16_is_close_to_float64(rng):
@@ -195,20 +193,20 @@ def test_rotation_turns_each_pair_of_halves_by_position_times_frequency(rng):
     found = np.asarray(rotate(jnp.asarray(x), *rope_tables(jnp.asarray(positions, jnp.int32), H, Rope(base))))
     pairs = x[..., : H // 2].astype(np.complex128) + 1j * x[..., H // 2 :]
     angle = positions[:, :, None, None] * base ** (-np.arange(H // 2) * 2 / H)
-    turned = pairs * np.exp(1j * angle)
+    rotated = pairs * np.exp(1j * angle)
     # float32 angles: 4000 radians are known to about 2e-4.
-    np.testing.assert_allclose(found, np.concatenate([turned.real, turned.imag], axis=-1), atol=3e-3)
+    np.testing.assert_allclose(found, np.concatenate([rotated.real, rotated.imag], axis=-1), atol=3e-3)
 
 
 def test_scores_depend_on_the_distance_of_two_positions_only(rng):
     queries, keys = normal(rng, 1, 1, 1, H), normal(rng, 1, 1, 1, H)
 
     def score(query_position, key_position):
-        turned = [
+        rotated = [
             rotate(jnp.asarray(x), *rope_tables(jnp.asarray([[at]], jnp.int32), H, Rope(730.0)))
             for x, at in ((queries, query_position), (keys, key_position))
         ]
-        return float(jnp.sum(turned[0] * turned[1]))
+        return float(jnp.sum(rotated[0] * rotated[1]))
 
     assert score(57, 40) == pytest.approx(score(17, 0), abs=1e-4)
     assert score(57, 40) != pytest.approx(score(40, 57), abs=1e-4)
@@ -217,7 +215,7 @@ def test_scores_depend_on_the_distance_of_two_positions_only(rng):
 def test_rotation_keeps_the_dtype_and_computes_in_float32(rng):
     x = jnp.asarray(normal(rng, 1, 4, 2, H), jnp.bfloat16)
     tables = rope_tables(jnp.asarray([[0, 100, 1000, 1001]], jnp.int32), H, Rope(730.0))
-    turned = rotate(x, *tables)
-    assert turned.dtype == jnp.bfloat16 and tables[0].dtype == jnp.float32
+    rotated = rotate(x, *tables)
+    assert rotated.dtype == jnp.bfloat16 and tables[0].dtype == jnp.float32
     exact = rotate(x.astype(jnp.float32), *tables)
-    np.testing.assert_array_equal(np.asarray(turned, np.float32), np.asarray(exact.astype(jnp.bfloat16), np.float32))
+    np.testing.assert_array_equal(np.asarray(rotated, np.float32), np.asarray(exact.astype(jnp.bfloat16), np.float32))

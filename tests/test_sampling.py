@@ -8,27 +8,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from tiny import random_prefix, random_tokens, run, twin_run
+from peers import torch
+from tiny import at_position, random_prefix, random_tokens, run, twin_run
 
 from cartridges_jax import sampling
 from cartridges_jax.errors import UserError
-from cartridges_jax.sampling import GREEDY, Sampling, generate_tokens, prefill
+from cartridges_jax.sampling import GREEDY, Sampling, generate_tokens, prefill, reading
 from cartridges_jax.sampling.prefill import CHUNK
 from cartridges_jax.sampling.select import Choice, RowSampling, select_rows
-
-torch.set_num_threads(1)
 
 
 def random_prompts(rng, config, lengths):
     return [random_tokens(rng, config, length).tolist() for length in lengths]
 
 
-def greedy_in_torch(twin, prompt, num_tokens, **front):
-    """Step by step, the whole text read anew each time."""
+def greedy_in_torch(twin, prompt, num_tokens, **prefix):
+    """Step by step, the whole text read again each time."""
     tokens = list(prompt)
     for _ in range(num_tokens):
-        tokens.append(int(twin_run(twin, tokens, **front)[-1].argmax()))
+        tokens.append(int(twin_run(twin, tokens, **prefix)[-1].argmax()))
     return tokens[len(prompt) :]
 
 
@@ -40,10 +38,10 @@ def test_greedy_tokens_of_unequal_prompts_are_those_of_transformers_one_by_one(t
     model, twin = tiny_pair
     prompts = random_prompts(rng, model.config, [3, 19, 1, 8, 12])
     prefix = random_prefix(rng, model.config, 7) if with_prefix else None
-    front = {"keys": prefix.keys, "values": prefix.values} if with_prefix else {}
+    slots = {"keys": prefix.keys, "values": prefix.values} if with_prefix else {}
     found = generate_tokens(model, prompts, prefix, max_tokens=11, stop_ids=[])
     for prompt, generation in zip(prompts, found, strict=True):
-        assert generation.token_ids == greedy_in_torch(twin, prompt, 11, **front)
+        assert generation.token_ids == greedy_in_torch(twin, prompt, 11, **slots)
         assert generation.stop_reason == "length"
 
 
@@ -153,13 +151,12 @@ def test_progress_counts_every_prompt_once(tiny_model, rng):
 # Prefill
 
 
-def test_prefill_behind_a_prefix_equals_prefill_of_both(tiny_pair, rng):
+def test_prefill_after_a_prefix_equals_prefill_of_both(tiny_pair, rng):
     model, twin = tiny_pair
     first, second = random_prompts(rng, model.config, [23, 14])
     both, joined = prefill(model, first + second), prefill(model, second, prefill(model, first))
     assert joined.next_position == both.next_position == 37
     np.testing.assert_array_equal(joined.positions, np.arange(37))
-    np.testing.assert_array_equal(joined.group, np.zeros(37))
     np.testing.assert_allclose(joined.keys, both.keys, atol=1e-4)
     np.testing.assert_allclose(joined.values, both.values, atol=1e-4)
     for layer, cached in enumerate(twin(torch.tensor([first + second]), use_cache=True).past_key_values.layers):
@@ -167,10 +164,10 @@ def test_prefill_behind_a_prefix_equals_prefill_of_both(tiny_pair, rng):
         np.testing.assert_allclose(both.values[layer], cached.values[0], atol=1e-4)
 
 
-def test_reading_behind_a_thinned_prefix_goes_on_at_its_next_position(tiny_pair, rng):
+def test_reading_after_a_thinned_prefix_continues_at_its_next_position(tiny_pair, rng):
     model, twin = tiny_pair
-    thinned = random_prefix(rng, model.config, 6).replace(
-        positions=jnp.asarray([0, 3, 4, 9, 20, 31], jnp.int32), next_position=40
+    thinned = at_position(random_prefix(rng, model.config, 6), 40).replace(
+        positions=jnp.asarray([0, 3, 4, 9, 20, 31], jnp.int32)
     )
     tokens = random_tokens(rng, model.config, 12).tolist()
     joined = prefill(model, tokens, thinned)
@@ -179,9 +176,9 @@ def test_reading_behind_a_thinned_prefix_goes_on_at_its_next_position(tiny_pair,
     expected = twin_run(twin, tokens, keys=thinned.keys, values=thinned.values, start=40)
     np.testing.assert_allclose(sampling.logits(model, tokens, thinned), expected, rtol=0, atol=1e-4)
     later = random_tokens(rng, model.config, 5)
-    behind, _, _ = run(model, later[None], prefix=joined)
+    found, _, _ = run(model, later[None], prefix=joined)
     expected = twin_run(twin, tokens + later.tolist(), keys=thinned.keys, values=thinned.values, start=40)[12:]
-    np.testing.assert_allclose(behind[0], expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(found[0], expected, rtol=0, atol=1e-4)
 
 
 def test_a_text_of_several_chunks_is_read_as_one(tiny_pair, rng):
@@ -191,6 +188,14 @@ def test_a_text_of_several_chunks_is_read_as_one(tiny_pair, rng):
     found = sampling.logits(model, tokens.tolist())
     assert found.shape == (CHUNK + 70, model.config.vocab_size)
     np.testing.assert_allclose(found, twin_run(twin, tokens), rtol=0, atol=1e-3)
+
+
+def test_reading_a_text_into_a_prefix_returns_the_cache_and_no_hidden_states(tiny_model, rng):
+    tokens = random_tokens(rng, tiny_model.config, 1, 64)
+    cache, ones = tiny_model.reading_cache(1, 64), np.ones((1, 64), np.int32)
+    traced = reading.read_tokens.trace(tiny_model.config, tiny_model.params, None, cache, tokens, ones)
+    sizes = [out.shape for out in jax.tree.leaves(traced.out_info)]
+    assert sorted(sizes, key=len) == [(1,), cache.keys.shape, cache.values.shape]
 
 
 @pytest.mark.parametrize(
@@ -210,7 +215,7 @@ def test_ids_that_the_model_does_not_know_are_refused_by_value(tiny_model, promp
 def test_what_does_not_fit_the_context_is_refused_with_its_numbers(tiny_model, rng):
     context = tiny_model.config.context_length
     tokens = random_tokens(rng, tiny_model.config, context).tolist()
-    prefix = random_prefix(rng, tiny_model.config, 4).replace(next_position=100)
+    prefix = at_position(random_prefix(rng, tiny_model.config, 4), 100)
     with pytest.raises(UserError, match=f"context of {context}"):
         prefill(tiny_model, [*tokens, 1])
     with pytest.raises(UserError, match=f"100 prefix positions .* {context - 99} tokens"):

@@ -16,11 +16,14 @@ from cartridges_jax.data.conversations import read_shard
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import load_model
 from cartridges_jax.pipeline import run as pipeline
-from cartridges_jax.selfstudy import synthesis, writer
+from cartridges_jax.selfstudy import local_teacher
+from cartridges_jax.selfstudy.filters import degenerates, is_about
 from cartridges_jax.selfstudy.plan import family_sequence, plan_batches
 from cartridges_jax.selfstudy.seeds import FAMILIES
-from cartridges_jax.selfstudy.synthesis import degenerates, is_about, synthesise
-from cartridges_jax.selfstudy.writer import Request, Writer, is_usable
+from cartridges_jax.selfstudy.settings import PAPER, SynthesisSettings
+from cartridges_jax.selfstudy.shards import counts_path, read_batch
+from cartridges_jax.selfstudy.streams import stream, stream_seed
+from cartridges_jax.selfstudy.synthesis import synthesise
 
 NAMES = list(FAMILIES)
 DOCUMENT_ITSELF = Corpus.from_text(DOCUMENT, "doc")
@@ -40,13 +43,13 @@ def study_settings(talker_gguf, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def studied(talker, study_settings, tmp_path_factory):
-    """(conversations, directory, settings) of a study behind chunks."""
+    """(conversations, directory, settings) of a study after chunks."""
     directory = tmp_path_factory.mktemp("studied")
     # Chunks of one length, which is compiled for once.
     chosen = dataclasses.replace(
         study_settings, teacher_context="chunk", conversations=14, chunk_min_tokens=100, chunk_max_tokens=100
     )
-    return synthesise(talker, corpus_of(talker), directory, chosen, seed=5), directory, chosen
+    return synthesise(talker, corpus_of(talker), directory, chosen, seed=5).conversations, directory, chosen
 
 
 def corpus_of(model, corpus=DOCUMENT_ITSELF):
@@ -130,71 +133,6 @@ def test_bad_families_are_named(weights, words):
         family_sequence(weights, 4, np.random.default_rng(0))
 
 
-# What is kept of what A and B write
-
-
-@pytest.mark.parametrize(
-    ("text", "family", "usable"),
-    [
-        ("Who opens the door?", "qa", True), ("Who opens the door", "qa", False), ("Who opens?", "qa", False),
-        ("Why " + "so " * 17 + "late?", "qa", False), ("Why " + "so " * 16 + "late?", "qa", True),
-        ("Sum up the rules", "summarization", True), ("word " * 40, "generic", True), ("word " * 41, "generic", False),
-        ("", "generic", False), ("When does the bakery on Mill Lane open?", "qa", False),
-    ],
-)  # fmt: skip
-def test_fragments_essays_and_echoes_of_the_examples_are_not_used(text, family, usable):
-    assert is_usable(text.strip(), family) is usable
-
-
-@pytest.mark.parametrize(
-    ("message", "about"),
-    [
-        ("When is the hostel open in April?", True),
-        ("Where do I buy cheese?", False),
-        ("Which hostel?", True),
-        ("When does the hostel close and who has the key to its cellar?", False),
-        ("Is it?", False),
-        ("Does the HOSTEL'S season run to Octobers?", True),
-    ],
-)
-def test_a_message_is_about_a_sentence_when_it_shares_enough_content(message, about):
-    assert is_about(message, "The hostel is open from April to October.") is about
-
-
-def test_an_answer_degenerates_when_four_tokens_come_back_three_times():
-    once = [1, 2, 3, 4, 9]
-    assert not degenerates(once * 2) and degenerates(once * 3)
-    assert degenerates([7] * 6) and not degenerates([7] * 5) and not degenerates([])
-
-
-# A
-
-
-@pytest.mark.parametrize("style", ["completion", "chat"])
-def test_either_style_writes_usable_messages_that_depend_on_the_seed(talker, style):
-    sentences = corpus_of(talker).documents[0].sentences
-    requests = [Request("generic", i, s.text, i) for i, s in enumerate(sentences)]
-    prefix = sampling.prefill(talker, talker.chat.system_prefix(DOCUMENT).token_ids) if style == "chat" else None
-    author = Writer(talker, style=style, max_tokens=12, sampling_settings=sampling.Sampling(1.0))
-    texts = author.write(requests, prefix, seed=0)
-    assert len(texts) == len(requests)
-    written = [text for text in texts if text is not None]
-    assert len(written) >= 4 and all(is_usable(text, "generic") for text in written)
-    assert all("\n" not in text for text in written) or style == "chat"
-    assert author.write(requests, prefix, seed=0) == texts != author.write(requests, prefix, seed=1)
-
-
-def test_the_chat_style_reads_the_chunk(talker):
-    requests = [Request("generic", i, "x", 0) for i in range(8)]
-    author = Writer(talker, style="chat", max_tokens=12, sampling_settings=sampling.Sampling(1.0))
-    prefixes = [
-        sampling.prefill(talker, talker.chat.system_prefix(text).token_ids)
-        for text in (DOCUMENT[:60], DOCUMENT[60:120])
-    ]
-    one, other = (author.write(requests, prefix, seed=0) for prefix in prefixes)
-    assert one != other
-
-
 # The study
 
 
@@ -207,12 +145,12 @@ def test_the_stored_log_probabilities_are_those_of_one_forward_pass_of_the_teach
         user, assistant = conversation.messages
         begin, end = conversation.metadata["chunk_span"]
         chunk = text[offsets[begin][0] : offsets[end - 1][1]]
-        front = talker.chat.system_prefix(chunk).token_ids
-        front += talker.chat.render_continuation([{"role": "user", "content": user.content}]).token_ids
-        logits = sampling.logits(talker, front + assistant.token_ids).astype(np.float64)
+        prefix = talker.chat.system_prefix(chunk).token_ids
+        prefix += talker.chat.render_continuation([{"role": "user", "content": user.content}]).token_ids
+        logits = sampling.logits(talker, prefix + assistant.token_ids).astype(np.float64)
         logprobs = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
         logprobs -= logits.max(-1, keepdims=True)
-        expected = logprobs[len(front) - 1 : -1]
+        expected = logprobs[len(prefix) - 1 : -1]
         ids, stored = assistant.top_logprobs.dense()
         assert ids.shape == (len(assistant.token_ids), chosen.top_logprobs)
         np.testing.assert_allclose(stored, np.take_along_axis(expected, ids, axis=-1), atol=5e-4)
@@ -244,12 +182,12 @@ def test_every_conversation_says_where_it_came_from(talker, studied):
         assert (user.role, assistant.role) == ("user", "assistant")
         assert talker.tokenizer.decode(user.token_ids) == user.content
         assert talker.tokenizer.decode(assistant.token_ids) == assistant.content
-        assert not degenerates(assistant.token_ids)
+        assert not degenerates(assistant.token_ids, assistant.content)
     on_disk = [c for path in sorted(directory.glob("*.parquet")) for c in read_shard(path)]
     assert [c.metadata["id"] for c in on_disk[:14]] == [c.metadata["id"] for c in conversations]
 
 
-def test_the_same_seed_gives_the_same_shards_and_missing_ones_are_made_anew_the_same(talker, studied, tmp_path):
+def test_the_same_seed_gives_the_same_shards_and_missing_ones_are_regenerated_the_same(talker, studied, tmp_path):
     _, directory, chosen = studied
     before = contents(directory)
     assert len(before) > 1
@@ -263,27 +201,117 @@ def test_the_same_seed_gives_the_same_shards_and_missing_ones_are_made_anew_the_
 def test_with_the_whole_document_in_context_the_teacher_answers_otherwise_than_with_a_chunk(talker, studied, tmp_path):
     _, _, chosen = studied
     whole = dataclasses.replace(chosen, teacher_context="document", conversations=4)
-    (conversation, *_) = synthesise(talker, corpus_of(talker), tmp_path, whole, seed=5)
+    (conversation, *_) = synthesise(talker, corpus_of(talker), tmp_path, whole, seed=5).conversations
     user, assistant = conversation.messages
-    front = talker.chat.system_prefix(DOCUMENT_ITSELF.text).token_ids
-    front += talker.chat.render_continuation([{"role": "user", "content": user.content}]).token_ids
-    logits = sampling.logits(talker, front + assistant.token_ids).astype(np.float64)
+    prefix = talker.chat.system_prefix(DOCUMENT_ITSELF.text).token_ids
+    prefix += talker.chat.render_continuation([{"role": "user", "content": user.content}]).token_ids
+    logits = sampling.logits(talker, prefix + assistant.token_ids).astype(np.float64)
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     ids, stored = assistant.top_logprobs.dense()
-    expected = np.take_along_axis(logprobs[len(front) - 1 : -1], ids, axis=-1)
+    expected = np.take_along_axis(logprobs[len(prefix) - 1 : -1], ids, axis=-1)
     np.testing.assert_allclose(stored, expected, atol=5e-4)
     part = talker.chat.system_prefix(DOCUMENT_ITSELF.text[: len(DOCUMENT_ITSELF.text) // 2]).token_ids
     part += talker.chat.render_continuation([{"role": "user", "content": user.content}]).token_ids
-    behind_a_chunk = sampling.logits(talker, part + assistant.token_ids)[len(part) - 1 : -1]
-    assert not np.allclose(np.take_along_axis(behind_a_chunk, ids, axis=-1), expected, atol=5e-4)
+    after_a_chunk = sampling.logits(talker, part + assistant.token_ids)[len(part) - 1 : -1]
+    assert not np.allclose(np.take_along_axis(after_a_chunk, ids, axis=-1), expected, atol=5e-4)
 
 
-def test_a_model_that_writes_nothing_usable_is_told_of_after_a_bounded_effort(tiny_model, study_settings, tmp_path):
+def test_a_model_that_writes_nothing_usable_is_reported_after_a_bounded_effort(tiny_model, study_settings, tmp_path):
     """The random model ends no line with a question mark."""
     chosen = dataclasses.replace(study_settings, families={"qa": 1.0}, writer_max_tokens=3, conversations=12)
-    with pytest.raises(UserError, match="kept only [0-2] of 12 .*study.writer"):
+    with pytest.raises(UserError, match="kept only [0-2] of 12 .*(cut|question_mark) .*study.writer"):
         synthesise(tiny_model, corpus_of(tiny_model), tmp_path, chosen, seed=0)
     assert len(list(tmp_path.glob("*.parquet"))) == 4 * 2
+
+
+def test_every_written_message_is_a_conversation_or_is_counted_with_the_reason(
+    talker, studied, study_settings, tmp_path
+):
+    _, directory, chosen = studied
+    study = synthesise(talker, corpus_of(talker), directory, chosen, seed=5)
+    batches = len(list(directory.glob("*.parquet")))
+    assert study.written == {"generic": batches * chosen.requests_per_batch}
+    assert set(study.dropped["generic"]) <= {*chosen.filters, "cut", "empty", "too_long", "surplus"}
+    assert study.written["generic"] == len(study.conversations) + sum(study.dropped["generic"].values())
+    assert study.counts["conversations"] == study.counts["wanted"] == 14
+
+
+def test_a_resumed_study_counts_what_an_uninterrupted_one_counts(talker, studied, tmp_path):
+    _, directory, chosen = studied
+    whole = synthesise(talker, corpus_of(talker), directory, chosen, seed=5)
+
+    def stop_at_the_second_batch(done: int, wanted: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        synthesise(talker, corpus_of(talker), tmp_path, chosen, seed=5, on_progress=stop_at_the_second_batch)
+    assert len(list(tmp_path.glob("*.parquet"))) == 1
+    resumed = synthesise(talker, corpus_of(talker), tmp_path, chosen, seed=5)
+    assert resumed.counts == whole.counts
+    # A shard without its counts is regenerated, and damaged counts are named.
+    counts_path(tmp_path, 0).unlink()
+    assert synthesise(talker, corpus_of(talker), tmp_path, chosen, seed=5).counts == whole.counts
+    counts_path(tmp_path, 0).write_text("{}")
+    with pytest.raises(UserError, match="shard-00000.json is not a readable file of counts .* delete it and rerun"):
+        read_batch(tmp_path, 0)
+
+
+def test_a_message_that_reached_its_length_limit_is_no_prompt(talker, studied, tmp_path):
+    chosen = dataclasses.replace(studied[2], filters=(), conversations=10, writer_max_tokens=6)
+    study = synthesise(talker, corpus_of(talker), tmp_path, chosen, seed=5)
+    cut = study.dropped["generic"]["cut"]
+    assert cut > 0 and set(study.dropped["generic"]) <= {"cut", "empty", "too_long", "surplus"}
+    # The kept ones ended before the limit; a higher limit cuts fewer.
+    assert all(len(c.messages[0].token_ids) < 6 for c in study.conversations)
+    longer = dataclasses.replace(chosen, writer_max_tokens=12)
+    (tmp_path / "longer").mkdir()
+    again = synthesise(talker, corpus_of(talker), tmp_path / "longer", longer, seed=5)
+    assert again.dropped.get("generic", {}).get("cut", 0) / again.written["generic"] < cut / study.written["generic"]
+
+
+def test_a_study_that_falls_short_says_so_with_its_drops(talker, studied, monkeypatch, tmp_path):
+    monkeypatch.setattr("cartridges_jax.selfstudy.synthesis._SPARE", 1)
+    said = []
+    chosen = dataclasses.replace(studied[2], conversations=20, writer_max_tokens=6, filters=())
+    study = synthesise(talker, corpus_of(talker), tmp_path, chosen, seed=5, warn=said.append)
+    assert 5 <= len(study.conversations) < 20 == study.counts["wanted"]
+    (line,) = said
+    assert f"kept only {len(study.conversations)} of 20 conversations (20 messages written; dropped: " in line
+
+
+def test_an_unresolved_number_of_conversations_is_refused(talker, study_settings, tmp_path):
+    auto = dataclasses.replace(study_settings, conversations=0)
+    auto.check()
+    with pytest.raises(ValueError, match="conversations=0"):
+        synthesise(talker, corpus_of(talker), tmp_path, auto, seed=5)
+
+
+def test_the_streams_of_seeds_batches_and_purposes_do_not_coincide():
+    keys = [
+        (seed, batch, purpose, name)
+        for seed in range(8)
+        for batch in range(8)
+        for purpose in range(3)
+        for name in NAMES
+    ]
+    assert len({stream_seed(*key) for key in keys}) == len(keys)
+    assert all(0 <= stream_seed(*key) < 2**31 for key in keys)
+    one, other = (np.random.default_rng(stream(*key)).random(4) for key in ((0, 1, 2), (0, 2, 1)))
+    assert not np.allclose(one, other)
+
+
+def test_the_paper_drops_nothing_and_small_models_do():
+    SynthesisSettings().check()
+    PAPER.check()
+    assert PAPER.filters == () and set(SynthesisSettings().filters) == {
+        "length", "question_mark", "echo", "about", "duplicate", "repetition",
+    }  # fmt: skip
+    assert {name for name, weight in PAPER.families.items() if weight} == {
+        "structuring", "summarization", "question", "use_case", "creative",
+    }  # fmt: skip
+    with pytest.raises(UserError, match="study.filters has 'taste': choose among length"):
+        dataclasses.replace(PAPER, filters=("taste",)).check()
 
 
 def test_no_evaluation_question_reaches_what_a_or_b_read(talker_gguf, tmp_path, monkeypatch):
@@ -303,9 +331,9 @@ def test_no_evaluation_question_reaches_what_a_or_b_read(talker_gguf, tmp_path, 
         generate_tokens=recording(sampling.generate_tokens),
         prefill=recording(sampling.prefill),
         Sampling=sampling.Sampling,
+        Generation=sampling.Generation,
     )
-    monkeypatch.setattr(writer, "sampling", spied)
-    monkeypatch.setattr(synthesis, "sampling", spied)
+    monkeypatch.setattr(local_teacher, "sampling", spied)
 
     def stop(*args, **kwargs):
         raise UserError("studied enough")

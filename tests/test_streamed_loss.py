@@ -10,8 +10,9 @@ import pytest
 
 from cartridges_jax.cartridge import KVPrefix
 from cartridges_jax.data.packing import TrainBatch
+from cartridges_jax.distill.learner import CartridgeLearner
 from cartridges_jax.distill.loss import block_size, divergence_per_token
-from cartridges_jax.distill.step import cartridge_trainable, combine_cartridge, init_state, train_step
+from cartridges_jax.distill.step import init_state, train_step
 from cartridges_jax.models import ModelConfig
 from cartridges_jax.models.config import LayerKind
 from cartridges_jax.models.decoder import abstract_params
@@ -159,9 +160,10 @@ def step_memory(vocab_size):
     )  # fmt: skip
     slot = jax.ShapeDtypeStruct((num_layers, 1, slots, 32), jnp.float32)
     number = jax.ShapeDtypeStruct((slots,), jnp.int32)
-    prefix = KVPrefix(keys=slot, values=slot, positions=number, group=number, next_position=slots)
+    prefix = KVPrefix(keys=slot, values=slot, positions=number, next_position=jax.ShapeDtypeStruct((), jnp.int32))
     optimizer = optax.adam(1e-2)
-    state = jax.eval_shape(lambda front: init_state(cartridge_trainable(front), optimizer), prefix)
+    learner = CartridgeLearner()
+    state = jax.eval_shape(lambda start: init_state(learner.init(None, start)[1], optimizer), prefix)
 
     def array(dtype, *shape):
         return jax.ShapeDtypeStruct((1, *shape), dtype)
@@ -170,7 +172,7 @@ def step_memory(vocab_size):
     entry = array(jnp.float32, targets, k)
     batch = TrainBatch(token, token, token, batch, array(jnp.int32, targets, k), entry, array(jnp.float32, targets))
     compiled = train_step.lower(
-        config, optimizer, combine_cartridge, abstract_params(config), prefix,
+        config, optimizer, learner, abstract_params(config), prefix,
         jax.ShapeDtypeStruct((slots, 1), jnp.float32), state, batch,
     ).compile()  # fmt: skip
     return compiled.memory_analysis().temp_size_in_bytes, vocab_size * d_model * 4

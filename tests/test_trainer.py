@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +12,12 @@ from tiny import random_tokens
 
 from cartridges_jax import sampling
 from cartridges_jax.checkpoint import TrainCheckpoints
-from cartridges_jax.data.packing import Example, plan_packing
-from cartridges_jax.distill import trainer
-from cartridges_jax.distill.step import cartridge_trainable, init_state
-from cartridges_jax.distill.trainer import StopRequested, TrainSettings, heldout_loss, make_optimizer, train
+from cartridges_jax.data.examples import Example
+from cartridges_jax.data.packing import plan_packing
+from cartridges_jax.distill.learner import CartridgeLearner
+from cartridges_jax.distill.settings import TrainSettings, make_optimizer
+from cartridges_jax.distill.step import init_state
+from cartridges_jax.distill.trainer import StopRequested, heldout_loss, train
 from cartridges_jax.errors import UserError
 
 SETTINGS = TrainSettings(
@@ -26,17 +27,9 @@ SETTINGS = TrainSettings(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_optimizer_for_equal_settings():
-    """A new optimizer is a new program to compile; within this file equal settings share theirs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "make_optimizer", functools.cache(make_optimizer))
-        yield
-
-
 @pytest.fixture(scope="module")
 def task(tiny_model):
-    """(initial cartridge, examples, held-out examples): what the model says behind a text of 40 tokens."""
+    """(initial cartridge, examples, held-out examples): what the model predicts after a text of 40 tokens."""
     rng = np.random.default_rng(0)
     text = random_tokens(rng, tiny_model.config, 40).tolist()
     teacher = sampling.prefill(tiny_model, text)
@@ -58,7 +51,7 @@ def damaged(example):
 
 def run(model, task, directory, settings=SETTINGS, **changes):
     initial, examples, heldout = task
-    values = {"num_frozen": 1, "seed": 7} | changes
+    values = {"seed": 7} | changes
     return train(
         model, initial, values.pop("examples", examples), values.pop("heldout", heldout), settings, directory, **values
     )
@@ -97,9 +90,10 @@ def test_every_step_and_every_held_out_loss_is_recorded(uninterrupted):
 def test_the_recorded_held_out_loss_is_that_of_the_cartridge_handed_back(tiny_model, task, uninterrupted):
     result = uninterrupted[0]
     plan = plan_packing(task[2], num_steps=None, rows_per_step=1, row_tokens=48, micro_batches=1)
-    again = heldout_loss(tiny_model, task[0], cartridge_trainable(result.prefix), plan, "class")
+    learner = CartridgeLearner()
+    again = heldout_loss(tiny_model, learner, *learner.init(tiny_model, result.prefix), plan, "class")
     assert again == pytest.approx(result.history["heldout"][-1]["loss"], rel=1e-5)
-    untrained = heldout_loss(tiny_model, task[0], cartridge_trainable(task[0]), plan, "class")
+    untrained = heldout_loss(tiny_model, learner, *learner.init(tiny_model, task[0]), plan, "class")
     assert untrained == pytest.approx(result.history["heldout"][0]["loss"], rel=1e-5)
 
 
@@ -180,7 +174,7 @@ def test_a_step_with_a_loss_that_is_not_finite_is_refused_counted_and_passed_ove
 
 def restored(model, task, directory, settings):
     checkpoints = TrainCheckpoints(directory, settings.keep_checkpoints)
-    state = init_state(cartridge_trainable(task[0]), make_optimizer(settings))
+    state = init_state(CartridgeLearner().init(model, task[0])[1], make_optimizer(settings))
     found, extra = checkpoints.restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state))
     checkpoints.close()
     return found, extra
@@ -251,10 +245,18 @@ def test_a_gradient_above_the_clip_norm_is_scaled_to_it():
     np.testing.assert_allclose(first_moment, 0.1 * np.array([0.3, 0.4]), rtol=1e-5)
 
 
+def test_steps_that_are_auto_pass_the_check_and_are_refused_by_the_trainer(tiny_model, task, tmp_path):
+    settings = dataclasses.replace(SETTINGS, steps=0)
+    settings.check()
+    with pytest.raises(ValueError, match="steps=0 means auto"):
+        run(tiny_model, task, tmp_path / "new", settings)
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"steps": 0}, "train.steps=0"), ({"rows_per_step": 3, "micro_batches": 2}, "not divisible"),
+        ({"steps": -1}, "train.steps=-1"), ({"learner": "nothing"}, "train.learner='nothing': choose one of cartridge"), ({"rows_per_step": 3, "micro_batches": 2}, "not divisible"),
         ({"learning_rate": float("inf")}, "learning_rate=inf"), ({"final_fraction": 1.5}, "final_fraction=1.5"),
         ({"row_tokens": 10}, "raise train.row_tokens"),
     ],

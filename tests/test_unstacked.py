@@ -13,7 +13,7 @@ from cartridges_jax.models.unstacked import unstack_layers
 from cartridges_jax.parallel import make_mesh
 
 
-def test_layers_apart_are_views_of_the_stack(tiny_model):
+def test_unstacked_layers_are_views_of_the_stack(tiny_model):
     unstacked = unstack_layers(tiny_model.params, tiny_model.config)
     stack = tiny_model.params["layers"]["0"]["gate_proj"]
     begin = stack.unsafe_buffer_pointer()
@@ -35,14 +35,22 @@ def test_narrow_layers_are_views_too_and_decode_to_the_same_logits(tiny_gguf, rn
     np.testing.assert_allclose(unstacked, stacked, atol=0.02)
 
 
-def test_a_model_on_one_cpu_device_decodes_with_its_layers_apart(tiny_model):
-    assert tiny_model.decodes_unstacked and "layers" not in tiny_model.decode_params
-    assert "layers" in tiny_model.params
+def test_a_model_on_one_cpu_device_decodes_with_unstacked_layers(tiny_model, rng):
+    assert "layers" not in tiny_model.decode_params and "layers" in tiny_model.params
+    assert tiny_model.decoding_cache(2, 64).is_unstacked and not tiny_model.reading_cache(2, 64).is_unstacked
+    prefix = random_prefix(rng, tiny_model.config, 5)
+    unstacked = tiny_model.decoding_prefix(prefix)
+    assert isinstance(unstacked.keys, tuple)
+    # It is read with the stacked parameters, too.
+    tokens = random_tokens(rng, tiny_model.config, 1, 9)
+    np.testing.assert_array_equal(
+        run(tiny_model, tokens, prefix=unstacked)[0], run(tiny_model, tokens, prefix=prefix)[0]
+    )
 
 
 def test_on_a_mesh_layers_stay_stacked_even_if_it_has_one_device(tiny_gguf, tiny_model, rng):
     model = load_model(str(tiny_gguf), mesh=make_mesh("fsdp:-1", jax.devices()[:1]))
-    assert not model.decodes_unstacked
+    assert "layers" in model.decode_params and not model.decoding_cache(2, 64).is_unstacked
     prefix = random_prefix(rng, model.config, 5)
     found, expected = (
         sampling.generate_tokens(which, [[5, 6, 7], [8]], prefix, max_tokens=6, stop_ids=())

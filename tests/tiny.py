@@ -16,8 +16,7 @@ import gguf_files
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from peers import torch, transformers
 
 from cartridges_jax import cartridge
 from cartridges_jax.models import Decoder, Model, ModelConfig, lm_logits, load_model
@@ -186,10 +185,10 @@ def write_tiny_gguf(path: Path, *, seed: int = 0, **config) -> Path:
     return write_gguf(Path(path), config, gguf_tensors(random_weights(config, seed), config))
 
 
-def twin_of(weights: dict[str, np.ndarray], config: ModelConfig) -> LlamaForCausalLM:
+def twin_of(weights: dict[str, np.ndarray], config: ModelConfig) -> transformers.LlamaForCausalLM:
     """The same model in transformers, float32."""
-    twin = LlamaForCausalLM(
-        LlamaConfig(
+    twin = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
             num_hidden_layers=config.num_layers,
             hidden_size=config.d_model,
             num_attention_heads=config.num_heads,
@@ -215,9 +214,9 @@ class TinyPair(NamedTuple):
     """A model and its twin in transformers (float32; `double()` gives one that computes in float64)."""
 
     model: Model
-    twin: LlamaForCausalLM
+    twin: transformers.LlamaForCausalLM
 
-    def double(self) -> LlamaForCausalLM:
+    def double(self) -> transformers.LlamaForCausalLM:
         twin = copy.deepcopy(self.twin).double()
         twin.set_attn_implementation("sdpa")  # the eager one takes its softmax in float32
         return twin
@@ -238,19 +237,15 @@ def run(model: Model, tokens, *, positions=None, segment_ids=None, prefix=None, 
     """One forward pass of ours: (logits [B, T, V], cache, taps).
 
     Args:
-      tokens: [B, T]; positions start behind the prefix and the cache, all tokens are one segment, unless given.
+      tokens: [B, T]; positions continue after the cache, all tokens are one segment, unless given.
     """
     tokens = jnp.asarray(tokens, jnp.int32)
-    start = 0 if prefix is None else prefix.next_position
-    if positions is None:
-        lengths = jnp.zeros((tokens.shape[0],), jnp.int32) if cache is None else cache.lengths
-        positions = start + lengths[:, None] + jnp.arange(tokens.shape[1])
+    if positions is not None:
+        positions = jnp.asarray(positions, jnp.int32)
     if segment_ids is None:
         segment_ids = jnp.ones_like(tokens)
-    return _run(
-        model.config, model.params, tokens, jnp.asarray(positions, jnp.int32), jnp.asarray(segment_ids, jnp.int32),
-        prefix, cache, taps,
-    )  # fmt: skip
+    segment_ids = jnp.asarray(segment_ids, jnp.int32)
+    return _run(model.config, model.params, tokens, positions, segment_ids, prefix, cache, taps)
 
 
 def _forward(config, params, tokens, positions, segment_ids, prefix, cache, taps):
@@ -264,7 +259,7 @@ _run = jax.jit(_forward, static_argnums=(0, 7))
 
 
 def twin_run(
-    twin: PreTrainedModel, tokens, *, keys=None, values=None, start=None, mask=None, whole_mask=None
+    twin: transformers.PreTrainedModel, tokens, *, keys=None, values=None, start=None, mask=None, whole_mask=None
 ) -> torch.Tensor:
     """One row through transformers: logits [T, V].
 
@@ -278,7 +273,7 @@ def twin_run(
     dtype = twin.dtype
     cache, num_slots = None, 0
     if keys is not None:
-        cache, num_slots = DynamicCache(), keys.shape[2]
+        cache, num_slots = transformers.DynamicCache(), keys.shape[2]
         for layer in range(len(keys)):
             cache.update(_tensor(keys[layer], dtype)[None], _tensor(values[layer], dtype)[None], layer)
     tokens = torch.tensor(np.asarray(tokens), dtype=torch.long)
@@ -301,6 +296,11 @@ def random_prefix(rng: np.random.Generator, config: ModelConfig, num_slots: int,
     shape = (config.num_layers, config.num_kv_heads, num_slots, config.head_dim)
     keys, values = (jnp.asarray(scale * rng.standard_normal(shape), jnp.float32) for _ in range(2))
     return cartridge.from_plain_tokens(keys, values)
+
+
+def at_position(prefix: cartridge.KVPrefix, next_position: int) -> cartridge.KVPrefix:
+    """The prefix with another position of the first token after it."""
+    return prefix.replace(next_position=jnp.asarray(next_position, jnp.int32))
 
 
 def random_tokens(rng: np.random.Generator, config: ModelConfig, *shape: int) -> np.ndarray:

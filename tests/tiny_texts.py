@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import chat_templates
+from peers import transformers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as FastTokenizer
-from transformers import PreTrainedTokenizerFast
 
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 HEADERS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -123,10 +123,10 @@ def tiny_tokenizer(kind: str, control: list[str]) -> FastTokenizer:
     return tokenizer
 
 
-def save_tokenizer(name: str, directory: Path) -> PreTrainedTokenizerFast:
+def save_tokenizer(name: str, directory: Path) -> transformers.PreTrainedTokenizerFast:
     """Writes a family's tokenizer and template into a directory, and returns transformers' view of them."""
     family = FAMILIES[name]
-    theirs = PreTrainedTokenizerFast(
+    theirs = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tiny_tokenizer(family.kind, family.control),
         bos_token=None if family.bos is None else family.control[family.bos],
         eos_token=family.control[family.eos],

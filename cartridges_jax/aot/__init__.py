@@ -1,6 +1,6 @@
-"""Before a machine is paid for: whether a job fits it, what bounds it, which mesh is best.
+"""Compilation of a run's programs ahead of time, for hardware that you do not have.
 
-The very programs that a run starts (train step, prefill, decode) are compiled for devices that
-are not there, from shapes alone; what the compiler says of memory and of what is sent is set
-beside an analytic count of the arithmetic and the published figures of the hardware.
+The functions that a run starts (train step, prefill, decode) are compiled from shapes alone. The
+compiler's memory and collectives, an analytic count of the arithmetic and the published figures of
+the hardware give the answers: does the run fit, what bounds it, which mesh is best.
 """

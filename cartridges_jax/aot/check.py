@@ -1,4 +1,4 @@
-"""One program on one mesh of a topology: compiled, weighed, and put in a line."""
+"""One program compiled for one mesh of a topology: its memory, collectives and least time."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ from cartridges_jax.sampling.engine import STEPS_PER_DISPATCH
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """What is known of a program before it runs.
+    """A compiled program: memory, collectives and least time.
 
     Attributes:
-      mesh: of the run.
-      num_devices: that the program runs on, all of the mesh's or those of a part of it.
-      micro_batches: of a train step.
-      bytes_per_device: at the peak.
-      sent: its collectives; None where it does not fit, so that there is no program.
-      flops_per_device: analytic.
+      program: one of `programs.PROGRAMS`.
+      topology: the devices compiled for.
+      mesh: the run's mesh, as `parallel.make_mesh` takes it.
+      num_devices: devices that the program runs on, all of the mesh's or those of a part of it.
+      micro_batches: number of micro-batches of a train step.
+      bytes_per_device: peak memory.
+      sent: its collectives; None if the program does not fit, because the compiler then gives no program.
+      flops_per_device: analytic count.
       roofline: the least seconds; without the network's where `sent` is None.
-      compile_seconds: tracing included.
+      compile_seconds: seconds of tracing and compilation.
     """
 
     program: str
@@ -50,11 +52,11 @@ class Check:
 
     @property
     def collective_bytes(self) -> float | None:
-        """What a device sends in one run of the program."""
+        """Bytes that a device sends in one run of the program."""
         return None if self.sent is None else sum(one.times * one.sent for one in self.sent)
 
     def record(self) -> dict[str, Any]:
-        """The line that is printed as JSON."""
+        """The fields of the JSON line."""
         counts = None
         if self.sent is not None:
             counts = collections.Counter()
@@ -75,21 +77,21 @@ class Check:
             "compile_seconds": round(self.compile_seconds, 1),
         }
         if self.topology.stand_in:
-            found["compiled_for"] = "cpu: memory and collectives are those of CPU devices in the GPUs' place"
+            found["compiled_for"] = "cpu: memory and collectives are those of CPU devices instead of GPUs"
         return found
 
 
 def check(program: str, workload: Workload, topology: Topology, mesh: Mesh) -> Check:
-    """Compiles and weighs.
+    """Compiles a program and measures it.
 
     Raises:
-      UserError: rows that the mesh does not divide, or a mesh that divides nothing of the model.
+      UserError: the mesh does not divide the rows, or divides no part of the model.
     """
     part = mesh_of_program(program, mesh)
     compiled = compile_program(program, workload, as_own_slice(part, topology))
     sent = None
     if compiled.text:
-        # A dispatch decodes so many tokens; every other loop says itself how often it runs.
+        # A dispatch decodes this many tokens; the HLO states the length of every other loop.
         sent = hlo.collectives(compiled.text, trips_of_open_loops=STEPS_PER_DISPATCH if program == "decode" else None)
     return Check(
         program=program,
@@ -106,12 +108,12 @@ def check(program: str, workload: Workload, topology: Topology, mesh: Mesh) -> C
 
 
 def mesh_line(mesh: Mesh) -> str:
-    """As `parallel.make_mesh` takes it, without axes of one device."""
+    """The text of a mesh that `parallel.make_mesh` takes, without axes of one device."""
     return ",".join(f"{axis}:{size}" for axis, size in mesh.shape.items() if size > 1) or "data:1"
 
 
 def mesh_of(line: str, topology: Topology) -> Mesh:
-    """The mesh that a line describes on all devices of a topology; without a line, rows over all of them.
+    """The mesh that a text describes on all devices of a topology; for an empty text, `data` over all of them.
 
     Raises:
       UserError: as `parallel.make_mesh`.
@@ -120,7 +122,10 @@ def mesh_of(line: str, topology: Topology) -> Mesh:
 
 
 def with_micro_batches(workload: Workload, parts: int) -> Workload:
-    """The workload with as many micro-batches as it asks for, or fewer where a mesh's parts leave fewer rows to each.
+    """The workload with its micro-batches, or fewer if the mesh's parts have fewer rows each.
+
+    Args:
+      parts: number of parts that a mesh splits the rows into.
 
     Raises:
       UserError: the rows of a step do not divide into the parts.

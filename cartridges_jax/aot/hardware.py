@@ -1,6 +1,6 @@
-"""What the accelerators can do, as their makers publish it.
+"""Published figures of the accelerators.
 
-Bandwidths here are of one direction: what a chip can send while it receives as much.
+Bandwidths count one direction: the bytes that a chip can send while it receives as many.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ class Chip:
     """One accelerator.
 
     Attributes:
-      name: as it stands before the colon of a topology.
-      platform: what JAX calls its kind.
+      name: the part of a topology's name before the colon.
+      platform: JAX's name of its kind.
       flops: bfloat16 operations a second with float32 sums, dense.
-      memory_bytes: what a program may use of its memory.
+      memory_bytes: memory that a program may use.
       memory_bandwidth: bytes a second.
       link_bandwidth: bytes a second that it sends in a ring of neighbours.
-      ring: chips along an axis that wraps around, or a multiple; a shorter axis is a line.
-      dimensions: of the grid that these links make of the devices.
-      max_devices: in the largest group that they connect.
-      node_devices: how many share a host's network cards; 0 where links leave the host too.
+      ring: number of chips along an axis at which it wraps around (any multiple of it too); a shorter axis is a line.
+      dimensions: dimensions of the grid of devices that these links form.
+      max_devices: size of the largest group that they connect.
+      node_devices: devices that share a host's network cards; 0 if the links leave the host.
       network_bandwidth: bytes a second and device between such hosts.
-      source: where the figures come from.
+      source: URL of the figures.
     """
 
     name: str
@@ -92,7 +92,7 @@ H100 = Chip(
     name="h100",
     platform="cuda",
     flops=989.4 * TB,
-    memory_bytes=0.92 * 84_929_347_584,  # what launch/slurm.sbatch lets JAX take of what the driver reports of 80 GiB
+    memory_bytes=0.92 * 84_929_347_584,  # launch/slurm.sbatch gives JAX this share of the bytes that the driver reports
     memory_bandwidth=3350 * GB,
     link_bandwidth=900 * GB / 2,
     ring=1,

@@ -1,8 +1,8 @@
-"""What a compiled program sends, read from its HLO text.
+"""The collectives of a compiled program, read from its HLO text.
 
-A program is computations that call each other; a loop's body runs as often as the loop, so
-its collectives count as often. XLA writes the number of iterations beside most loops; of a
-loop that ends by what it computes (a decode step when all rows have ended), the caller says it.
+A program consists of computations that call each other. A collective in a loop's body counts once for
+every iteration. XLA writes the number of iterations beside most loops; for a loop whose end depends on
+its data (decoding stops when all rows have ended), the caller passes it.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Collective(NamedTuple):
       kind: one of `KINDS`.
       arrays: (dtype, shape) of its results on one device.
       groups: the devices that exchange among themselves.
-      times: how often it runs in one run of the program.
-      depth: in how many loops it stands.
+      times: number of times that it runs in one run of the program.
+      depth: number of loops around it.
       sent: bytes that a device sends each time, in a ring.
     """
 
@@ -61,11 +61,11 @@ def collectives(text: str, *, trips_of_open_loops: int | None = None) -> list[Co
     """All collectives that a program runs.
 
     Args:
-      text: of a compiled program (`jax.stages.Compiled.as_text`).
-      trips_of_open_loops: how often a loop runs that says nothing of it; None if none should send anything.
+      text: a compiled program (`jax.stages.Compiled.as_text`).
+      trips_of_open_loops: iterations of loops whose number the text does not state; None if no such loop may send.
 
     Raises:
-      ValueError: a loop that sends, of which nobody says how often it runs.
+      ValueError: a loop with a collective whose number of iterations is unknown.
     """
     computations, entry = _read(text)
     number = _number_of_devices(text)
@@ -77,8 +77,8 @@ def collectives(text: str, *, trips_of_open_loops: int | None = None) -> list[Co
             if kind in KINDS:
                 if times is None:
                     raise ValueError(
-                        f"{instruction.name} ({kind}) is sent in a loop of which the program does not say how often it "
-                        "runs, and nothing was said of it here (trips_of_open_loops)"
+                        f"{instruction.name} ({kind}) is sent in a loop whose number of iterations the program does not "
+                        "state: pass trips_of_open_loops"
                     )
                 found.append(_collective(instruction, kind, number, times, depth, scattered))
             if instruction.opcode == "while":
@@ -88,7 +88,7 @@ def collectives(text: str, *, trips_of_open_loops: int | None = None) -> list[Co
                     visit(called, None if None in (times, trips) else times * trips, depth + 1, False)
             elif kind not in KINDS and not kind.endswith(("-done", "-update")):
                 for called in _called(instruction):
-                    # What a TPU's compiler makes of a reduce-scatter: an all-reduce and a slice in one.
+                    # The TPU compiler fuses a reduce-scatter from an all-reduce and a slice.
                     visit(called, times, depth, scattered or "all-reduce-scatter" in called)
 
     visit(entry, 1, 0, False)
@@ -116,7 +116,7 @@ def _called(instruction: _Instruction) -> Iterator[str]:
 
 
 def _trips(loop: _Instruction, computations: dict[str, list[_Instruction]]) -> int | None:
-    """How often a loop runs: as XLA says, or by the constant that its counter is compared with."""
+    """The iterations of a loop, as XLA states them or by the constant that its counter is compared with."""
     if known := _TRIPS.search(loop.rest):
         return int(known[1])
     condition = re.search(r"\bcondition=%?([\w.\-]+)", loop.rest)
@@ -133,7 +133,7 @@ def _collective(
 ) -> Collective:
     arrays = _arrays(instruction.type)
     if instruction.opcode.endswith("-start"):
-        # Operands, results, and of a permute two counters.
+        # Operands and results; a permute has two counters too.
         if kind == "collective-permute":
             arrays = arrays[1:2]
         elif kind != "all-reduce":
@@ -171,10 +171,10 @@ def _number_of_devices(text: str) -> int:
 
 
 def _groups(rest: str, number: int) -> tuple[tuple[int, ...], ...]:
-    """The devices' numbers; XLA writes them in three ways.
+    """The devices' numbers, which XLA writes in three notations.
 
-    {{0,4},{1,5},{2,6},{3,7}}                                       as they are
-    [4,2]<=[2,4]T(1,0)                                              rows of a range that is transposed
+    {{0,4},{1,5},{2,6},{3,7}}                                       lists
+    [4,2]<=[2,4]T(1,0)                                              rows of a transposed range
     mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}               along axes of a mesh of such a range
     """
     if pairs := re.search(r"source_target_pairs=\{(.*?\})\}", rest):
@@ -192,7 +192,7 @@ def _groups(rest: str, number: int) -> tuple[tuple[int, ...], ...]:
         )
     if "replica_groups={}" in rest:
         return (tuple(range(number)),)
-    raise ValueError(f"groups of devices in a notation that is not known here: {rest[:300]}")
+    raise ValueError(f"unknown notation of groups of devices: {rest[:300]}")
 
 
 def _range(shape: str, order: str | None) -> tuple[list[int], list[int]]:

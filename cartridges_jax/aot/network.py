@@ -1,10 +1,10 @@
-"""How long devices send: what each of them sends in a collective, over the links that its group has.
+"""An estimate of the time that collectives take on the links of a topology.
 
-An estimate, and rather of the least time. A TPU's group that fills a box of its slice is taken to use all links inside
-it, as fast as its worst connected member can: of an axis that it goes round in a ring a member has two links, at the end
-of a line one. So a row of a v5e 4x4 has one, the whole slice, and a block of 2x2, two, a row of 16 two (it wraps around),
-and all of a 16x16 four. A group that is no box has one. Where groups of one collective have strides, and so share links,
-that costs nothing here.
+The estimate is a lower bound rather than a mean. A TPU group that fills a box of its slice uses all links inside the box,
+at the speed of its worst connected member: along an axis that wraps around a member has two links, at the end of a line
+one. So a row of a v5e 4x4 has one link, the whole slice or a block of 2x2 has two, a row of 16 two (it wraps around), and
+all of a 16x16 four. A group that is not a box has one. Groups of one collective that have strides share links; the
+estimate ignores this.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from cartridges_jax.aot.topology import Topology
 
 @dataclasses.dataclass(frozen=True)
 class Links:
-    """Where a program's devices lie.
+    """The places of a program's devices in a slice.
 
     Attributes:
-      chip: of all of them.
-      shape: of the slice, or the number of GPUs.
-      places: in it, by a device's number in the program.
+      chip: the kind of all devices.
+      shape: shape of the slice, or the number of GPUs.
+      places: coordinates in it, by a device's number in the program.
     """
 
     chip: Chip
@@ -36,14 +36,17 @@ class Links:
 
     @property
     def wraps(self) -> tuple[bool, ...]:
-        """Which axes of the slice close to a ring."""
+        """For every axis of the slice, true if it closes to a ring."""
         whole = [size % self.chip.ring == 0 for size in self.shape]
-        # The cubes of which a three-dimensional slice is made are joined at all of their sides or at none.
+        # The cubes of a three-dimensional slice are joined at all of their sides or at none.
         return tuple(whole) if self.chip.dimensions < 3 else (all(whole),) * len(whole)
 
 
 def links_of(topology: Topology, mesh: Mesh) -> Links:
-    """Of a program on a mesh of a topology's devices. GPUs are numbered through, node by node."""
+    """The links of a program on a mesh of a topology's devices.
+
+    GPUs are numbered through, node by node.
+    """
     if topology.chip.platform == "tpu":
         places = [tuple(device.coords[: len(topology.shape)]) for device in mesh.devices.flat]
     else:
@@ -53,7 +56,7 @@ def links_of(topology: Topology, mesh: Mesh) -> Links:
 
 
 def network_seconds(sent: Iterable[Collective], links: Links) -> float:
-    """One collective after the other, each as slow as the slowest of its groups."""
+    """Seconds of one collective after the other, each as slow as the slowest of its groups."""
     total = 0.0
     for one in sent:
         groups = [group for group in one.groups if len(set(group)) > 1]
@@ -80,5 +83,5 @@ def _bandwidth(group: Sequence[int], links: Links) -> float:
 
 
 def _ports(side: int, size: int, wraps: bool) -> int:
-    """Links of the worst connected one of so many chips along an axis."""
+    """Links of the worst connected chip of `side` chips along an axis of `size`."""
     return 0 if side == 1 else 2 if wraps and side == size else 1

@@ -1,4 +1,4 @@
-"""The programs of a run, compiled from shapes: the very functions that the trainer and the engine start."""
+"""The programs of a run, compiled from shapes: the same functions that the trainer and the engine start."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ from jax.sharding import Mesh
 from cartridges_jax.aot import inputs
 from cartridges_jax.aot.workload import Workload
 from cartridges_jax.data.packing import check_rows
+from cartridges_jax.distill.settings import make_optimizer
 from cartridges_jax.distill.sharding import step_on_mesh
-from cartridges_jax.distill.step import combine_cartridge
-from cartridges_jax.distill.trainer import make_optimizer
 from cartridges_jax.parallel import independent_parts, row_parts
-from cartridges_jax.sampling import programs
-from cartridges_jax.sampling.buckets import READ_CHUNK, prompt_bucket, read_rows, round_up, slot_bucket
+from cartridges_jax.sampling import decoding, reading
+from cartridges_jax.sampling.buckets import READ_CHUNK, prompt_bucket, read_rows, slot_bucket
 from cartridges_jax.sampling.engine import STEPS_PER_DISPATCH, TOKENS_PER_READ
-from cartridges_jax.sampling.prefill import CHUNK, read_tokens
+from cartridges_jax.sampling.prefill import chunk_shape
 from cartridges_jax.sampling.select import GREEDY, Choice
 
-# The last is compiled only where it is asked for: evaluation's read of the whole text, which a run may do without.
+# The last, evaluation's read of the whole text, is compiled only on request: not every run evaluates.
 PROGRAMS = ("train", "prefill", "decode", "icl")
 DEFAULT_PROGRAMS = PROGRAMS[:-1]
 # A jitted function, its arguments, and those by name.
@@ -37,13 +36,12 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What a compiler made of a program.
+    """The compiler's result for a program.
 
     Attributes:
-      text: the partitioned program in HLO; "" where the compiler gave up because it
-        does not fit.
-      bytes_per_device: at the peak, of everything that is live.
-      seconds: that compiling took, tracing included.
+      text: the partitioned program in HLO; "" if the compiler gave up because it does not fit.
+      bytes_per_device: peak bytes of everything that is live.
+      seconds: seconds of tracing and compilation.
     """
 
     text: str
@@ -55,7 +53,7 @@ def compile_program(program: str, workload: Workload, mesh: Mesh) -> Compiled:
     """Compiles one of `PROGRAMS`.
 
     Raises:
-      UserError: rows that the mesh does not divide, or a mesh that divides nothing of the model.
+      UserError: the mesh does not divide the rows, or divides no part of the model.
     """
     begin = time.perf_counter()
     function, arguments, options = _CALLS[program](workload, mesh)
@@ -74,7 +72,10 @@ def compile_program(program: str, workload: Workload, mesh: Mesh) -> Compiled:
 
 @contextlib.contextmanager
 def compilation_cache_off() -> Iterator[None]:
-    """What is compiled for devices that are not there cannot be loaded again, and its seconds are to be told."""
+    """Turns the persistent compilation cache off.
+
+    A program for absent devices cannot be loaded from it, and a hit would hide the seconds of compilation.
+    """
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     # JAX asks once in a process whether there is a cache.
@@ -87,7 +88,7 @@ def compilation_cache_off() -> Iterator[None]:
 
 
 def _needed(message: str, arguments: Any) -> int | None:
-    """The bytes of a program, from a compiler's refusal; it may count all of them or what comes beside the arguments."""
+    """The bytes that a compiler's error states: those of the whole program, or those beside its arguments."""
     if found := re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message):
         return int(float(found[1]) * _UNITS[found[2]])
     if found := re.search(r"required for HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds", message):
@@ -101,7 +102,7 @@ def _shard_bytes(leaf: Any) -> int:
 
 
 def _peak(memory: jax.stages.CompiledMemoryStats) -> int:
-    """Donated arguments are counted once: results take their place."""
+    """Peak bytes, donated arguments counted once because results take their place."""
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return max(memory.peak_memory_in_bytes, held + memory.temp_size_in_bytes)
 
@@ -110,19 +111,19 @@ def _train(workload: Workload, mesh: Mesh) -> _Call:
     check_rows(workload.train.rows_per_step, workload.train.micro_batches, row_parts(mesh))
     params, frozen, state = inputs.params(workload, mesh), inputs.frozen(workload, mesh), inputs.state(workload, mesh)
     step = step_on_mesh(
-        workload.config, make_optimizer(workload.train), combine_cartridge, mesh, params, frozen, state,
+        workload.config, make_optimizer(workload.train), inputs.learner(workload), mesh, params, frozen, state,
         tail=workload.train.tail, remat=workload.train.remat,
     )  # fmt: skip
     return step, (params, frozen, inputs.mask(workload, mesh), state, inputs.batch(workload, mesh)), {}
 
 
 def mesh_of_program(program: str, mesh: Mesh) -> Mesh:
-    """Where a program of a run on a mesh runs: self-study's hosts decode side by side, each on its part."""
+    """The part of a run's mesh that a program uses: self-study's hosts decode independently, each on its part."""
     return independent_parts(mesh)[0] if program in ("prefill", "decode") else mesh
 
 
 def prefill_shape(workload: Workload) -> tuple[int, int, int]:
-    """(rows, tokens of a chunk, slots) of the prompts that are read together."""
+    """Rows, tokens of a chunk, and slots of the prompts that are read together."""
     width = prompt_bucket(workload.prompt_tokens)
     tokens = min(width, READ_CHUNK)
     return read_rows(max(1, TOKENS_PER_READ // tokens)), tokens, slot_bucket(width)
@@ -132,32 +133,31 @@ def _prefill(workload: Workload, mesh: Mesh) -> _Call:
     num_rows, num_tokens, num_slots = prefill_shape(workload)
     chunk = inputs.chunk(mesh, num_rows, num_tokens)
     arguments = (
-        workload.config, inputs.params(workload, mesh), inputs.front(workload, mesh),
+        workload.config, inputs.params(workload, mesh), inputs.resident_prefix(workload, mesh),
         inputs.reading_cache(workload, mesh, num_rows, num_slots), inputs.last_hidden(workload, mesh, num_rows), chunk, chunk,
     )  # fmt: skip
-    return programs.read_chunk, arguments, {}
+    return reading.read_chunk, arguments, {}
 
 
 def _decode(workload: Workload, mesh: Mesh) -> _Call:
     arguments = (
-        workload.config, inputs.params(workload, mesh), inputs.front(workload, mesh), inputs.decode_state(workload, mesh),
+        workload.config, inputs.params(workload, mesh), inputs.resident_prefix(workload, mesh), inputs.decode_state(workload, mesh),
         inputs.decode_rows(workload, mesh), inputs.enough(mesh),
     )  # fmt: skip
     options = {"choice": Choice.of([GREEDY]), "num_top": workload.top_logprobs, "num_steps": STEPS_PER_DISPATCH}
-    return programs.decode, arguments, options
+    return decoding.decode, arguments, options
 
 
 def icl_shape(workload: Workload) -> tuple[int, int]:
-    """(tokens of a chunk, slots) of the whole text as it is read in one row."""
-    size = min(CHUNK, round_up(workload.icl_tokens, 64))
-    return size, round_up(workload.icl_tokens, size)
+    """Tokens of a chunk, and slots, of the whole text that is read in one row."""
+    return chunk_shape(workload.icl_tokens)
 
 
 def _icl(workload: Workload, mesh: Mesh) -> _Call:
     num_tokens, num_slots = icl_shape(workload)
     chunk = inputs.chunk(mesh, 1, num_tokens)
     cache = inputs.reading_cache(workload, mesh, 1, num_slots)
-    return read_tokens, (workload.config, inputs.params(workload, mesh), None, cache, chunk, chunk), {}
+    return reading.read_tokens, (workload.config, inputs.params(workload, mesh), None, cache, chunk, chunk), {}
 
 
 _CALLS = {"train": _train, "prefill": _prefill, "decode": _decode, "icl": _icl}

@@ -1,4 +1,4 @@
-"""The least time that a device needs: for its arithmetic, for its memory, for what it sends.
+"""The least time that a device needs for arithmetic, memory traffic and collectives.
 
 The three are assumed to overlap fully, so the longest of them bounds the program.
 """
@@ -34,7 +34,7 @@ from cartridges_jax.sampling.engine import STEPS_PER_DISPATCH
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Seconds that each of the three takes."""
+    """Seconds of arithmetic, memory traffic and collectives."""
 
     compute: float
     memory: float
@@ -62,7 +62,7 @@ def roofline(program: str, workload: Workload, mesh: Mesh, topology: Topology, s
 
 
 def total_work(program: str, workload: Workload) -> Work:
-    """Operations of a program on all devices, those of layers that run again for the backward pass included."""
+    """Operations of a program on all devices, including layers that are recomputed for the backward pass."""
     config, settings = workload.config, workload.train
     if program == "train":
         rows = settings.rows_per_step
@@ -75,18 +75,18 @@ def total_work(program: str, workload: Workload) -> Work:
         )
     if program == "prefill":
         num_rows, tokens, _ = prefill_shape(workload)
-        return forward_work(config, num_rows * tokens, 0, num_rows * keys_seen([tokens], workload.front_slots))
+        return forward_work(config, num_rows * tokens, 0, num_rows * keys_seen([tokens], workload.prefix_slots))
     if program == "icl":
-        # The last chunk, which sees the most.
+        # The last chunk attends to the most keys.
         tokens, num_slots = icl_shape(workload)
         return forward_work(config, tokens, 0, keys_seen([tokens], num_slots - tokens))
-    num_rows = workload.pod.decode_rows
-    step = forward_work(config, num_rows, num_rows, num_rows * (workload.front_slots + workload.own_slots))
+    num_rows = workload.decode_rows
+    step = forward_work(config, num_rows, num_rows, num_rows * (workload.prefix_slots + workload.own_slots))
     return Work(*(STEPS_PER_DISPATCH * part for part in step))
 
 
 def flops_per_device(program: str, workload: Workload, mesh: Mesh) -> float:
-    """What the mesh does not divide, every device does in full."""
+    """Operations of one device; every device does in full what the mesh does not divide."""
     work, config = total_work(program, workload), workload.config
     by_layer = (
         work.heads / parts_on(mesh, "kv_heads", config.num_kv_heads)
@@ -100,7 +100,7 @@ def _row_parts(program: str, workload: Workload, mesh: Mesh) -> int:
     num_rows = {
         "train": workload.train.rows_per_step // workload.train.micro_batches,
         "prefill": prefill_shape(workload)[0],
-        "decode": workload.pod.decode_rows,
+        "decode": workload.decode_rows,
         "icl": 1,
     }[program]
     return parts_on(mesh, "rows", num_rows)
@@ -110,9 +110,9 @@ def _row_parts(program: str, workload: Workload, mesh: Mesh) -> int:
 
 
 def memory_bytes(program: str, workload: Workload, mesh: Mesh) -> float:
-    """Bytes that a device at least reads and writes: weights, prefix, caches, and the optimizer's state.
+    """The least bytes that a device reads and writes: weights, prefix, caches, and the optimizer's state.
 
-    Activations are not counted: what of them leaves the chip is the compiler's to decide.
+    Activations are not counted: the compiler decides which of them leave the chip.
     """
     weights = _weight_bytes(workload, mesh)
     per_slot = kv_bytes_per_token(workload.config, DTYPES[workload.dtype]) / parts_on(
@@ -120,8 +120,8 @@ def memory_bytes(program: str, workload: Workload, mesh: Mesh) -> float:
     )
     by_rows = _row_parts(program, workload, mesh)
     if program == "train":
-        # Every micro-batch passes forward, perhaps once more, and backward. The optimizer reads and
-        # writes the slots and its two moments, in float32.
+        # Every micro-batch passes forward, again if layers are recomputed, and backward. The optimizer reads
+        # and writes the slots and its two moments, in float32.
         passes = workload.train.micro_batches * (2 + workload.train.remat)
         state = 3 * 2 * kv_bytes_per_token(workload.config, "float32") * workload.num_slots
         split = parts_on(mesh, "kv_heads", workload.config.num_kv_heads) * parts_on(
@@ -130,15 +130,15 @@ def memory_bytes(program: str, workload: Workload, mesh: Mesh) -> float:
         return passes * (weights + per_slot * workload.num_slots) + state / split
     if program == "icl":
         return weights + per_slot * icl_shape(workload)[1]
-    prefix = per_slot * workload.front_slots
+    prefix = per_slot * workload.prefix_slots
     if program == "prefill":
         num_rows, _, num_slots = prefill_shape(workload)
         return weights + prefix + per_slot * num_slots * num_rows / by_rows
-    return STEPS_PER_DISPATCH * (weights + prefix + per_slot * workload.own_slots * workload.pod.decode_rows / by_rows)
+    return STEPS_PER_DISPATCH * (weights + prefix + per_slot * workload.own_slots * workload.decode_rows / by_rows)
 
 
 def _weight_bytes(workload: Workload, mesh: Mesh) -> float:
-    """What a device reads of the weights in one pass: its tensor part, whether or not fsdp gathers it first."""
+    """Bytes of weights that a device reads in one pass: its tensor part, after fsdp's gathering if there is one."""
     read = weights_read(workload.config, inputs.params(workload, mesh))
     return sum(_bytes_in_use(leaf, mesh) for leaf in jax.tree.leaves(read))
 

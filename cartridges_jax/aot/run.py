@@ -1,4 +1,4 @@
-"""What `launch/aot.py` does."""
+"""The ahead-of-time check of a run: compiles its programs and prints tables and JSON lines."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from cartridges_jax.errors import UserError
 
 
 def run(workload: Workload, *, programs: Sequence[str] = (), sweep: bool = False, scaling: bool = False) -> list[Check]:
-    """Compiles a workload's programs and prints what comes of it, one JSON line for each at the end.
+    """Compiles a workload's programs, prints a table, then one JSON line for each program.
 
     Args:
-      programs: of `PROGRAMS`; `DEFAULT_PROGRAMS` if none are named.
-      sweep: tries all meshes of the topology; the lines are those of each program's best.
+      programs: members of `PROGRAMS`; `DEFAULT_PROGRAMS` if empty.
+      sweep: tries all meshes of the topology; the JSON lines are those of each program's best mesh.
       scaling: projects the train step from 1 to 512 chips of the topology's kind instead.
 
     Raises:
-      UserError: an unknown program or topology, or a mesh that does not suit it.
+      UserError: an unknown program or topology, or a mesh that does not fit it.
     """
     programs = programs or DEFAULT_PROGRAMS
     for program in programs:
         if program not in PROGRAMS:
             raise UserError(f"there is no program {program!r}: choose from {', '.join(PROGRAMS)}")
-    topology = find(workload.pod.topology)
+    topology = find(workload.topology)
     if topology.stand_in:
-        _say("the compiler for GPUs is not installed: CPU devices stand in, and say nothing of a GPU's memory")
+        _say("the compiler for GPUs is not installed: compiling for CPU devices instead, whose memory is not a GPU's")
     if scaling:
         print(
             scaling_table(
@@ -50,7 +50,8 @@ def run(workload: Workload, *, programs: Sequence[str] = (), sweep: bool = False
         print(checks_table(checks))
     if sweep or "decode" in programs:
         print(
-            f"\nDecoding behind {workload.num_slots:,} slots or {workload.context_tokens:,} tokens, {workload.own_slots} their own:\n"
+            f"\nDecoding after {workload.num_slots:,} slots or {workload.visible_tokens:,} tokens of text, with "
+            f"{workload.own_slots} slots for each conversation:\n"
         )
         print(throughput_table(workload))
     print()

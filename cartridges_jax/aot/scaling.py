@@ -1,4 +1,4 @@
-"""From one chip to 512: what each layout of a train step takes, and where it stops to pay."""
+"""Scaling of a train step from one chip to 512: memory and time of each layout, and where it stops to pay."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cartridges_jax.errors import UserError
 from cartridges_jax.parallel import row_parts
 
 SIZES = tuple(2**power for power in range(10))
-# What part of the devices' gain is still a gain.
+# Below this efficiency more devices no longer pay.
 _WORTH = 0.5
 
 
@@ -37,11 +37,13 @@ class Point:
     """One layout on one number of devices.
 
     Attributes:
-      check: what the compiled step takes; None where there is none.
-      stops: why there is nothing to gain here, or no program; "" if there is. More devices may still help one that does
-        not fit.
-      efficiency: projected speed, as a part of that many times the speed of the smallest
-        number of devices on which the layout fits.
+      layout: a key of `LAYOUTS`.
+      num_devices: number of devices.
+      check: the compiled step; None if there is none.
+      stops: the reason why more devices gain nothing, or why there is no program; "" if they gain. A step that does not
+        fit may fit on more devices.
+      efficiency: projected speed over that of perfect scaling from the smallest number of devices on which the layout
+        fits.
     """
 
     layout: str
@@ -59,10 +61,10 @@ def scale(
     layouts: Sequence[str] = tuple(LAYOUTS),
     say: Callable[[Point], None] = lambda point: None,
 ) -> list[Point]:
-    """The train step of a workload, the same rows on more and more devices.
+    """Projects the train step of a workload, with the same rows, to more and more devices.
 
     Args:
-      say: called with every point as it comes.
+      say: called with every point when it is ready.
     """
     points = []
     for layout in layouts:
@@ -99,15 +101,15 @@ def _point(workload: Workload, chip: Chip, layout: str, number: int, first: Chec
     stops = ""
     if efficiency < _WORTH:
         stops = {
-            "network": "sending takes longer than computing",
-            "memory": "every device still reads its whole part of the weights",
-            "compute": "devices repeat each other's work",
+            "network": "collectives take longer than arithmetic",
+            "memory": "every device still reads its part of the weights",
+            "compute": "devices repeat each other's arithmetic",
         }[found.roofline.bound_by]
     return Point(layout, number, found, stops, efficiency)
 
 
 def _run_out(workload: Workload, mesh) -> str:
-    """Why a mesh cannot split the workload evenly; "" if it can."""
+    """The reason why a mesh cannot split the workload evenly; "" if it can."""
     tensor, rows = mesh.shape["tensor"], row_parts(mesh)
     if workload.config.num_kv_heads % tensor:
         return f"{workload.config.num_kv_heads} key/value heads do not divide by {tensor}"
@@ -117,7 +119,7 @@ def _run_out(workload: Workload, mesh) -> str:
 
 
 def scaling_table(points: Sequence[Point]) -> str:
-    """A row for each point."""
+    """A Markdown table with a row for each point."""
     head = (
         "layout",
         "devices",

@@ -1,4 +1,4 @@
-"""Every mesh of a topology, tried."""
+"""A sweep over all meshes of a topology."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cartridges_jax.parallel import row_parts
 
 
 def meshes(num_devices: int, workload: Workload) -> Iterator[str]:
-    """The ways to give all devices to data, fsdp and tensor that split rows and heads evenly."""
+    """Meshes of all devices whose data, fsdp and tensor axes split rows and heads evenly."""
     for tensor in range(1, num_devices + 1):
         if num_devices % tensor or workload.config.num_kv_heads % tensor:
             continue
@@ -25,11 +25,11 @@ def meshes(num_devices: int, workload: Workload) -> Iterator[str]:
 
 
 def rank(one: Check) -> tuple[bool, float, float, int]:
-    """What a result is sorted by.
+    """The sort key of a result: the best mesh first.
 
-    Bound by arithmetic, meshes need the same time: of those the one that sends least is best, then the one that takes
-    least memory. Parts of a mesh that run a program side by side do so many times its work. Of what does not fit, the
-    nearest to fitting comes first.
+    Meshes that arithmetic bounds need the same time: of those the one that sends least is best, then the one with the
+    least memory. A program that runs on a part of the mesh runs on all parts at once, so its time counts per device.
+    Of results that do not fit, the one nearest to fitting comes first.
     """
     if not one.fits:
         return True, one.bytes_per_device, 0.0, 0
@@ -40,13 +40,13 @@ def rank(one: Check) -> tuple[bool, float, float, int]:
 def sweep(
     workload: Workload, topology: Topology, programs: Sequence[str], say: Callable[[Check], None] = lambda check: None
 ) -> dict[str, list[Check]]:
-    """All meshes, for each program from the best on: what fits before what does not, then by the time it takes.
+    """Compiles the programs for all meshes; returns the results of each program, the best first (`rank`).
 
     Args:
-      say: called with every result as it comes.
+      say: called with every result when it is ready.
 
     Raises:
-      UserError: there is no mesh that splits the workload evenly.
+      UserError: no mesh splits the workload evenly.
     """
     lines = list(meshes(len(topology.devices), workload))
     if not lines:

@@ -1,4 +1,4 @@
-"""Results as text."""
+"""Results as Markdown tables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _HEAD = (
 
 
 def checks_table(checks: Sequence[Check]) -> str:
-    """A row for each; seconds where nothing else is said."""
+    """A table with a row for each check; times are in seconds."""
     return table(
         _HEAD,
         [
@@ -36,7 +36,7 @@ def checks_table(checks: Sequence[Check]) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown, with columns that line up."""
+    """A Markdown table with aligned columns."""
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     lines = [[cell.ljust(width) for cell, width in zip(row, widths)] for row in (head, *rows)]
     lines.insert(1, ["-" * width for width in widths])

@@ -1,8 +1,8 @@
-"""How fast conversations could be answered: a cartridge in front of them, or the whole text.
+"""An upper bound on decoding speed, with a cartridge or with the whole text as the prefix.
 
-Decoding is bound by memory: a step reads the weights once and every conversation's keys and
-values, and the memory that the weights leave says how many conversations there can be. That
-is what the paper's peak throughput (arXiv 2506.06266, section 5: 26.4 times) rests on.
+Decoding is bound by memory: a step reads the weights once and the keys and values of every
+conversation, and the memory that the weights leave limits the number of conversations. The paper's
+peak throughput (arXiv 2506.06266, section 5: 26.4 times) rests on this.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class Throughput:
     """Decoding at the largest batch that memory holds.
 
     Attributes:
-      front: what stands in front of the conversations.
-      chip, num_devices: weights and heads are split over all of them.
+      prefix: `LONG`, `OWN` or `SHARED`.
+      chip, num_devices: weights and heads are split over all devices.
       num_rows: conversations at once.
-      tokens_per_second: of all of them.
+      tokens_per_second: tokens of all conversations.
       bound_by: "compute" or "memory".
     """
 
-    front: str
+    prefix: str
     chip: str
     num_devices: int
     num_rows: int
@@ -38,13 +38,13 @@ class Throughput:
     bound_by: str
 
 
-LONG, OWN, SHARED = "the text, each its own", "a cartridge, each its own", "one cartridge for all"
+LONG, OWN, SHARED = "a text for each", "a cartridge for each", "one cartridge for all"
 
 
 def predict(workload: Workload, chip: Chip, num_devices: int) -> list[Throughput]:
-    """Long contexts, cartridges of several texts, and one cartridge that all conversations share.
+    """The throughput of long contexts, of a cartridge for each conversation, and of one cartridge for all.
 
-    An upper bound: what devices send each other, activations and kernels' overheads cost nothing here.
+    An upper bound: collectives, activations and the overheads of kernels cost nothing here.
     """
     config, dtype = workload.config, DTYPES[workload.dtype]
     params = abstract_loaded(config, dtype, stored=workload.weights)
@@ -52,12 +52,12 @@ def predict(workload: Workload, chip: Chip, num_devices: int) -> list[Throughput
     per_slot = kv_bytes_per_token(config, dtype)
     free = num_devices * chip.memory_bytes - weights
 
-    def at_most(front: str, each: int, shared: int) -> Throughput:
+    def at_most(prefix: str, each: int, shared: int) -> Throughput:
         rows = max(int((free - per_slot * shared) // (per_slot * each)), 0)
         compute = decode_flops(config, rows, each + shared) / (num_devices * chip.flops)
         memory = decode_bytes(config, params, dtype, rows, shared, each) / (num_devices * chip.memory_bandwidth)
         return Throughput(
-            front,
+            prefix,
             chip.name,
             num_devices,
             rows,
@@ -67,16 +67,16 @@ def predict(workload: Workload, chip: Chip, num_devices: int) -> list[Throughput
 
     own = workload.own_slots
     return [
-        at_most(LONG, workload.context_tokens + own, 0),
+        at_most(LONG, workload.visible_tokens + own, 0),
         at_most(OWN, workload.num_slots + own, 0),
         at_most(SHARED, own, workload.num_slots),
     ]
 
 
 def fewest_devices(workload: Workload, chip: Chip) -> int:
-    """A power of two that holds the weights and one conversation with the long text."""
+    """The smallest power of two of devices that holds the weights and one conversation with the long text."""
     params = abstract_loaded(workload.config, DTYPES[workload.dtype], stored=workload.weights)
-    text = kv_bytes_per_token(workload.config, DTYPES[workload.dtype]) * (workload.context_tokens + workload.own_slots)
+    text = kv_bytes_per_token(workload.config, DTYPES[workload.dtype]) * (workload.visible_tokens + workload.own_slots)
     number = 1
     while number * chip.memory_bytes < num_bytes(params) + text:
         number *= 2
@@ -84,7 +84,7 @@ def fewest_devices(workload: Workload, chip: Chip) -> int:
 
 
 def throughput_table(workload: Workload) -> str:
-    """v5e and H100, each with the fewest devices that can decode behind the text at all."""
+    """A table for v5e and H100, each with the fewest devices that can decode with the long text."""
     rows = []
     for chip in (V5E, H100):
         found = predict(workload, chip, fewest_devices(workload, chip))
@@ -92,7 +92,7 @@ def throughput_table(workload: Workload) -> str:
             rows.append(
                 (
                     f"{one.num_devices} x {one.chip}",
-                    one.front,
+                    one.prefix,
                     f"{one.num_rows:,}",
                     f"{one.tokens_per_second:,.0f}",
                     f"{one.tokens_per_second / found[0].tokens_per_second:.1f}x",
@@ -100,5 +100,5 @@ def throughput_table(workload: Workload) -> str:
                 )
             )
     return table(
-        ("devices", "in front", "conversations at once", "tokens/s at most", "against the text", "bound by"), rows
+        ("devices", "prefix", "conversations at once", "tokens/s at most", "against the text", "bound by"), rows
     )

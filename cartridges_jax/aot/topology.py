@@ -1,4 +1,4 @@
-"""Devices that are not there, from a name such as "v5e:4x4" or "h100:16"."""
+"""Descriptions of absent devices, from a name such as "v5e:4x4" or "h100:16"."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from cartridges_jax.aot.hardware import CHIPS, H100, Chip
 from cartridges_jax.errors import UserError, one_line
 
-# What XLA's compiler asks a driver about a GPU; as an H100 SXM5 of 80 GB answers.
+# The properties of a GPU that XLA's compiler reads from a driver, for an H100 SXM5 of 80 GB.
 _H100_TARGET = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
@@ -35,15 +35,14 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices and what they are.
+    """Devices to compile for.
 
     Attributes:
-      name: as it was asked for.
-      chip: of all of them.
-      shape: the sizes in its name.
-      devices: to compile for.
-      stand_in: whether they are this machine's CPU devices, as the compiler for the
-        real ones is not installed.
+      name: the name that was asked for.
+      chip: the kind of all devices.
+      shape: the sizes in the name.
+      devices: the devices.
+      stand_in: true for this machine's CPU devices, used if the compiler for the real ones is not installed.
     """
 
     name: str
@@ -54,7 +53,7 @@ class Topology:
 
 
 def parse_topology(name: str) -> tuple[Chip, tuple[int, ...]]:
-    """The kind of chip that a topology has, and its sizes.
+    """The kind of chip of a topology, and its sizes.
 
     Raises:
       UserError: no such topology.
@@ -78,12 +77,12 @@ def parse_topology(name: str) -> tuple[Chip, tuple[int, ...]]:
 def find(name: str) -> Topology:
     """The devices of a topology.
 
-    Without the compiler for its platform, CPU devices stand in: what is partitioned and
-    what is sent remain those of a mesh of that size, what memory is taken does not.
+    Without the compiler for GPUs, CPU devices are used instead: partitioning and collectives are those of a mesh of
+    that size, the memory is not.
 
     Raises:
-      UserError: no such topology, one that the compiler does not know, a TPU without
-        the TPU compiler, or too few CPU devices to stand in.
+      UserError: no such topology, one that the compiler does not know, a TPU without the TPU compiler, or too few CPU
+        devices to use instead of GPUs.
     """
     chip, shape = parse_topology(name)
     if chip.platform == "tpu":
@@ -93,17 +92,17 @@ def find(name: str) -> Topology:
     devices = jax.devices("cpu")
     if len(devices) < shape[0]:
         raise UserError(
-            f"topology {name!r}: the compiler for GPUs is not installed (pip install -e '.[cuda]'), and to stand in "
-            f"there are only {len(devices)} CPU devices: set JAX_NUM_CPU_DEVICES={shape[0]}"
+            f"topology {name!r}: the compiler for GPUs is not installed (pip install -e '.[cuda]'), and there are "
+            f"only {len(devices)} CPU devices to use instead: set JAX_NUM_CPU_DEVICES={shape[0]}"
         )
     return Topology(name, chip, shape, devices[: shape[0]], stand_in=True)
 
 
 def of_size(chip: Chip, number: int) -> Topology:
-    """The first devices of the smallest topology that has so many: a slice as one can rent it, as near a cube as it goes.
+    """The first `number` devices of the smallest topology that has them: a slice that one can rent, close to a cube.
 
     Raises:
-      UserError: the chip's links do not connect so many, or as `find`.
+      UserError: more devices than the chip's links connect, or as `find`.
     """
     if number > chip.max_devices:
         raise UserError(f"the links of {chip.name} connect {chip.max_devices} devices")
@@ -121,9 +120,9 @@ def of_size(chip: Chip, number: int) -> Topology:
 
 
 def as_own_slice(part: Mesh, topology: Topology) -> Mesh:
-    """A rectangular part of a TPU slice as a slice of its own, which the TPU compiler can be asked about.
+    """The mesh of a rectangular part of a TPU slice, as a slice of its own.
 
-    It numbers the devices of a program from 0, and refuses those of a part that are numbered otherwise.
+    The TPU compiler numbers the devices of a program from 0 and refuses a part whose numbers start elsewhere.
     """
     if topology.chip.platform != "tpu" or part.devices.size == len(topology.devices):
         return part
@@ -141,17 +140,17 @@ def as_own_slice(part: Mesh, topology: Topology) -> Mesh:
 def _tpu_devices(name: str, shape: tuple[int, ...]) -> Sequence[jax.Device]:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"topology {name!r} needs the TPU compiler, which needs no TPU: pip install -e '.[tpu]'")
-    # The compiler is loaded beside other processes', and asks no metadata server which TPU it is on.
+    # Several processes may load the compiler, and no metadata server is asked for the TPU.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     options = {}
     if math.prod(shape) < 4:
-        # Fewer than a host has.
+        # Fewer chips than a host has.
         options["chips_per_host_bounds"] = (*shape, 1)[:3]
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"topology {name!r} is none that the TPU compiler knows: {one_line(error)}") from None
+        raise UserError(f"topology {name!r} is unknown to the TPU compiler: {one_line(error)}") from None
 
 
 def _cuda_devices(number: int) -> Sequence[jax.Device]:

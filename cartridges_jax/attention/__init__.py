@@ -1,4 +1,4 @@
-"""Attention over a conversation's own tokens behind a shared KV prefix."""
+"""Attention over a shared KV prefix and a conversation's own tokens."""
 
 from cartridges_jax.attention.attend import attend, packed_view
 from cartridges_jax.attention.implementation import attention_implementation

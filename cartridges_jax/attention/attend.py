@@ -1,30 +1,30 @@
-"""The one attention function, and what decides how it is computed."""
+"""The one attention function, and the choice of its implementation."""
 
 from __future__ import annotations
 
-from jax import Array
+from jaxtyping import Bool, Float, Int
 
 from cartridges_jax.attention import tpu, xla
 from cartridges_jax.attention.implementation import current_implementation
 from cartridges_jax.attention.masks import packed_causal_mask, prefix_mask
-from cartridges_jax.attention.types import LayerPrefix, PackedRows
+from cartridges_jax.attention.types import Array, LayerPrefix, PackedRows
 
 
 def attend(
-    queries: Array,
-    keys: Array,
-    values: Array,
-    mask: Array | PackedRows,
+    queries: Float[Array, "B T N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    mask: Bool[Array, "B T S"] | PackedRows,
     prefix: LayerPrefix | None = None,
     *,
-    prefix_mask: Array | None = None,
+    prefix_mask: Bool[Array, "B T P"] | None = None,
     scale: float | None = None,
     softcap: float = 0.0,
-) -> Array:
+) -> Float[Array, "B T N H"]:
     """Softmax attention of T queries over P prefix slots and S own slots.
 
-    Scores are normalised in float32. With masks it is computed by `attention.xla`, with
-    packed rows by the kernels of `attention.tpu`; `packed_view` gives what suits.
+    Scores are normalised in float32. Masks select `attention.xla`, packed rows the kernels
+    of `attention.tpu`; `packed_view` returns the form that suits the implementation in use.
 
     Args:
       queries: [B, T, N, H].
@@ -34,7 +34,7 @@ def attend(
         rows of T = S tokens.
       prefix: the layer's prefix, shared by the rows.
       prefix_mask: [B, T, P] bool, True where a prefix slot is seen; None is everywhere.
-        Packed rows say it themselves.
+        Unused with packed rows, which contain it.
       scale: of the scores; H**-0.5 by default.
       softcap: c bounds the scores as c * tanh(score / c), before bias and masks (Gemma
         2, arXiv 2408.00118); 0 is off.
@@ -51,11 +51,16 @@ def attend(
 
 
 def packed_view(
-    segment_ids: Array, positions: Array, prefix_positions: Array | None, *, window: int, head_dim: int
-) -> tuple[Array | PackedRows, Array | None]:
-    """What tokens of packed rows see, in the form that suits the implementation in use.
+    segment_ids: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    prefix_positions: Int[Array, " P"] | None,
+    *,
+    window: int,
+    head_dim: int,
+) -> tuple[Bool[Array, "B T T"] | PackedRows, Bool[Array, "B T P"] | None]:
+    """The slots that tokens of packed rows see, in the form that suits the implementation in use.
 
-    Layers of one kind see alike, so masks are made here, once, and not in every layer.
+    All layers of one kind share the result, so that masks are computed once and not in every layer.
 
     Args:
       segment_ids, positions, prefix_positions, window: as in `PackedRows`.

@@ -1,4 +1,4 @@
-"""Which attention a program is traced with: XLA's own operations or the TPU kernels.
+"""The attention that a program is traced with: XLA's own operations or the TPU kernels.
 
 A static choice, made while a program is traced:
 

@@ -1,7 +1,7 @@
-"""Which slots a token may see.
+"""Masks: the slots that a token may see.
 
-Packed rows (two conversations "a" and "b", then padding "0"); x = may attend, and behind
-a sliding window of 2 what remains is W:
+Packed rows (two conversations "a" and "b", then padding "0"); x = may attend; W = may
+attend even with a sliding window of 2:
 
             a a a b b 0
           a W . . . . .
@@ -11,18 +11,22 @@ a sliding window of 2 what remains is W:
           b . . . W W .
           0 . . . . . W
 
-Every token sees at least itself, so no softmax row is ever empty. A prefix is seen by
-all, except where a window has moved past it. A window of 0 sees everything.
+Every token sees at least itself, so no softmax row is empty. Every token sees the whole
+prefix, except for slots that a window has moved past. A window of 0 sees everything.
 """
 
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Bool, Int
+
+from cartridges_jax.attention.types import Array
 
 
-def packed_causal_mask(segment_ids: Array, positions: Array | None = None, window: int = 0) -> Array:
-    """Same segment, not later in the row, and within the window.
+def packed_causal_mask(
+    segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"] | None = None, window: int = 0
+) -> Bool[Array, "B T T"]:
+    """The mask of packed rows: same segment, not later in the row, and within the window.
 
     Args:
       segment_ids: [B, T] int32; 0 is padding.
@@ -40,11 +44,13 @@ def packed_causal_mask(segment_ids: Array, positions: Array | None = None, windo
     return mask
 
 
-def cache_mask(lengths: Array, num_tokens: int, num_slots: int, window: int = 0) -> Array:
-    """New tokens see the slots that hold tokens before them, and themselves.
+def cache_mask(
+    lengths: Int[Array, " B"], num_tokens: int, num_slots: int, window: int = 0
+) -> Bool[Array, "B {num_tokens} {num_slots}"]:
+    """The mask of tokens appended to a cache: they see earlier tokens of their row, and themselves.
 
-    Slots behind a row's length hold what padding left there; they are not seen, and
-    the row's next token overwrites the first of them.
+    Slots after a row's length hold leftovers of padding; they are not seen, and the row's
+    next token overwrites the first of them.
 
     Args:
       lengths: [B] tokens in the cache before this call.
@@ -61,8 +67,8 @@ def cache_mask(lengths: Array, num_tokens: int, num_slots: int, window: int = 0)
     return mask & (own_slot - slots < window) if window else mask
 
 
-def prefix_mask(positions: Array, prefix_positions: Array, window: int) -> Array:
-    """What a sliding window leaves visible of a prefix: what it would of the same tokens.
+def prefix_mask(positions: Int[Array, "B T"], prefix_positions: Int[Array, " P"], window: int) -> Bool[Array, "B T P"]:
+    """The slots of a prefix inside a sliding window, as if they were tokens at their positions.
 
     Args:
       positions: [B, T] int32, the queries'.

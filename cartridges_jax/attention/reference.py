@@ -1,4 +1,4 @@
-"""The oracle of the tests: one dense softmax over concatenated keys, in NumPy float64."""
+"""The tests' reference: one dense softmax over concatenated keys, in NumPy float64."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 def dense_attention(
     queries, keys, values, mask, prefix=None, *, prefix_mask=None, scale=None, softcap=0.0
 ) -> np.ndarray:
-    """Same contract as `attention.attend`, one query at a time in float64.
+    """Computes `attention.attend`, one query at a time in float64.
 
     Args:
       queries: [B, T, N, H]; keys, values: [B, K, S, H]; mask: [B, T, S] bool;
@@ -31,12 +31,12 @@ def dense_attention(
                 all_keys, all_values = keys[b, k][seen], values[b, k][seen]
                 bias = np.zeros(len(all_keys))
                 if prefix is not None:
-                    front_keys, front_values, front_bias = prefix
-                    front_seen = slice(None) if prefix_mask is None else np.asarray(prefix_mask)[b, t]
-                    front = np.zeros(front_keys.shape[1]) if front_bias is None else np.asarray(front_bias)[k]
-                    all_keys = np.concatenate([np.asarray(front_keys, np.float64)[k][front_seen], all_keys])
-                    all_values = np.concatenate([np.asarray(front_values, np.float64)[k][front_seen], all_values])
-                    bias = np.concatenate([front[front_seen], bias])
+                    prefix_keys, prefix_values, prefix_bias = prefix
+                    prefix_seen = slice(None) if prefix_mask is None else np.asarray(prefix_mask)[b, t]
+                    slot_bias = np.zeros(prefix_keys.shape[1]) if prefix_bias is None else np.asarray(prefix_bias)[k]
+                    all_keys = np.concatenate([np.asarray(prefix_keys, np.float64)[k][prefix_seen], all_keys])
+                    all_values = np.concatenate([np.asarray(prefix_values, np.float64)[k][prefix_seen], all_values])
+                    bias = np.concatenate([slot_bias[prefix_seen], bias])
                 scores = all_keys @ queries[b, t, n] * scale
                 if softcap:
                     scores = softcap * np.tanh(scores / softcap)

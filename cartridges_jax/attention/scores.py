@@ -1,4 +1,4 @@
-"""What every implementation makes of a raw score."""
+"""The score functions that all implementations share."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
 XLA cannot partition a Pallas kernel, so a kernel runs under `shard_map`, over the mesh in
 context (`jax.set_mesh`, or `jax.sharding.use_abstract_mesh` while a program is traced).
-The rows of a batch and the key/value heads, with their query heads, lie as `parallel.rules`
-says; what its axes do not divide is computed by every device. All devices that have a head
-see the whole prefix of it.
+The rows of a batch and the key/value heads, with their query heads, are placed by
+`parallel.rules`; what its axes do not divide is computed by every device. Every device that
+has a head sees the whole prefix of it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cartridges_jax.parallel import RULES, dividing
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where rows and heads lie; taken once and kept, as a backward pass is traced later and elsewhere.
+    """The placement of rows and heads; stored, because a backward pass is traced later and elsewhere.
 
     Attributes:
       mesh: None where nothing is to be partitioned.
@@ -35,35 +35,35 @@ class Layout:
 
     @property
     def by_row(self) -> PartitionSpec:
-        """Of [B, …]."""
+        """The spec of [B, …]."""
         return PartitionSpec(self.rows)
 
     @property
     def by_row_and_head(self) -> PartitionSpec:
-        """Of [B, N, …] and [B, K, …]."""
+        """The spec of [B, N, …] and [B, K, …]."""
         return PartitionSpec(self.rows, self.heads)
 
     @property
     def by_head(self) -> PartitionSpec:
-        """Of [K, …]."""
+        """The spec of [K, …]."""
         return PartitionSpec(self.heads)
 
     def spread(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
         """The function, run by every device on its part."""
         if self.mesh is None:
             return function
-        # Pallas calls do not say over which axes their results vary.
+        # Pallas calls do not declare the axes over which their results vary.
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     def sum_over_rows(self, x: Array) -> Array:
-        """Inside of a spread function: the sum of what the devices have from their rows."""
+        """Inside of a spread function: the sum over the devices' rows."""
         return jax.lax.psum(x, self.rows) if self.rows else x
 
 
 def layout_in_context(num_rows: int, num_kv_heads: int) -> Layout:
     """The layout of B rows and K key/value heads on the mesh in context, if there is one.
 
-    Inside of a `shard_map` the parts are at hand already.
+    Inside of a `shard_map` arrays are the device's own parts already.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes:

@@ -1,11 +1,11 @@
-"""What the TPU kernels share: operands in blocks, and the scores of one block.
+"""Shared parts of the TPU kernels: operands in blocks, and the scores of one block.
 
 A kernel sees one query head's block of tokens against one block of keys. The forward and
-the dq kernel lay scores out as [queries, keys], the two dkv kernels as [keys, queries]: so
-no product has to transpose a [block, block] operand. `query_axis` says which it is.
+the dq kernel lay scores out as [queries, keys], the two dkv kernels as [keys, queries], so
+that no product transposes a [block, block] operand. `query_axis` is the axis of the queries.
 
-What belongs to a token or a slot (segment, position, bias, maximum) is kept as a row
-[1, n], which takes 1/128 of the memory of a column on a TPU, and turned where needed.
+Values per token or slot (segment, position, bias, maximum) are stored as a row [1, n], which
+takes 1/128 of the memory of a column on a TPU, and reshaped to a column where needed.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ LANES = 128
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is static in a call.
+    """The static arguments of a call.
 
     Attributes:
       block: tokens of a block of queries, and of one of own keys.
       num_blocks: T / block.
-      front_block: slots of a block of the prefix.
-      num_front_blocks: P / front_block; 0 without a prefix.
+      prefix_block: slots of a block of the prefix.
+      num_prefix_blocks: P / prefix_block; 0 without a prefix.
       queries_per_kv: G, query heads that read one key head.
       window, softcap: as in `attention.attend`; 0 is off.
       interpret: run by Pallas' interpreter.
@@ -41,8 +41,8 @@ class Plan:
 
     block: int
     num_blocks: int
-    front_block: int
-    num_front_blocks: int
+    prefix_block: int
+    num_prefix_blocks: int
     queries_per_kv: int
     window: int
     softcap: float
@@ -66,7 +66,7 @@ class Own(NamedTuple):
     positions: Any | None
 
 
-class Front(NamedTuple):
+class Prefix(NamedTuple):
     """The prefix: keys, values [K, P, H]; bias [K, 1, P] float32; positions [1, P].
 
     The bias of slots that only fill the last block is `MASKED`.
@@ -79,28 +79,28 @@ class Front(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """What the backward kernels get from above, in the terms of the whole softmax.
+    """The upstream gradient in the terms of the whole softmax.
 
     Attributes:
       gradient: [B, N, T, H], of the output, divided by `total`.
       maximum: [B, N, 1, T] float32, of the scores of prefix and own slots together.
-      through: [B, N, 1, T] float32, sum of gradient * output.
+      delta: [B, N, 1, T] float32, sum of gradient * output.
     """
 
     gradient: Any
     maximum: Any
-    through: Any
+    delta: Any
 
 
 class Place(NamedTuple):
-    """Which blocks one step of a kernel's grid reads or writes."""
+    """The blocks that one step of a kernel's grid reads or writes."""
 
     row: Any = 0
     head: Any = 0
     kv_head: Any = 0
     queries: Any = 0
     own: Any = 0
-    front: Any = 0
+    prefix: Any = 0
 
 
 # Grid indices, then scalar operands, to a place.
@@ -126,14 +126,14 @@ def own_spec(plan: Plan, placing: Placing, width: int) -> pl.BlockSpec:
     return _spec(placing, (None, None, plan.block, width), lambda at: (at.row, at.kv_head, at.own, 0))
 
 
-def front_spec(plan: Plan, placing: Placing, width: int) -> pl.BlockSpec:
+def prefix_spec(plan: Plan, placing: Placing, width: int) -> pl.BlockSpec:
     """A block of [K, P, width]."""
-    return _spec(placing, (None, plan.front_block, width), lambda at: (at.kv_head, at.front, 0))
+    return _spec(placing, (None, plan.prefix_block, width), lambda at: (at.kv_head, at.prefix, 0))
 
 
 def bias_spec(plan: Plan, placing: Placing) -> pl.BlockSpec:
     """A block of [K, 1, P]."""
-    return _spec(placing, (None, 1, plan.front_block), lambda at: (at.kv_head, 0, at.front))
+    return _spec(placing, (None, 1, plan.prefix_block), lambda at: (at.kv_head, 0, at.prefix))
 
 
 def _tokens_specs(plan: Plan, placing: Placing, tokens: Tokens) -> Tokens:
@@ -147,14 +147,14 @@ def _own_specs(plan: Plan, placing: Placing, own: Own) -> Own:
     return Own(matrix, matrix, row, _where(own.positions, row))
 
 
-def _front_specs(plan: Plan, placing: Placing, front: Front) -> Front:
-    row = _spec(placing, (1, plan.front_block), lambda at: (0, at.front))
-    matrix = front_spec(plan, placing, front.keys.shape[-1])
-    return Front(matrix, matrix, bias_spec(plan, placing), _where(front.positions, row))
+def _prefix_specs(plan: Plan, placing: Placing, prefix: Prefix) -> Prefix:
+    row = _spec(placing, (1, plan.prefix_block), lambda at: (0, at.prefix))
+    matrix = prefix_spec(plan, placing, prefix.keys.shape[-1])
+    return Prefix(matrix, matrix, bias_spec(plan, placing), _where(prefix.positions, row))
 
 
 def _where(operand: Array | None, spec: pl.BlockSpec) -> pl.BlockSpec | None:
-    """What is absent has no blocks."""
+    """`spec`, or None for an operand that is absent."""
     return None if operand is None else spec
 
 
@@ -163,19 +163,19 @@ def _upstream_specs(plan: Plan, placing: Placing, upstream: Upstream) -> Upstrea
     return Upstream(head_spec(plan, placing, upstream.gradient.shape[-1]), row, row)
 
 
-_SPECS = {Tokens: _tokens_specs, Own: _own_specs, Front: _front_specs, Upstream: _upstream_specs}
+_SPECS = {Tokens: _tokens_specs, Own: _own_specs, Prefix: _prefix_specs, Upstream: _upstream_specs}
 
 
-def operand_specs(plan: Plan, placing: Placing, *operands: Tokens | Own | Front | Upstream | None) -> list[Any]:
-    """How the arrays of a kernel's operands are cut into blocks; what is absent is not."""
+def operand_specs(plan: Plan, placing: Placing, *operands: Tokens | Own | Prefix | Upstream | None) -> list[Any]:
+    """The block specs of a kernel's operands; None for one that is absent."""
     return [operand if operand is None else _SPECS[type(operand)](plan, placing, operand) for operand in operands]
 
 
 def visible_blocks(plan: Plan, segments: Array) -> Array:
-    """Which blocks of own keys a block of queries may see any of.
+    """The blocks of own keys that a block of queries may see.
 
-    Not those behind it, nor those that the window has passed, nor those whose segment ids
-    lie in another range (so that packed conversations cost little more than the sum of
+    Excluded are later blocks, those that the window has passed, and those whose segment ids
+    are in another range (so that packed conversations cost little more than the sum of
     their own squares). Tokens are masked within a block besides.
 
     Args:
@@ -190,13 +190,13 @@ def visible_blocks(plan: Plan, segments: Array) -> Array:
     distance = jnp.arange(plan.num_blocks)[:, None] - jnp.arange(plan.num_blocks)
     visible &= distance >= 0
     if plan.window:
-        # Positions ascend at least as fast as rows; this is the pair's nearest in rows.
+        # Positions ascend at least as fast as tokens; this is the pair's least distance in tokens.
         visible &= (distance - 1) * plan.block + 1 < plan.window
     return visible.astype(jnp.int32).reshape(-1)
 
 
 def is_visible(plan: Plan, visible: Any, row: Array, queries: Array, own: Array) -> Array:
-    """Looks a pair of blocks up in what `visible_blocks` returned."""
+    """Looks up a pair of blocks in the result of `visible_blocks`."""
     return visible[(row * plan.num_blocks + queries) * plan.num_blocks + own] != 0
 
 
@@ -207,7 +207,7 @@ def pair(queries: Array, keys: Array, query_axis: int) -> Array:
 
 
 def along(row: Any, axis: int) -> Array:
-    """A row [1, n] laid along an axis of a block."""
+    """A row [1, n], shaped to broadcast along an axis of a block."""
     return row[...] if axis == 1 else row[...].reshape(-1, 1)
 
 
@@ -226,17 +226,17 @@ def own_scores(plan: Plan, tokens: Tokens, own: Own, queries_at: Array, own_at: 
     return jnp.where(seen, scores, MASKED), slope
 
 
-def front_scores(plan: Plan, tokens: Tokens, front: Front, query_axis: int):
+def prefix_scores(plan: Plan, tokens: Tokens, prefix: Prefix, query_axis: int):
     """Scores of one block of the prefix with bias and mask, and the slope of their cap."""
-    scores, slope = capped(pair(tokens.queries[...], front.keys[...], query_axis), plan.softcap)
+    scores, slope = capped(pair(tokens.queries[...], prefix.keys[...], query_axis), plan.softcap)
     key_axis = 1 - query_axis
-    scores = scores + along(front.bias, key_axis)
-    if front.positions is not None:
-        distance = along(tokens.positions, query_axis) - along(front.positions, key_axis)
+    scores = scores + along(prefix.bias, key_axis)
+    if prefix.positions is not None:
+        distance = along(tokens.positions, query_axis) - along(prefix.positions, key_axis)
         scores = jnp.where(distance < plan.window, scores, MASKED)
     return scores, slope
 
 
 def params(*semantics: str) -> pltpu.CompilerParams:
-    """Of a grid: which dimensions are independent of each other, and which are summed over."""
+    """Compiler parameters: per grid axis "parallel", or "arbitrary" where it is summed over."""
     return pltpu.CompilerParams(dimension_semantics=semantics)

@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from cartridges_jax.attention import tpu_blocks as blocks
 from cartridges_jax.attention.scores import MASKED
-from cartridges_jax.attention.tpu_blocks import LANES, Front, Own, Place, Plan, Tokens
+from cartridges_jax.attention.tpu_blocks import LANES, Own, Place, Plan, Prefix, Tokens
 
 
 def walk_keys(plan: Plan):
@@ -25,18 +25,18 @@ def walk_keys(plan: Plan):
 
     def placing(row, head, queries, step, visible):
         del visible
-        # A block that is not needed in a step is named as in the step before or after: it is
+        # A block that a step does not need has the index of the step before or after: it is
         # not fetched again.
-        front = jnp.minimum(step, max(plan.num_front_blocks - 1, 0))
-        own = jnp.clip(step - plan.num_front_blocks, 0, queries)
-        return Place(row, head, jax.lax.div(head, plan.queries_per_kv), queries, own, front)
+        prefix = jnp.minimum(step, max(plan.num_prefix_blocks - 1, 0))
+        own = jnp.clip(step - plan.num_prefix_blocks, 0, queries)
+        return Place(row, head, jax.lax.div(head, plan.queries_per_kv), queries, own, prefix)
 
-    return (plan.num_blocks, plan.num_front_blocks + plan.num_blocks), placing
+    return (plan.num_blocks, plan.num_prefix_blocks + plan.num_blocks), placing
 
 
-def _kernel(plan, visible, tokens, own, front, out, maximum, total, so_far, highest, summed):
+def _kernel(plan, visible, tokens, own, prefix, out, maximum, total, so_far, highest, summed):
     row, queries_at, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-    own_at = jnp.maximum(step - plan.num_front_blocks, 0)
+    own_at = jnp.maximum(step - plan.num_prefix_blocks, 0)
 
     @pl.when(step == 0)
     def _start():
@@ -51,17 +51,17 @@ def _kernel(plan, visible, tokens, own, front, out, maximum, total, so_far, high
         fade = jnp.exp(before - now)
         highest[...] = now
         summed[...] = fade * summed[...] + weights.sum(axis=1, keepdims=True)
-        mixed = jax.lax.dot(weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
-        so_far[...] = _lanes(fade, mixed.shape[1]) * so_far[...] + mixed
+        added = jax.lax.dot(weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+        so_far[...] = _lanes(fade, added.shape[1]) * so_far[...] + added
 
-    if front is not None:
+    if prefix is not None:
 
-        @pl.when(step < plan.num_front_blocks)
+        @pl.when(step < plan.num_prefix_blocks)
         def _prefix():
-            scores, _ = blocks.front_scores(plan, tokens, front, query_axis=0)
-            absorb(scores, front.values[...])
+            scores, _ = blocks.prefix_scores(plan, tokens, prefix, query_axis=0)
+            absorb(scores, prefix.values[...])
 
-    @pl.when((step >= plan.num_front_blocks) & blocks.is_visible(plan, visible, row, queries_at, own_at))
+    @pl.when((step >= plan.num_prefix_blocks) & blocks.is_visible(plan, visible, row, queries_at, own_at))
     def _own():
         scores, _ = blocks.own_scores(plan, tokens, own, queries_at, own_at, query_axis=0)
         absorb(scores, own.values[...])
@@ -78,7 +78,7 @@ def _lanes(x: Array, width: int) -> Array:
     return jnp.tile(x, (1, pl.cdiv(width, LANES)))[:, :width]
 
 
-def forward(plan: Plan, tokens: Tokens, own: Own, front: Front | None) -> tuple[Array, Array, Array]:
+def forward(plan: Plan, tokens: Tokens, own: Own, prefix: Prefix | None) -> tuple[Array, Array, Array]:
     """Attention of all tokens.
 
     Returns:
@@ -94,7 +94,7 @@ def forward(plan: Plan, tokens: Tokens, own: Own, front: Front | None) -> tuple[
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(B, N, *grid),
-            in_specs=blocks.operand_specs(plan, placing, tokens, own, front),
+            in_specs=blocks.operand_specs(plan, placing, tokens, own, prefix),
             out_specs=[blocks.head_spec(plan, placing, H), statistic_spec, statistic_spec],
             scratch_shapes=[
                 pltpu.VMEM((plan.block, H), jnp.float32),
@@ -106,4 +106,4 @@ def forward(plan: Plan, tokens: Tokens, own: Own, front: Front | None) -> tuple[
         compiler_params=blocks.params("parallel", "parallel", "parallel", "arbitrary"),
         interpret=plan.interpret,
         name="attention_forward",
-    )(blocks.visible_blocks(plan, tokens.segments), tokens, own, front)
+    )(blocks.visible_blocks(plan, tokens.segments), tokens, own, prefix)

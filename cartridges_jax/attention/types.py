@@ -1,26 +1,30 @@
-"""What attention is given beside queries, keys and values."""
+"""Operands of attention beside queries, keys and values."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import flax.struct
-from jax import Array
+import jax
+import numpy as np
+from jaxtyping import Float, Float32, Int32
+
+Array = jax.Array | np.ndarray
 
 
 class LayerPrefix(NamedTuple):
     """One layer of a KV prefix: keys, values [K, P, H]; bias [K, P] or None."""
 
-    keys: Array
-    values: Array
-    bias: Array | None = None
+    keys: Float[Array, "K P H"]
+    values: Float[Array, "K P H"]
+    bias: Float32[Array, "K P"] | None = None
 
 
 @flax.struct.dataclass
 class PackedRows:
-    """What the tokens of packed rows see, told by structure, as kernels want it.
+    """The structure of packed rows, from which kernels derive which slots a token sees.
 
-    Stands for `packed_causal_mask` and `prefix_mask` of the same arguments.
+    Equivalent to `packed_causal_mask` and `prefix_mask` of the same arguments.
 
     Attributes:
       segment_ids: [B, T] int32; 0 is padding.
@@ -30,7 +34,7 @@ class PackedRows:
       window: a token sees itself and the `window - 1` positions before it; 0 is all.
     """
 
-    segment_ids: Array
-    positions: Array
-    prefix_positions: Array | None = None
+    segment_ids: Int32[Array, "B T"]
+    positions: Int32[Array, "B T"]
+    prefix_positions: Int32[Array, " P"] | None = None
     window: int = flax.struct.field(pytree_node=False, default=0)

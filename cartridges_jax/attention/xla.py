@@ -1,11 +1,11 @@
 """Attention in plain XLA operations: one softmax over two parts of keys.
 
 The prefix part (no batch axis, mostly no mask) and the conversation's own part are scored
-apart and normalised together, so the prefix is neither copied per row nor
+separately and normalised together, so the prefix is neither copied per row nor
 concatenated per layer. The gradient is written out over both parts with the maximum,
 the sum and the output of the whole (as in FlashAttention, arXiv 2205.14135): the
-probabilities are computed again instead of being kept, which takes about the same time
-on a CPU and half of the memory. A merge of two finished attentions by their log-sum-exp would lose
+probabilities are recomputed instead of stored, which takes about the same time on a CPU
+and half of the memory. A merge of two finished attentions by their log-sum-exp would lose
 the gradient through it (guarded by
 tests/test_rope_and_attention.py::test_gradients_equal_those_of_one_dense_softmax).
 
@@ -19,10 +19,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import Array
 
 from cartridges_jax.attention.scores import MASKED, capped
-from cartridges_jax.attention.types import LayerPrefix
+from cartridges_jax.attention.types import Array, LayerPrefix
 
 
 def attend_masked(
@@ -45,7 +44,7 @@ def attend_masked(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _softmax(softcap, q, keys, values, mask, prefix, prefix_mask):
-    """Attention of scaled, grouped queries [B, K, G*T, H]; the same shape comes out."""
+    """Attention of scaled, grouped queries [B, K, G*T, H]; returns the same shape."""
     return _forward(softcap, q, keys, values, mask, prefix, prefix_mask)[0]
 
 
@@ -54,57 +53,55 @@ def _forward(softcap, q, keys, values, mask, prefix, prefix_mask):
     own, _ = _own_scores(softcap, q, keys, mask)
     maximum = own.max(axis=-1)  # [B, K, G*T]
     if prefix is not None:
-        front, _ = _front_scores(softcap, q, prefix, prefix_mask)
-        maximum = jnp.maximum(maximum, _by_row(front.max(axis=-1), B))
+        slots, _ = _prefix_scores(softcap, q, prefix, prefix_mask)
+        maximum = jnp.maximum(maximum, _by_row(slots.max(axis=-1), B))
 
     own = jnp.exp(own - maximum[..., None])
     total = own.sum(axis=-1)
-    mixed = jnp.einsum("bkms,bksh->bkmh", own.astype(q.dtype), values, preferred_element_type=jnp.float32)
+    attention_output = jnp.einsum("bkms,bksh->bkmh", own.astype(q.dtype), values, preferred_element_type=jnp.float32)
     if prefix is not None:
-        front = jnp.exp(front - _by_head(maximum)[..., None])
-        total = total + _by_row(front.sum(axis=-1), B)
-        front_mixed = jnp.einsum(
-            "kmp,kph->kmh", front.astype(q.dtype), prefix.values, preferred_element_type=jnp.float32
-        )
-        mixed = mixed + _by_row(front_mixed, B)
-    out = (mixed / total[..., None]).astype(q.dtype)
+        slots = jnp.exp(slots - _by_head(maximum)[..., None])
+        total = total + _by_row(slots.sum(axis=-1), B)
+        of_prefix = jnp.einsum("kmp,kph->kmh", slots.astype(q.dtype), prefix.values, preferred_element_type=jnp.float32)
+        attention_output = attention_output + _by_row(of_prefix, B)
+    out = (attention_output / total[..., None]).astype(q.dtype)
     return out, (q, keys, values, mask, prefix, prefix_mask, out, maximum, total)
 
 
 def _backward(softcap, saved, upstream):
     q, keys, values, mask, prefix, prefix_mask, out, maximum, total = saved
     dtype, wide = q.dtype, {"preferred_element_type": jnp.float32}
-    # Maximum and sum are kept apart: their log-sum-exp would round large scores. Dividing
+    # Maximum and sum are saved separately: their log-sum-exp would round large scores. Dividing
     # the upstream gradient by the sum leaves exp(score - maximum) for the probability.
     upstream = upstream.astype(jnp.float32) / total[..., None]
-    through = jnp.sum(upstream * out.astype(jnp.float32), axis=-1)  # [B, K, G*T]
+    delta = jnp.sum(upstream * out.astype(jnp.float32), axis=-1)  # [B, K, G*T]
     upstream = upstream.astype(dtype)
 
     own, slope = _own_scores(softcap, q, keys, mask)
     own = jnp.exp(own - maximum[..., None])
-    to_values = jnp.einsum("bkms,bkmh->bksh", own.astype(dtype), upstream, **wide)
-    to_scores = own * (jnp.einsum("bkmh,bksh->bkms", upstream, values, **wide) - through[..., None]) * slope
-    to_scores = to_scores.astype(dtype)
-    to_queries = jnp.einsum("bkms,bksh->bkmh", to_scores, keys, **wide)
-    to_keys = jnp.einsum("bkms,bkmh->bksh", to_scores, q, **wide)
+    grad_values = jnp.einsum("bkms,bkmh->bksh", own.astype(dtype), upstream, **wide)
+    grad_scores = own * (jnp.einsum("bkmh,bksh->bkms", upstream, values, **wide) - delta[..., None]) * slope
+    grad_scores = grad_scores.astype(dtype)
+    grad_queries = jnp.einsum("bkms,bksh->bkmh", grad_scores, keys, **wide)
+    grad_keys = jnp.einsum("bkms,bkmh->bksh", grad_scores, q, **wide)
 
-    to_prefix = None
+    grad_prefix = None
     if prefix is not None:
-        front, slope = _front_scores(softcap, q, prefix, prefix_mask)
-        front = jnp.exp(front - _by_head(maximum)[..., None])
+        slots, slope = _prefix_scores(softcap, q, prefix, prefix_mask)
+        slots = jnp.exp(slots - _by_head(maximum)[..., None])
         upstream, by_head = _by_head(upstream), _by_head(q)
-        to_front_values = jnp.einsum("kmp,kmh->kph", front.astype(dtype), upstream, **wide)
-        to_scores = jnp.einsum("kmh,kph->kmp", upstream, prefix.values, **wide)
-        to_scores = front * (to_scores - _by_head(through)[..., None])
-        to_bias = None if prefix.bias is None else to_scores.sum(axis=1).astype(prefix.bias.dtype)
-        to_scores = (to_scores * slope).astype(dtype)
-        to_queries = to_queries + _by_row(jnp.einsum("kmp,kph->kmh", to_scores, prefix.keys, **wide), q.shape[0])
-        to_front_keys = jnp.einsum("kmp,kmh->kph", to_scores, by_head, **wide)
-        to_prefix = LayerPrefix(
-            to_front_keys.astype(prefix.keys.dtype), to_front_values.astype(prefix.values.dtype), to_bias
+        grad_prefix_values = jnp.einsum("kmp,kmh->kph", slots.astype(dtype), upstream, **wide)
+        grad_scores = jnp.einsum("kmh,kph->kmp", upstream, prefix.values, **wide)
+        grad_scores = slots * (grad_scores - _by_head(delta)[..., None])
+        grad_bias = None if prefix.bias is None else grad_scores.sum(axis=1).astype(prefix.bias.dtype)
+        grad_scores = (grad_scores * slope).astype(dtype)
+        grad_queries = grad_queries + _by_row(jnp.einsum("kmp,kph->kmh", grad_scores, prefix.keys, **wide), q.shape[0])
+        grad_prefix_keys = jnp.einsum("kmp,kmh->kph", grad_scores, by_head, **wide)
+        grad_prefix = LayerPrefix(
+            grad_prefix_keys.astype(prefix.keys.dtype), grad_prefix_values.astype(prefix.values.dtype), grad_bias
         )
     return (
-        to_queries.astype(dtype), to_keys.astype(keys.dtype), to_values.astype(values.dtype), None, to_prefix, None
+        grad_queries.astype(dtype), grad_keys.astype(keys.dtype), grad_values.astype(values.dtype), None, grad_prefix, None
     )  # fmt: skip
 
 
@@ -120,7 +117,7 @@ def _own_scores(softcap: float, q: Array, keys: Array, mask: Array) -> tuple[Arr
     return jnp.where(mask[:, None, None], by_group, MASKED).reshape(scores.shape), slope
 
 
-def _front_scores(
+def _prefix_scores(
     softcap: float, q: Array, prefix: LayerPrefix, prefix_mask: Array | None
 ) -> tuple[Array, Array | float]:
     """Scores [K, B*G*T, P] float32 with bias and mask, and the slope of their cap.

@@ -1,8 +1,8 @@
 """Decode speed over the size of the cache, at the best batch that a memory budget allows.
 
 Two sides: every row with slots of its own (a document per conversation in its context),
-and one prefix that all rows share (a cartridge, or a document that everybody asks
-about). The keys are random: how fast they are read does not depend on what they say.
+and one prefix that all rows share (a cartridge, or a document that all requests are
+about). The keys are random: their values do not change the speed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cartridges_jax.benchmarks.rounds import take_turns_with_ceilings
 from cartridges_jax.benchmarks.timing import Times, interleaved
 from cartridges_jax.cartridge import KVPrefix
 from cartridges_jax.errors import UserError
-from cartridges_jax.models import Cache, Decoder, Model, ModelConfig, empty_cache, lm_logits
+from cartridges_jax.models import Cache, Decoder, Model, ModelConfig, lm_logits
 from cartridges_jax.models.costs import decode_bytes, decode_flops, kv_bytes_per_token
 from cartridges_jax.sampling.select import most_likely
 
@@ -36,14 +36,14 @@ OWN, SHARED = "own", "shared"
 
 @dataclasses.dataclass(frozen=True)
 class CacheSweepSettings:
-    """What is measured.
+    """The settings of the measurement.
 
     Attributes:
       sizes: slots of the cache, own or shared; the smallest and largest give the ratios.
       headline: the size whose shared prefix gives the headline.
       budget_gib: of keys and values, prefix and rows together.
       batches: the batch sizes to choose among; those that do not fit are left out.
-      own_tokens: what every row behind a shared prefix holds of its own.
+      own_tokens: slots that every row has of its own after a shared prefix.
       steps: decode steps a measured round.
       dtype: of the model and the cache.
     """
@@ -58,7 +58,7 @@ class CacheSweepSettings:
     dtype: str
 
     def check(self) -> None:
-        """Raises UserError for a value that the benchmark could not use."""
+        """Raises UserError for a value that the benchmark cannot use."""
         if self.headline not in self.sizes:
             raise UserError(f"headline={self.headline} is none of sizes={self.sizes}")
         if self.steps < 1 or not self.batches or min(self.batches) < 1 or not self.budget_gib > 0:
@@ -77,15 +77,14 @@ def default_config():
 def greedy_steps(
     config: ModelConfig, params: Any, prefix: KVPrefix | None, cache: Cache, tokens: Array, *, num_steps: int
 ) -> tuple[Cache, Array]:
-    """`num_steps` greedy tokens of every row [B]; the cache goes back to the lengths it came with."""
-    start = 0 if prefix is None else prefix.next_position
+    """`num_steps` greedy tokens of every row [B]; the cache returns with the lengths that it came with."""
 
     def step(carry, _):
         cache, tokens = carry
         hidden, cache, _ = Decoder(config).apply(
             {"params": params},
             tokens[:, None],
-            start + cache.lengths[:, None],
+            None,
             jnp.ones_like(tokens)[:, None],
             prefix=prefix,
             cache=cache,
@@ -98,24 +97,22 @@ def greedy_steps(
 
 
 class Decoding:
-    """B rows that hold `own` slots each, behind a prefix or none."""
+    """Decoding of B rows that hold `own` slots each, after a prefix or none."""
 
     def __init__(self, model: Model, prefix: KVPrefix | None, num_rows: int, own: int, num_steps: int):
         self._model, self._steps = model, num_steps
-        self._prefix = prefix
-        if prefix is not None and model.decodes_unstacked:
-            self._prefix = prefix.replace(keys=tuple(prefix.keys), values=tuple(prefix.values))
-        # Small and not constant: nothing may be folded away.
+        self._prefix = None if prefix is None else model.decoding_prefix(prefix)
+        # Small and not constant, so that XLA folds no part of the work away.
         fill = jnp.linspace(-0.5, 0.5, model.config.head_dim, dtype=model.dtype)
 
         def filled() -> tuple[Cache, Array]:
-            empty = empty_cache(model.config, num_rows, own + num_steps, model.dtype, unstacked=model.decodes_unstacked)
+            empty = model.decoding_cache(num_rows, own + num_steps)
             cache = empty.mapped(lambda part, slot_axis: part + (fill if slot_axis == -2 else fill[:, None]))
             cache = cache.replace(lengths=jnp.full((num_rows,), own, jnp.int32))
             return cache, jnp.arange(num_rows, dtype=jnp.int32) % model.config.vocab_size
 
-        # In one program, or the budget's gigabytes would be held twice; and committed to the device, as what
-        # `greedy_steps` returns is, or its second call would compile again.
+        # One program, because two would hold the budget's gigabytes twice. Committed to the device like the
+        # results of `greedy_steps`, because its second call would compile again otherwise.
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         self._cache, self._tokens = jax.jit(filled, out_shardings=device)()
 
@@ -152,9 +149,9 @@ def fitting(settings: CacheSweepSettings, bytes_per_slot: int, kind: str, size: 
 def run(settings: CacheSweepSettings, workdir: Path) -> Result:
     """Measures both sides over all sizes; writes the figure.
 
-    A side's batch is chosen from single warm rounds, climbing while it pays; only the
-    chosen one is measured with repeats. The headline's size and the largest one, own and
-    shared, take turns with each other: they hold twice the budget at a time.
+    A side's batch is chosen from single warm rounds of growing batches; only the chosen
+    one is measured with repeats. The headline's size and the largest one, own and shared,
+    alternate: together they hold twice the budget.
     """
     common = settings.common
     model = read_model(common, dtype=settings.dtype)
@@ -168,7 +165,7 @@ def run(settings: CacheSweepSettings, workdir: Path) -> Result:
     ceilings = Ceilings(model.config, 512, 128)
     compared = (settings.headline, max(settings.sizes))
     rows, machines = [], []
-    # What the ratios compare takes turns; the other sizes only draw the curve.
+    # The sides that the ratios compare alternate; the other sizes only draw the curve.
     for sizes in [compared, *((size,) for size in settings.sizes if size not in compared)]:
         sides: dict[str, Callable[[], object]] = {
             f"{kind} {size}": _decoding(settings, model, prefixes[size], kind, size, batch)
@@ -213,7 +210,7 @@ def _decoding(
 def _best_batch(
     settings: CacheSweepSettings, model: Model, prefix: KVPrefix, kind: str, size: int, batches: list[int]
 ) -> int:
-    """Doubles the batch until it no longer pays."""
+    """The batch with the best speed: the batch grows until the speed falls."""
     best, speed = batches[0], 0.0
     with Bar(3 * len(batches), f"{NAME} {size} slots, batch of {kind}") as tick:
         for batch in batches:
@@ -234,7 +231,10 @@ def _single_speed(
     batch: int,
     tick: Callable[[str], None],
 ) -> float:
-    """Tokens a second of one warm round; a function, so that one batch's cache is gone before the next is made."""
+    """Tokens a second of one warm round.
+
+    A function, so that one batch's cache is freed before the next is allocated.
+    """
     name = f"{kind} {batch}"
     times = interleaved({name: _decoding(settings, model, prefix, kind, size, batch)}, repeats=1, on_progress=tick)
     return times[name].per_second(batch * settings.steps)
@@ -270,7 +270,7 @@ def _row(
 
 
 def _gain(rows: list[dict[str, Any]], kind: str, small: int, large: int) -> dict[str, float] | None:
-    """How many times faster the small cache is than the large one, and how many times the limits allow; None without one."""
+    """The speed of the small cache over that of the large one, measured and as the limits allow; None without one."""
     found = {row["slots"]: row for row in rows if row["kind"] == kind}
     if small not in found or large not in found:
         return None

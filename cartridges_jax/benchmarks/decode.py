@@ -1,9 +1,9 @@
-"""Greedy decode behind a cartridge, in tokens per second over the whole batch.
+"""Greedy decoding after a cartridge, in tokens per second over the whole batch.
 
-Everybody generates the same number of tokens behind the same prompts, whatever they are
-(no stop tokens). Ours and transformers + PEFT have the cartridge in front. llama.cpp and
-vLLM have no cartridges: the whole document stands in front, its keys and values cached
-from the call before, which is what a server without cartridges does.
+Every side generates the same number of tokens after the same prompts (no stop tokens).
+cartridges_jax and transformers + PEFT decode after the cartridge. llama.cpp and vLLM have
+no cartridges: they decode after the whole document, whose keys and values are cached from
+the call before, as on a server without cartridges.
 """
 
 from __future__ import annotations
@@ -59,19 +59,19 @@ NAME = "decode"
 
 @dataclasses.dataclass(frozen=True)
 class DecodeSettings:
-    """What is measured.
+    """The settings of the measurement.
 
     Attributes:
       batches: rows decoded together, one setting each; the first gives the headline.
       slots: P of the cartridge.
       prompt_tokens: length of every prompt.
       new_tokens: generated per prompt.
-      dtype: ours.
-      variants: how our weights are kept in further measurements ("bfloat16", "int8").
-      peer_dtypes: of transformers and vLLM.
-      transformers_rows: in larger batches transformers takes no part; each row has a copy of
-        the cartridge there, and at 128 rows the peers together need more than 24 GiB.
-      vllm_python: the python of an environment with vLLM; "" for none.
+      dtype: dtype of cartridges_jax.
+      variants: storage of our weights in further measurements ("bfloat16", "int8").
+      peer_dtypes: dtypes of transformers and vLLM.
+      transformers_rows: the largest batch for transformers, which copies the cartridge to
+        every row; at 128 rows the peers together need more than 24 GiB.
+      vllm_python: the Python of an environment with vLLM; "" for none.
       vllm_kv_gib: memory that vLLM may use for keys and values.
     """
 
@@ -88,7 +88,7 @@ class DecodeSettings:
     vllm_kv_gib: int
 
     def check(self) -> None:
-        """Raises UserError for a value that the benchmark could not use."""
+        """Raises UserError for a value that the benchmark cannot use."""
         if not self.batches or min(self.batches) < 1 or self.new_tokens < 1:
             raise UserError(f"batches={self.batches}, new_tokens={self.new_tokens}: must be 1 or more")
 
@@ -139,8 +139,8 @@ def run(settings: DecodeSettings, workdir: Path) -> Result:
             "kv_bytes_per_token": kv_bytes_per_token(model.config, model.dtype),
             "first_token_seconds": {
                 name: {
-                    front: times[name, front].median if (name, front) in times else None
-                    for front in (CARTRIDGE, DOCUMENT)
+                    prefix: times[name, prefix].median if (name, prefix) in times else None
+                    for prefix in (CARTRIDGE, DOCUMENT)
                 }
                 for name in dict.fromkeys(name for name, _ in times)
             },
@@ -152,7 +152,7 @@ def run(settings: DecodeSettings, workdir: Path) -> Result:
 
 
 def _rivals(settings: DecodeSettings, model: Model, work: Work, workdir: Path) -> tuple[list[Side], list[Absent]]:
-    """The peers that can be measured here, and the others."""
+    """The peers that can be measured here, and the absent ones."""
     common, dtypes = settings.common, settings.peer_dtypes
     missing = absent_peers(common, TRANSFORMERS, LLAMA_CPP)
     names = [peer.name for peer in missing]
@@ -175,7 +175,7 @@ def _rivals(settings: DecodeSettings, model: Model, work: Work, workdir: Path) -
 def _row(
     settings: DecodeSettings, models: dict[str, Model], sides: Sequence[Side], ceilings: Ceilings, batch: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Everybody at one batch size, in turns: the row, and what the machine reached."""
+    """All sides at one batch size, in turns: the row, and the machine's ceilings."""
     calls = {name: call for side in sides for name, call in side.generation(batch).items()}
     answers: dict[str, Any] = {}
     candidates = {name: keeping(answers, name, call) for name, call in calls.items()}
@@ -199,7 +199,7 @@ def _row(
         "variants": compared_variants(times, [name for name in models if name != OURS], rivals, total, fractions),
         "limit": total / at_least[OURS],
         "bytes_per_token": read[OURS] / batch,
-        # The others have the document in front, not the cartridge.
+        # The other peers decode after the document, not the cartridge.
         "same_tokens": {
             name: _agreement(answers[OURS], answers[name]) for name in rivals if name.startswith(TRANSFORMERS)
         },

@@ -1,4 +1,4 @@
-"""Who takes part in the `decode` benchmark: ourselves and the peers, each as calls that generate tokens."""
+"""The sides of the `decode` benchmark: cartridges_jax and its peers, each as calls that generate tokens."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from cartridges_jax.benchmarks.peers import LLAMA_CPP, TRANSFORMERS, VLLM
 from cartridges_jax.cartridge import KVPrefix
 from cartridges_jax.models import Model
 
-# Generates tokens; what it returns is per row, where it returns tokens at all.
+# Generates tokens; returns them per row, or nothing.
 Call = Callable[[], Any]
-# What stands in front of the prompts, in `Side.first_token`.
+# The prefix of the prompts in `Side.first_token`.
 CARTRIDGE, DOCUMENT = "cartridge", "document"
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What everybody is given.
+    """The work that every side does.
 
     Attributes:
-      cartridge: P slots.
+      cartridge: prefix of P slots.
       document: tokens of the whole document as a system message.
-      prompts: of one length, as many as the largest batch has rows.
+      prompts: prompts of one length, one for each row of the largest batch.
       new_tokens: generated per prompt.
     """
 
@@ -38,11 +38,11 @@ class Work:
 
     @property
     def context(self) -> int:
-        """Tokens that a server needs room for: document, prompt and answer, and some to spare."""
+        """Context length of a server: document, prompt and answer, and some to spare."""
         return len(self.document) + len(self.prompts[0]) + self.new_tokens + 16
 
-    def behind_document(self, num_rows: int) -> list[list[int]]:
-        """Prompts with the document in front of each."""
+    def after_document(self, num_rows: int) -> list[list[int]]:
+        """Prompts, each after the document."""
         return [[*self.document, *prompt] for prompt in self.prompts[:num_rows]]
 
 
@@ -50,17 +50,19 @@ class Side(Protocol):
     """One library, under one name or several (dtypes)."""
 
     def generation(self, num_rows: int) -> dict[str, Call]:
-        """By name, the call that answers the first `num_rows` prompts; {} for a batch that it is not made for."""
+        """By name, the call that answers the first `num_rows` prompts; {} if the side cannot run that batch."""
+        ...
 
     def first_token(self) -> dict[tuple[str, str], Call]:
-        """By (name, `CARTRIDGE` or `DOCUMENT`), the call that makes one token behind it."""
+        """By (name, `CARTRIDGE` or `DOCUMENT`), the call that generates one token after that prefix."""
+        ...
 
     def close(self) -> None:
-        """Ends what was started."""
+        """Ends the processes and servers of the side."""
 
 
 class Ours:
-    """Models of ours by name, all behind the same cartridge."""
+    """Our models by name, all with the same cartridge."""
 
     def __init__(self, models: dict[str, Model], work: Work):
         self._models, self._work = models, work
@@ -74,16 +76,16 @@ class Ours:
         work = self._work
         return {
             **{(name, CARTRIDGE): self._call(name, work.prompts[:1], 1, work.cartridge) for name in self._models},
-            **{(name, DOCUMENT): self._call(name, work.behind_document(1), 1, None) for name in self._models},
+            **{(name, DOCUMENT): self._call(name, work.after_document(1), 1, None) for name in self._models},
         }
 
     def close(self) -> None:
         pass
 
-    def _call(self, name: str, prompts: Sequence[list[int]], new_tokens: int, front: KVPrefix | None) -> Call:
+    def _call(self, name: str, prompts: Sequence[list[int]], new_tokens: int, prefix: KVPrefix | None) -> Call:
         def call() -> list[list[int]]:
             found = sampling.generate_tokens(
-                self._models[name], prompts, front, max_tokens=new_tokens, stop_ids=(), batch_size=len(prompts)
+                self._models[name], prompts, prefix, max_tokens=new_tokens, stop_ids=(), batch_size=len(prompts)
             )
             return [generation.token_ids for generation in found]
 
@@ -91,7 +93,7 @@ class Ours:
 
 
 class TransformersPeft:
-    """transformers with PEFT's cartridge, once a dtype, for batches of up to `most_rows`."""
+    """transformers with PEFT's cartridge, one model for each dtype, for batches of up to `most_rows`."""
 
     def __init__(self, directory: Path, dtypes: Sequence[str], work: Work, num_threads: int, most_rows: int):
         from cartridges_jax.benchmarks.peers import transformers_peft
@@ -100,7 +102,7 @@ class TransformersPeft:
         transformers_peft.use_threads(num_threads)
         arrays = [np.asarray(x, np.float32) for x in (work.cartridge.keys, work.cartridge.values)]
         self._plain = {f"{TRANSFORMERS} {dtype}": transformers_peft.load(directory, dtype) for dtype in dtypes}
-        self._behind = {
+        self._with_cartridge = {
             name: transformers_peft.with_cartridge(model, *arrays, 1, trained=False)
             for name, model in self._plain.items()
         }
@@ -110,14 +112,18 @@ class TransformersPeft:
             return {}
         work = self._work
         return {
-            name: self._call(model, work.prompts[:num_rows], work.new_tokens) for name, model in self._behind.items()
+            name: self._call(model, work.prompts[:num_rows], work.new_tokens)
+            for name, model in self._with_cartridge.items()
         }
 
     def first_token(self) -> dict[tuple[str, str], Call]:
         work = self._work
         return {
-            **{(name, CARTRIDGE): self._call(model, work.prompts[:1], 1) for name, model in self._behind.items()},
-            **{(name, DOCUMENT): self._call(model, work.behind_document(1), 1) for name, model in self._plain.items()},
+            **{
+                (name, CARTRIDGE): self._call(model, work.prompts[:1], 1)
+                for name, model in self._with_cartridge.items()
+            },
+            **{(name, DOCUMENT): self._call(model, work.after_document(1), 1) for name, model in self._plain.items()},
         }
 
     def close(self) -> None:
@@ -128,7 +134,7 @@ class TransformersPeft:
 
 
 class LlamaCpp:
-    """llama.cpp at batch 1, with the document in front."""
+    """llama.cpp at batch 1, after the document."""
 
     def __init__(self, file: Path, work: Work, num_threads: int):
         from cartridges_jax.benchmarks.peers.llama_cpp import Server
@@ -136,12 +142,12 @@ class LlamaCpp:
         self._server, self._work = Server(file, context=work.context, num_threads=num_threads), work
 
     def generation(self, num_rows: int) -> dict[str, Call]:
-        (prompt,) = self._work.behind_document(1)
+        (prompt,) = self._work.after_document(1)
         return {LLAMA_CPP: lambda: self._server.generate(prompt, self._work.new_tokens)} if num_rows == 1 else {}
 
     def first_token(self) -> dict[tuple[str, str], Call]:
-        (prompt,) = self._work.behind_document(1)
-        # Without its cache: a document that nobody has asked about for a while.
+        (prompt,) = self._work.after_document(1)
+        # Without its cache, as for a document that no recent request was about.
         return {(LLAMA_CPP, DOCUMENT): lambda: self._server.generate(prompt, 1, cached=False)}
 
     def close(self) -> None:
@@ -149,7 +155,7 @@ class LlamaCpp:
 
 
 class Vllm:
-    """vLLM with the document in front, once a dtype; its time to the first token is not measured."""
+    """vLLM after the document, one worker for each dtype; its time to the first token is not measured."""
 
     def __init__(
         self, python: str, directory: Path, dtypes: Sequence[str], work: Work, *, kv_gib: int, num_threads: int
@@ -165,7 +171,7 @@ class Vllm:
         }
 
     def generation(self, num_rows: int) -> dict[str, Call]:
-        prompts = self._work.behind_document(num_rows)
+        prompts = self._work.after_document(num_rows)
         return {name: self._call(worker, prompts) for name, worker in self._workers.items()}
 
     def first_token(self) -> dict[tuple[str, str], Call]:

@@ -1,4 +1,4 @@
-"""One PNG per benchmark."""
+"""Figures of the benchmarks, one PNG each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cartridges_jax.benchmarks.results import Result
 
 _INK, _MUTED, _GRID = "#1c1f26", "#5d6573", "#e3e6eb"
 _COLOURS = ("#0f766e", "#b45309")
-# The same side has the same colour in every figure: the first that fits its name.
+# A side has the same colour in every figure: the first entry that is part of its name.
 _BY_NAME = (
     ("cartridges_jax bfloat16", "#2fa597"), ("cartridges_jax int8", "#9ed8d1"), ("cartridges_jax", "#0f766e"),
     ("llama.cpp", "#9aa3b2"),
@@ -51,7 +51,7 @@ def _drawn(path: Path, size: tuple[float, float], panels: int, draw) -> None:
 
 
 def grouped_bars(axes: Axes, groups: Sequence[str], series: dict[str, Sequence[float | None]], unit: str) -> None:
-    """Bars side by side, each with its number; None leaves a gap."""
+    """Draws bars side by side, each with its number; None leaves a gap."""
     width = 0.8 / max(len(series), 1)
     for number, (name, values) in enumerate(series.items()):
         at = [group + (number - (len(series) - 1) / 2) * width for group in range(len(groups))]
@@ -105,7 +105,7 @@ def decode(result: Result, path: Path) -> None:
         axes[0].set_title("Greedy decode, tokens/s over the batch")
         first = result.more["first_token_seconds"]
         grouped_bars(
-            axes[1], ["behind a cartridge", "reading the document"],
+            axes[1], ["after a cartridge", "after reading the document"],
             {name: [pair["cartridge"], pair["document"]] for name, pair in first.items()}, "seconds",
         )  # fmt: skip
         axes[1].set_title("Time to the first token")
@@ -114,7 +114,7 @@ def decode(result: Result, path: Path) -> None:
 
 
 def cache_sweep(result: Result, path: Path) -> None:
-    """Speed over cache size, own and shared, with what the machine would allow."""
+    """Speed over cache size, own and shared, with the machine's limits."""
 
     def draw(axes):
         for number, kind in enumerate(("shared", "own")):

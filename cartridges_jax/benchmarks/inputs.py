@@ -1,4 +1,4 @@
-"""What the benchmarks have in common: settings, the document, conversations, cartridges."""
+"""Settings and inputs that the benchmarks share: the document, conversations, prompts."""
 
 from __future__ import annotations
 
@@ -11,29 +11,31 @@ import ml_collections
 import numpy as np
 
 from cartridges_jax.corpus import QUICKSTART, Corpus, Document, tokenize_corpus
-from cartridges_jax.data.conversations import Conversation, read_shard
+from cartridges_jax.data.conversations import read_shard
+from cartridges_jax.data.schema import Conversation
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Model, load_model
-from cartridges_jax.selfstudy.synthesis import FOR_SMALL_MODELS, synthesise
+from cartridges_jax.selfstudy.settings import SynthesisSettings
+from cartridges_jax.selfstudy.synthesis import synthesise
 from cartridges_jax.typed_config import build, config_values
 
-# What we are called among those who are measured.
+# The name of our side in results.
 OURS = "cartridges_jax"
 # The defaults of a run, with shorter answers.
-STUDY = dataclasses.replace(FOR_SMALL_MODELS, conversations=48, requests_per_batch=96, answer_max_tokens=32)
+STUDY = SynthesisSettings(conversations=48, requests_per_batch=96, answer_max_tokens=32)
 
 
 @dataclasses.dataclass(frozen=True)
 class Common:
-    """What every benchmark is told.
+    """The settings of every benchmark.
 
     Attributes:
       model: registry name, GGUF file, directory or hub id of a plain Llama.
       document: a text file, or "quickstart" for the one that ships with the package.
-      repeats: measured rounds; 5 or more for figures that are quoted.
-      threads: of the peers; 0 is one a core. (XLA takes all cores.)
-      peers: False measures nothing but ourselves.
-      seed: of every draw.
+      repeats: measured rounds; 5 or more for published figures.
+      threads: threads of the peers; 0 is one a core. (XLA uses all cores.)
+      peers: False measures cartridges_jax alone.
+      seed: seed of every draw.
     """
 
     model: str
@@ -44,7 +46,7 @@ class Common:
     seed: int
 
     def check(self) -> None:
-        """Raises UserError for a value that no benchmark could use."""
+        """Raises UserError for a value that no benchmark can use."""
         if self.repeats < 1:
             raise UserError(f"repeats={self.repeats}: must be 1 or more")
         if self.threads < 0:
@@ -79,7 +81,7 @@ def read_model(common: Common, **options: str) -> Model:
 
 
 def read_variants(common: Common, dtype: str, variants: Sequence[str]) -> dict[str, Model]:
-    """By name, the model itself, and once more for every way of keeping its weights (`load_model`'s `weights`)."""
+    """Models by name: the model itself, and one for each way to store its weights (`load_model`'s `weights`)."""
     return {
         OURS: read_model(common, dtype=dtype),
         **{f"{OURS} {weights} weights": read_model(common, dtype=dtype, weights=weights) for weights in variants},
@@ -103,16 +105,17 @@ def read_conversations(directory: str) -> list[Conversation]:
 def make_conversations(
     model: Model, document: Document, directory: Path, count: int, seed: int, **overrides: Any
 ) -> list[Conversation]:
-    """A little self-study with the whole document in context, kept in `directory`."""
+    """Conversations of a short self-study with the whole document in context, cached in `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
     settings = dataclasses.replace(STUDY, conversations=count, requests_per_batch=2 * count, **overrides)
-    return synthesise(model, tokenize_corpus(Corpus((document,)), model.tokenizer), directory, settings, seed=seed)
+    corpus = tokenize_corpus(Corpus((document,)), model.tokenizer)
+    return synthesise(model, corpus, directory, settings, seed=seed).conversations
 
 
 def prompts_of_length(model: Model, document: Document, count: int, num_tokens: int, seed: int) -> list[list[int]]:
     """`count` different prompts of exactly `num_tokens` tokens: stretches of the document as users' messages.
 
-    One length, so that no peer pays for padding.
+    They have one length, so that no peer pays for padding.
     """
     tokens = model.tokenizer.encode(document.text)
     frame = model.chat.render_continuation([{"role": "user", "content": "x"}])

@@ -1,7 +1,7 @@
-"""What this machine can do at best: matrix products at the model's shapes, and memory reads.
+"""The machine's ceilings: matrix products at the model's shapes, and memory reads.
 
-The ceilings are candidates of `timing.interleaved` like everything else, so that they
-are slowed by the same neighbours as what is measured against them.
+The ceilings are candidates of `timing.interleaved` like every side, so that other
+processes slow them as much as the sides that are compared with them.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from cartridges_jax.models.costs import layer_matmul_shapes, layer_weights
 from cartridges_jax.quantized import Narrow
 
 MATMUL, MATMUL_BFLOAT16, BANDWIDTH = "ceiling: matmul", "ceiling: bfloat16 matmul", "ceiling: memory"
-# Their keys in `Ceilings.measured`.
+# Keys in `Ceilings.measured`.
 CEILINGS = ("matmul_gflops", "matmul_bfloat16_gflops", "bandwidth_gb_s")
 # Well beyond the last-level cache of a desktop or a cloud slice.
 _BANDWIDTH_ROWS, _BANDWIDTH_COLUMNS = 1 << 16, 1 << 10
 
 
 class Ceilings:
-    """The probes, and what their times mean.
+    """Probes of the machine, and the rates that their times give.
 
     Attributes:
-      candidates: name to call, for `timing.interleaved`.
+      candidates: calls by name, for `timing.interleaved`.
     """
 
     def __init__(self, config: ModelConfig, num_tokens: int, num_head_rows: int):
         """
         Args:
-          num_tokens: rows of the layers' products, as the benchmark has them.
+          num_tokens: rows of the layers' products.
           num_head_rows: rows of the LM head's product.
         """
         self._flops = 2 * (
@@ -70,8 +70,8 @@ class Ceilings:
                 return product("ni,io->no", a, b)
 
             def layer(_, x):
-                mixed = times(times(x, q), o) + times(x, k).sum() + times(x, v).sum()
-                return 0.1 * (mixed + times(times(x, gate) * times(x, up), down))
+                attention_output = times(times(x, q), o) + times(x, k).sum() + times(x, v).sum()
+                return 0.1 * (attention_output + times(times(x, gate) * times(x, up), down))
 
             return jax.lax.fori_loop(0, config.num_layers, layer, x), product("nd,vd->nv", rows, table)
 
@@ -84,7 +84,7 @@ class Ceilings:
         }
 
     def measured(self, times: Mapping[str, Times]) -> dict[str, Any]:
-        """What the results' `machine` holds: the ceilings, and what ran where."""
+        """The field `machine` of results: the ceilings, the processor and the versions."""
         return {
             "matmul_gflops": times[MATMUL].per_second(self._flops) / 1e9,
             "matmul_bfloat16_gflops": times[MATMUL_BFLOAT16].per_second(self._flops) / 1e9,
@@ -94,7 +94,7 @@ class Ceilings:
 
 
 def description() -> dict[str, Any]:
-    """Processor, cores, load, and the versions of what is compared."""
+    """Processor, cores, load, and the versions of the compared libraries."""
     versions = {}
     for package in ("jax", "torch", "transformers", "peft", "xllamacpp"):
         try:
@@ -125,12 +125,12 @@ def multiplied_in(params: Any) -> str:
 
 
 def flops_per_second(machine: dict[str, Any], multiplied_in: str) -> float:
-    """What products reached on the machine, by the dtype of their operands."""
+    """The speed of matrix products on the machine, by the dtype of their operands."""
     return machine["matmul_gflops" if multiplied_in == "float32" else "matmul_bfloat16_gflops"] * 1e9
 
 
 def step_seconds_at_least(
     flops: float, num_bytes_read: float, machine: dict[str, Any], *, multiplied_in: str = "float32"
 ) -> float:
-    """The roofline: neither the products nor the reads can be faster."""
+    """The roofline: the longer of the time of the products and the time of the reads."""
     return max(flops / flops_per_second(machine, multiplied_in), num_bytes_read / (machine["bandwidth_gb_s"] * 1e9))

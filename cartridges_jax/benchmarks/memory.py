@@ -1,9 +1,9 @@
-"""Peak memory of a piece of work in a process of its own.
+"""Peak memory of a task in a process of its own.
 
-The high-water mark is reset after a few steps, and what the allocator holds back of freed
-memory is returned, so that it shows what the steady work needs (weights, libraries and
-program included) and not what reading a file or compiling took. It is read from /proc:
-`ru_maxrss` of a child also counts what its parent held when it was started
+The high-water mark is reset after a few steps, and freed memory is returned to the system,
+so that it shows the memory of the steady work (weights, libraries and program included) and
+not that of reading a file or compiling. It is read from /proc:
+`ru_maxrss` of a child also counts its parent's memory at its start
 (tests/test_benchmarks.py::test_peak_memory_is_the_child_s_own). Linux only; elsewhere None.
 """
 
@@ -20,10 +20,10 @@ from typing import Any
 
 
 def peak_bytes(module: str, task: dict[str, Any]) -> int | None:
-    """Runs `python -m module TASK` and returns what it printed as {"peak_bytes"}.
+    """Runs `python -m module TASK` and returns the {"peak_bytes"} that it printed.
 
     Raises:
-      RuntimeError: the process failed; with the end of what it said.
+      RuntimeError: the process failed; with the end of its stderr.
     """
     root = str(Path(__file__).parents[2])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -39,7 +39,7 @@ def peak_bytes(module: str, task: dict[str, Any]) -> int | None:
 
 
 def reset_high_water_mark() -> None:
-    """From here on the peak is counted anew, without garbage."""
+    """Resets the peak, after a garbage collection."""
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""What a benchmark hands over: one JSON line, the same as a file, and a figure."""
+"""The result of a benchmark: one line of JSON, the same as a file, and a figure."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Result:
     """A finished benchmark.
 
     Attributes:
-      benchmark: its name.
-      unit: of `value` and of the peers' values.
+      benchmark: the benchmark's name.
+      unit: unit of `value` and of the peers' values.
       rows: one dict per setting, each with "value", "peers", "ratio" and
         "fraction_of_limit"; ratio is value / peer's value, measured within rounds.
       machine: ceilings and versions.
       absent: peers that were not measured.
-      more: whatever else belongs to the record.
+      more: further fields of the record.
     """
 
     benchmark: str
@@ -37,7 +37,7 @@ class Result:
     more: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
-        """As it is printed: value, peers and ratio are the first row's."""
+        """The printed record, whose value, peers and ratio are the first row's."""
         first = self.rows[0]
         nothing = {peer.name: None for peer in self.absent}
         return _finite(
@@ -70,7 +70,7 @@ def one_line(record: Mapping[str, Any]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN; figures are rounded to five digits."""
+    """The value with numbers rounded to five digits, and None for NaN, which JSON lacks."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -81,11 +81,11 @@ def _finite(value: Any) -> Any:
 
 
 class Bar:
-    """Progress on stderr: one tick per timed call."""
+    """A progress bar on stderr with one tick per timed call."""
 
     def __init__(self, total: int, name: str):
         terminal = sys.stderr.isatty()
-        # A log gets a line now and then instead of a redrawn bar.
+        # A log gets a line every ten seconds instead of a redrawn bar.
         self._bar = tqdm.tqdm(
             total=total, desc=name, file=sys.stderr, dynamic_ncols=terminal, mininterval=0.5 if terminal else 10.0
         )
@@ -102,6 +102,6 @@ class Bar:
 
 
 def say_absent(absent: list[Absent]) -> None:
-    """One line per peer that is not measured."""
+    """Prints one line per peer that is not measured."""
     for peer in absent:
         print(f"{peer.name} is absent, not measured: {peer.how_to_install}", file=sys.stderr)

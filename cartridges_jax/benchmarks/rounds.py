@@ -1,4 +1,4 @@
-"""The frame of every benchmark: rounds in which the candidates take turns, and a row of what came of them."""
+"""The frame of every benchmark: rounds in which the candidates alternate, and a row of their results."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def take_turns(label: str, candidates: Mapping[str, Callable[[], object]], *, re
 def take_turns_with_ceilings(
     label: str, candidates: Mapping[str, Callable[[], object]], ceilings: Ceilings, *, repeats: int
 ) -> tuple[dict[str, Times], dict[str, Any]]:
-    """The candidates' times, and what the machine reached within the same rounds (`Ceilings.measured`)."""
+    """The candidates' times, and the machine's ceilings within the same rounds (`Ceilings.measured`)."""
     times = take_turns(label, {**candidates, **ceilings.candidates}, repeats=repeats)
     return {name: times[name] for name in candidates}, ceilings.measured(times)
 
 
 def keeping(kept: dict[str, Any], name: str, call: Callable[[], Any]) -> Callable[[], None]:
-    """`call`, whose first result stays in `kept[name]`."""
+    """A call that stores its first result in `kept[name]`."""
 
     def timed() -> None:
         result = call()
@@ -38,10 +38,10 @@ def keeping(kept: dict[str, Any], name: str, call: Callable[[], Any]) -> Callabl
 
 
 def compared(times: Mapping[str, Times], rivals: Sequence[str], amount: float) -> dict[str, Any]:
-    """What a row of `Result` says of ourselves against the rivals.
+    """Our side against the rivals, as fields of a row of `Result`.
 
     Args:
-      amount: of work in a round, in the result's unit.
+      amount: amount of work in a round, in the result's unit.
     """
     return {
         "value": times[OURS].per_second(amount),
@@ -57,7 +57,7 @@ def compared_variants(
     amount: float,
     fraction_of_limit: Mapping[str, float],
 ) -> dict[str, Any]:
-    """The same for the ways of keeping our weights, by name."""
+    """Our side with other storage of the weights against the rivals, by name."""
     return {
         name: {
             "value": times[name].per_second(amount),
@@ -77,5 +77,5 @@ def durations(times: Mapping[str, Times]) -> dict[str, Any]:
 
 
 def absent_peers(common: Common, *names: str) -> list[Absent]:
-    """Those of the peers that cannot be measured here; none where none is asked for."""
+    """The peers that cannot be measured here; none if the settings ask for no peers."""
     return [peer for peer in map(peers.absent, names) if peer] if common.peers else []

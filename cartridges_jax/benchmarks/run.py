@@ -12,7 +12,7 @@ from cartridges_jax.benchmarks import inputs, results
 from cartridges_jax.errors import UserError
 from cartridges_jax.typed_config import config_values
 
-# Name to the settings' class; the module is called like the benchmark.
+# The settings' class by name; the module has the benchmark's name.
 BENCHMARKS = {
     "train_step": "TrainStepSettings",
     "decode": "DecodeSettings",

@@ -1,11 +1,11 @@
 """Self-study of one chunk, in conversations per second, against the same loop without sharing.
 
-Ours is `selfstudy.synthesise`: A's examples and the chunk are read once, all rows share
-them, and rows that end make room. The peer does the same loop with transformers'
-`generate`: every row carries its own copy of the examples or the chunk in its prompt, and a
-batch runs until its longest row ends. It reads the same prompts, generates as many
-messages as A wrote and as many answers as were kept, to the lengths they had; and it
-takes the teacher's top log-probabilities from the same steps.
+Our side is `selfstudy.synthesise`: A's examples and the chunk are read once, all rows share
+them, and a row that ends is replaced by the next. The peer runs the same loop with
+transformers' `generate`: every row has its own copy of the examples or the chunk in its
+prompt, and a batch runs until its longest row ends. It reads the same prompts, generates
+the same number of messages and answers with the same lengths, and computes the teacher's
+top log-probabilities in the same steps.
 """
 
 from __future__ import annotations
@@ -22,28 +22,31 @@ from cartridges_jax.benchmarks.peers import TRANSFORMERS, hugging_face
 from cartridges_jax.benchmarks.results import Bar, Result, say_absent
 from cartridges_jax.benchmarks.rounds import absent_peers, compared, durations, take_turns_with_ceilings
 from cartridges_jax.corpus import Corpus, TokenizedCorpus, read_corpus, tokenize_corpus
-from cartridges_jax.data.conversations import Conversation, read_shard
+from cartridges_jax.data.conversations import read_shard
+from cartridges_jax.data.schema import Conversation
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Model, ModelConfig
 from cartridges_jax.models.costs import layer_weights
 from cartridges_jax.models.model import AUTO, chosen_weights
 from cartridges_jax.selfstudy.plan import plan_batches
 from cartridges_jax.selfstudy.seeds import FAMILIES
-from cartridges_jax.selfstudy.synthesis import SynthesisSettings, synthesise
+from cartridges_jax.selfstudy.settings import SynthesisSettings
+from cartridges_jax.selfstudy.synthesis import synthesise
+from cartridges_jax.selfstudy.writer import examples_text
 
 NAME = "self_study"
 
 
 @dataclasses.dataclass(frozen=True)
 class SelfStudySettings:
-    """What is measured.
+    """The settings of the measurement.
 
     Attributes:
-      chunk_tokens: of the document's beginning.
-      weights: how ours are kept; "auto" as a run does (`chosen_weights`).
-      study: how it is studied; `conversations` are wanted of it, from batches of
+      chunk_tokens: length of the chunk, the document's beginning.
+      weights: storage of our weights; "auto" chooses as a run does (`chosen_weights`).
+      study: settings of the self-study, which wants `conversations` from batches of
         `requests_per_batch` messages. Batches beyond the first count too.
-      peer_dtypes: the peer's.
+      peer_dtypes: dtypes of the peer.
       peer_rows: rows the peer decodes together.
     """
 
@@ -55,10 +58,12 @@ class SelfStudySettings:
     peer_rows: int
 
     def check(self) -> None:
-        """Raises UserError for a value that the benchmark could not use."""
+        """Raises UserError for a value that the benchmark cannot use."""
         self.study.check()
         if self.chunk_tokens < 1 or self.peer_rows < 1:
             raise UserError("chunk_tokens and peer_rows must be 1 or more")
+        if not self.study.conversations:
+            raise UserError("study.conversations=0: the benchmark needs a number")
         if self.study.writer != "completion":
             raise UserError("study.writer: the benchmark's peer writes by completion only")
 
@@ -82,12 +87,12 @@ class Row(NamedTuple):
     """One row of the peer's batches.
 
     Attributes:
-      front: what other rows have in front as well.
-      own: the rest of the prompt.
-      new_tokens: how many follow.
+      prefix: beginning of the prompt that other rows have too.
+      own: rest of the prompt.
+      new_tokens: number of tokens to generate.
     """
 
-    front: tuple[int, ...]
+    prefix: tuple[int, ...]
     own: list[int]
     new_tokens: int
 
@@ -100,10 +105,9 @@ def rows_of(
     num_batches: int,
     seed: int,
 ) -> tuple[list[Row], list[Row]]:
-    """The same work as one prompt per row: messages, and answers.
+    """The peer's rows for the same work, one prompt each: messages, and answers.
 
-    Messages that were dropped are not on disk: all are taken to be as long as the kept
-    ones are on average.
+    Dropped messages are not on disk: all messages get the mean length of the others.
     """
     encode = model.tokenizer.encode
     plan = plan_batches(
@@ -116,29 +120,26 @@ def rows_of(
     messages, answers = [], []
     for request in (request for batch in plan for request in batch.requests):
         pattern = FAMILIES[request.family].pattern
-        lines = [pattern.header, ""]
-        for sentence, message in pattern.examples:
-            lines += [f"Fact: {sentence}", f"{pattern.label}: {message}", ""]
         own = encode(f"Fact: {request.sentence}\n{pattern.label}:")
-        messages.append(Row(tuple(encode("\n".join(lines) + "\n")), own, typical))
-    front = tuple(model.chat.system_prefix(chunk.text).token_ids)
+        messages.append(Row(tuple(encode(examples_text(pattern))), own, typical))
+    prefix = tuple(model.chat.system_prefix(chunk.text).token_ids)
     for conversation in kept:
         user, assistant = conversation.messages
         turn = model.chat.render_continuation([{"role": "user", "content": user.content}])
-        answers.append(Row(front, turn.token_ids, len(assistant.token_ids)))
+        answers.append(Row(prefix, turn.token_ids, len(assistant.token_ids)))
     return messages, answers
 
 
 def batched(rows: list[Row], num_rows: int) -> list[list[Row]]:
-    """Rows of like length together, so that little of a batch is padding."""
-    ordered = sorted(rows, key=lambda row: len(row.front) + len(row.own))
+    """Batches of rows with similar lengths, which need little padding."""
+    ordered = sorted(rows, key=lambda row: len(row.prefix) + len(row.own))
     return [ordered[at : at + num_rows] for at in range(0, len(ordered), num_rows)]
 
 
 def flops_with_sharing(config: ModelConfig, rows: list[Row]) -> int:
-    """Products with weights when every front is read once; attention is left out (a lower bound)."""
+    """Operations of products with weights when every prefix is read once, without attention (a lower bound)."""
     generated = sum(row.new_tokens for row in rows)
-    read = sum(map(len, {row.front for row in rows})) + sum(len(row.own) for row in rows)
+    read = sum(map(len, {row.prefix for row in rows})) + sum(len(row.own) for row in rows)
     layers = 2 * config.num_layers * layer_weights(config) * (read + generated)
     return layers + 2 * config.d_model * config.vocab_size * generated
 
@@ -184,7 +185,7 @@ def run(settings: SelfStudySettings, workdir: Path) -> Result:
             def theirs(loaded=loaded) -> None:
                 for batch in batches:
                     transformers_peft.generate_padded(
-                        loaded, [[*row.front, *row.own] for row in batch], max(row.new_tokens for row in batch),
+                        loaded, [[*row.prefix, *row.own] for row in batch], max(row.new_tokens for row in batch),
                         study.top_logprobs,
                     )  # fmt: skip
 

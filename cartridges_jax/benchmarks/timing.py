@@ -1,8 +1,8 @@
 """Times of several programs that do the same work, measured in turns.
 
-On a shared machine the speed of everything drifts within minutes. So the candidates take
-turns within every round, and what is compared is their ratio within a round, never two
-numbers that were taken apart.
+On a shared machine the speed drifts within minutes. So the candidates alternate within
+every round, and results compare ratios within a round, never two numbers of different
+times.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Times:
     """Seconds of one candidate, one per round.
 
     Attributes:
-      seconds: of the warm rounds, in order.
+      seconds: seconds of the warm rounds, in order.
     """
 
     seconds: tuple[float, ...]
@@ -31,16 +31,16 @@ class Times:
         return statistics.median(self.seconds)
 
     def per_second(self, amount: float) -> float:
-        """Amount of work a round / median seconds."""
+        """The amount of work of a round over the median seconds."""
         return amount / self.median
 
     @property
     def spread(self) -> float:
-        """Slowest round over fastest. Far above 1, somebody else used the machine: measure again."""
+        """The slowest round over the fastest; far above 1, other processes used the machine."""
         return max(self.seconds) / min(self.seconds)
 
     def times_faster_than(self, other: Times) -> float:
-        """Median over the rounds of the other's seconds by one's own."""
+        """The median over the rounds of the other's seconds over these."""
         return statistics.median(b / a for a, b in zip(self.seconds, other.seconds, strict=True))
 
 
@@ -54,8 +54,8 @@ def interleaved(
     """Runs every candidate `warmups + repeats` times, in turns.
 
     Args:
-      candidates: name to a call that returns when its work is done (a call that only
-        starts work must wait for it).
+      candidates: calls by name, each of which returns when its work is done (a call that
+        only starts work must wait for it).
       repeats: measured rounds.
       warmups: rounds before them; they compile and fill caches.
       on_progress: called with a candidate's name after each of its calls.
@@ -70,6 +70,6 @@ def interleaved(
             if round_number >= warmups:
                 seconds[name].append(took)
             on_progress(name)
-        # Nobody always comes behind the same neighbour, whose memory traffic it inherits.
+        # The order rotates: no candidate always follows the same one, whose memory traffic it inherits.
         order = order[1:] + order[:1]
     return {name: Times(tuple(values)) for name, values in seconds.items()}

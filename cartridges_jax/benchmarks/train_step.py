@@ -41,9 +41,11 @@ from cartridges_jax.benchmarks.rounds import (
 )
 from cartridges_jax.cartridge import KVPrefix
 from cartridges_jax.corpus import read_corpus
-from cartridges_jax.data.packing import Example, PackingPlan, plan_packing, render_example
-from cartridges_jax.distill.step import cartridge_trainable, combine_cartridge, init_state, learning_mask, train_step
-from cartridges_jax.distill.trainer import TrainSettings, make_optimizer
+from cartridges_jax.data.examples import Example, render_example
+from cartridges_jax.data.packing import PackingPlan, plan_packing
+from cartridges_jax.distill.learner import make_learner
+from cartridges_jax.distill.settings import TrainSettings, make_optimizer
+from cartridges_jax.distill.step import init_state, train_step
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Model
 from cartridges_jax.models.costs import distillation_flops
@@ -54,15 +56,15 @@ NAME = "train_step"
 
 @dataclasses.dataclass(frozen=True)
 class TrainStepSettings:
-    """What is measured.
+    """The settings of the measurement.
 
     Attributes:
       slots: P, one setting each; the first gives the headline.
-      dtype: ours.
-      variants: how our weights are kept in further measurements ("bfloat16", "int8").
-      peer_dtypes: the peer's.
-      conversations: study directory of a finished run; "" makes a few.
-      num_conversations: how many are made.
+      dtype: dtype of cartridges_jax.
+      variants: storage of our weights in further measurements ("bfloat16", "int8").
+      peer_dtypes: dtypes of the peer.
+      conversations: study directory of a finished run; "" generates conversations.
+      num_conversations: number of conversations to generate.
       steps_per_round: different batches in a measured round.
       measure_memory: also run each side by itself in a process of its own.
       num_frozen: first slots that do not learn.
@@ -82,7 +84,7 @@ class TrainStepSettings:
     train: TrainSettings
 
     def check(self) -> None:
-        """Raises UserError for a value that the benchmark could not use."""
+        """Raises UserError for a value that the benchmark cannot use."""
         if not self.slots or min(self.slots) <= self.num_frozen:
             raise UserError(f"slots={self.slots}: give sizes above num_frozen={self.num_frozen}")
         if self.steps_per_round < 1 or self.num_conversations < 1:
@@ -103,11 +105,7 @@ def default_config():
         steps_per_round=1,
         measure_memory=True,
         num_frozen=1,
-        train=TrainSettings(
-            steps=140, learning_rate=4e-2, schedule="constant", warmup_steps=0, final_fraction=1.0, clip_norm=1.0,
-            rows_per_step=4, row_tokens=128, micro_batches=1, targets="assistant", tail="class", remat=False,
-            eval_every=40, checkpoint_every=20, keep_checkpoints=2, max_refused_in_a_row=5,
-        ),
+        train=TrainSettings(steps=140, schedule="constant", warmup_steps=0, final_fraction=1.0),
     ))  # fmt: skip
 
 
@@ -115,16 +113,18 @@ class Ours:
     """Our trainer's step, one batch after the other."""
 
     def __init__(self, model: Model, prefix: KVPrefix, plan: PackingPlan, settings: TrainStepSettings):
-        self._model, self._prefix, self._plan, self._settings = model, prefix, plan, settings
+        self._model, self._plan, self._settings = model, plan, settings
         self._optimizer = make_optimizer(settings.train)
-        self._mask = learning_mask(prefix.num_slots, settings.num_frozen)[:, None]
+        self._learner = make_learner(settings.train.learner, num_frozen=settings.num_frozen)
+        self._frozen, trainable = self._learner.init(model, prefix)
+        self._mask = self._learner.mask(self._frozen, trainable)
         # Committed to the device, as what the step returns is: else the second step compiles again.
-        self.state = jax.device_put(init_state(cartridge_trainable(prefix), self._optimizer), jax.devices()[0])
+        self.state = jax.device_put(init_state(trainable, self._optimizer), jax.devices()[0])
 
     def step(self, batch: int) -> float:
         """One optimizer step on a batch of the plan; returns the loss."""
         self.state, metrics = train_step(
-            self._model.config, self._optimizer, combine_cartridge, self._model.params, self._prefix, self._mask,
+            self._model.config, self._optimizer, self._learner, self._model.params, self._frozen, self._mask,
             self.state, self._plan.batch(batch), tail=self._settings.train.tail, remat=self._settings.train.remat,
         )  # fmt: skip
         return float(metrics["loss"])
@@ -240,7 +240,7 @@ def _row(
     ceilings: Ceilings,
     workdir: Path,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Everybody on one cartridge, in turns: the row, and what the machine reached."""
+    """All sides on one cartridge, in turns: the row, and the machine's ceilings."""
     config, num_slots, batches = models[OURS].config, prefix.num_slots, members(plan)
     rounds = {name: Ours(model, prefix, plan, settings).round for name, model in models.items()}
     rounds |= _peer_rounds(settings, theirs, batches, prefix)
@@ -287,7 +287,7 @@ def _peaks(
     """Peak bytes of each side, weights and libraries included, in steady steps.
 
     Args:
-      kept_as: our names, and how weights are kept under them.
+      kept_as: storage of the weights by our sides' names.
       rivals: the peers' names, which end in their dtype.
     """
     data = workdir / "memory.npz"

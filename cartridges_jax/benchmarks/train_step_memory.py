@@ -1,4 +1,4 @@
-"""One side of `train_step` in a process of its own, for its peak memory: python -m … TASK (JSON)."""
+"""One side of `train_step` in a process of its own, which reports its peak memory: python -m … TASK (JSON)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def main() -> None:
 
 
 def _measured(step: Callable[[], object]) -> None:
-    # Twice before: what compilation takes is not the step's.
+    # Steps before the reset compile; their memory is not the step's.
     for _ in range(_STEPS):
         step()
     memory.reset_high_water_mark()
@@ -49,8 +49,9 @@ def _peer(task: dict, keys: np.ndarray, values: np.ndarray, examples: list[dict]
 def _ours(task: dict, keys: np.ndarray, values: np.ndarray, examples: list[dict]) -> None:
     from cartridges_jax import cartridge
     from cartridges_jax.benchmarks.train_step import Ours
-    from cartridges_jax.data.packing import Example, plan_packing
-    from cartridges_jax.distill.trainer import TrainSettings
+    from cartridges_jax.data.examples import Example
+    from cartridges_jax.data.packing import plan_packing
+    from cartridges_jax.distill.settings import TrainSettings
     from cartridges_jax.models import load_model
 
     train = TrainSettings(**task["train"])

@@ -244,8 +244,6 @@ def _read_cartridge(directory: pathlib.Path) -> Cartridge:
 def _prefix_of(arrays: Mapping[str, np.ndarray], next_position: int) -> KVPrefix:
     """The only place that builds a prefix from stored arrays."""
     fields = {name: jnp.asarray(array) for name, array in arrays.items()}
-    if "group" in KVPrefix.__dataclass_fields__:
-        return KVPrefix(**fields, group=jnp.zeros_like(fields["positions"]), next_position=next_position)
     return KVPrefix(**fields, next_position=jnp.int32(next_position))
 
 

@@ -1,4 +1,4 @@
-"""The last few train states of one run, the newest intact one to go on from."""
+"""The last few train states of one run; the newest intact one is restored."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class TrainCheckpoints:
     deletes a checkpoint except retention, and only after a newer one is complete.
 
     Args:
-      directory: made if absent. Belongs to these checkpoints alone.
-      keep: how many checkpoints stay; 2 or more leave one to fall back on.
+      directory: created if absent. Holds these checkpoints and nothing else.
+      keep: the number of checkpoints that stay; 2 or more leave one to fall back on.
       asynchronous: save in the background (see `wait`).
 
     Raises:
@@ -86,10 +86,10 @@ class TrainCheckpoints:
         latest = self.latest_step()
         if latest is not None and latest >= step:
             raise UserError(
-                f"{self._directory}: step {step} cannot be saved behind the checkpoint of step "
+                f"{self._directory}: step {step} cannot be saved after the checkpoint of step "
                 f"{latest}; resume from that one or choose another directory"
             )
-        # Copied if written later: a view would keep a CPU's buffer from being donated.
+        # A copy if written later: a view would prevent the donation of a CPU's buffer.
         fetch = np.array if self._asynchronous else np.asarray
         arrays = {name: fetch(leaf) for name, leaf in _named_leaves(state).items()}
         record = seal({"extra": dict(extra), "arrays": describe(arrays)})
@@ -120,7 +120,7 @@ class TrainCheckpoints:
         with self._failing_cleanly(num_bytes):
             self._manager.wait_until_finished()
             path = self._directory / str(step)
-            # Renamed into place: half a list would condemn an intact checkpoint.
+            # Renamed into place: with half a list an intact checkpoint would count as damaged.
             part = path / f"{FILES}.part"
             part.write_text(json.dumps(file_checksums(path)))
             os.rename(part, path / FILES)
@@ -165,7 +165,7 @@ class TrainCheckpoints:
                     error,
                 )
                 continue
-            # Only now that there is one to go on from: those tried before it.
+            # Only once an intact one is found: those tried before it.
             self._damaged.update(tried for tried in candidates if tried > candidate)
             leaves, structure = jax.tree.flatten(abstract_state)
             restored = [_like(a, leaf) for a, leaf in zip(arrays.values(), leaves, strict=True)]
@@ -190,7 +190,7 @@ class TrainCheckpoints:
                 raise Damaged(f"unreadable: {in_short(error)}") from error
 
         path = self._directory / str(step)
-        # Absent if the process died right after orbax had finished: the arrays' own remain.
+        # Absent if the process died right after orbax had finished; the arrays still have their own checksums.
         if (path / FILES).exists():
             verify_files(path, read_json(path / FILES))
         record = unseal(read(record=ocp.args.JsonRestore())["record"])
@@ -212,7 +212,7 @@ class TrainCheckpoints:
         return arrays, record["extra"]
 
     def _set_damaged_aside(self) -> None:
-        """Makes room for new steps in front of a damaged checkpoint, which is kept.
+        """Renames damaged checkpoints, so that earlier steps can be saved again; none is deleted.
 
         Left in place it would count as one of the last `keep` and push out an intact one.
         """
@@ -228,7 +228,7 @@ class TrainCheckpoints:
 
     @contextlib.contextmanager
     def _failing_cleanly(self, num_bytes: int) -> Iterator[None]:
-        """A failed save leaves nothing unfinished behind; the disk may be full of what it wrote.
+        """Removes the unfinished files of a save that fails in the block; they may fill the disk.
 
         A checkpoint that lacks only its list of files stays: it can be restored, and retention
         may have taken an older one for it.
@@ -241,7 +241,7 @@ class TrainCheckpoints:
             on_failure.pop_all()
 
     def _remove_unfinished(self) -> None:
-        """What killed or failed saves began; never called while one is under way."""
+        """Removes the files of killed or failed saves; never called during a save."""
         for path in self._directory.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -258,7 +258,7 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def _like(array: np.ndarray, leaf: Any) -> Any:
-    """`array` as `leaf` is kept: NumPy, with its sharding, or uncommitted."""
+    """`array` in the form of `leaf`: NumPy, with its sharding, or uncommitted."""
     if isinstance(leaf, np.ndarray | np.generic):
         return array
     committed = leaf.committed if isinstance(leaf, jax.Array) else leaf.sharding is not None

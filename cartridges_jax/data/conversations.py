@@ -1,11 +1,11 @@
 """Self-study conversations on disk: one row of a Parquet shard each.
 
-The columns are those of the reference's published datasets (HazyResearch/cartridges),
-so that either side reads the other's; `metadata` carries more in ours.
+The columns are those of `schema`, so that the reference's published datasets load as they
+are and the reference loads ours; `metadata` carries more in ours.
 
-The teacher's log-probabilities are nearly all of a shard's bytes, and of the many hosts of
-a job each trains on a part of the conversations. So they stay in the file until they are
-asked for, and a table has small row groups, which can be read one by one.
+The teacher's log-probabilities are nearly all of a shard's bytes, and each of a job's hosts
+trains on a part of the conversations only. They therefore stay in the file until they are
+needed, and a shard has small row groups, which can be read one by one.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import tempfile
 import threading
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,57 +24,26 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cartridges_jax.data.bounded_cache import BoundedCache
+from cartridges_jax.data.schema import Conversation, Message, TopLogprobs
 from cartridges_jax.errors import PassingFailure, UserError, one_line
 
-
-@dataclasses.dataclass(frozen=True)
-class TopLogprobs:
-    """The teacher's most likely tokens, sparse: n entries over a message's T tokens.
-
-    Attributes:
-      token_idx: [n] int32, which of the message's own tokens an entry belongs to.
-      token_id: [n] int32, the vocabulary entry.
-      logprobs: [n] float32, its log-probability (temperature 1, whole vocabulary).
-      shape: (T, k).
-    """
-
-    token_idx: np.ndarray
-    token_id: np.ndarray
-    logprobs: np.ndarray
-    shape: tuple[int, int]
-
-    @staticmethod
-    def from_dense(ids: np.ndarray, logprobs: np.ndarray) -> TopLogprobs:
-        """From ids and log-probabilities, each [T, k]."""
-        num_tokens, k = ids.shape
-        return TopLogprobs(
-            token_idx=np.repeat(np.arange(num_tokens, dtype=np.int32), k),
-            token_id=ids.astype(np.int32).reshape(-1),
-            logprobs=logprobs.astype(np.float32).reshape(-1),
-            shape=(num_tokens, k),
-        )
-
-    def dense(self) -> tuple[np.ndarray, np.ndarray]:
-        """ids [T, k] and log-probabilities [T, k]; -inf where a token has fewer entries."""
-        num_tokens, k = self.shape
-        ids = np.zeros((num_tokens, k), np.int32)
-        logprobs = np.full((num_tokens, k), -np.inf, np.float32)
-        order = np.argsort(self.token_idx, kind="stable")
-        row = self.token_idx[order]
-        column = np.arange(len(row)) - np.searchsorted(row, row)
-        ids[row, column] = self.token_id[order]
-        logprobs[row, column] = self.logprobs[order]
-        return ids, logprobs
+# Fewer rows would make the list of groups, which is read whole, as large as the data that it saves reading.
+_ROWS_PER_GROUP = 8
+# A batch takes conversations from many shards; that many files stay open.
+_OPEN_SHARDS = 256
+# Of row groups that were read last, in bytes. Shards from elsewhere have many rows in a group.
+_GROUP_BYTES = 64 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTopLogprobs:
-    """`TopLogprobs` that lie in a shard: read whenever they are asked for, and not kept.
+    """`TopLogprobs` in a shard: read on demand, and not held.
 
     Attributes:
       path: of the shard.
       row: of the conversation in it.
-      message: which of the conversation's.
+      message: index of the message in the conversation.
       shape: (T, k).
     """
 
@@ -84,7 +53,12 @@ class StoredTopLogprobs:
     shape: tuple[int, int]
 
     def read(self) -> TopLogprobs:
-        """Raises UserError if the shard is gone or damaged."""
+        """Returns the entries.
+
+        Raises:
+          UserError: the shard is gone or damaged.
+          PassingFailure: its disk cannot be read now.
+        """
         with _damage_named(self.path):
             status = self.path.stat()
             shard = _opened(self.path, (status.st_ino, status.st_mtime_ns))
@@ -101,37 +75,6 @@ class StoredTopLogprobs:
         with _damage_named(self.path):
             return self.read().dense()
 
-
-@dataclasses.dataclass(frozen=True)
-class Message:
-    """One turn. `token_ids` are the ids as generated (end-of-turn included) or rendered."""
-
-    role: str
-    content: str
-    token_ids: list[int]
-    top_logprobs: TopLogprobs | StoredTopLogprobs | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Conversation:
-    """One self-study conversation.
-
-    Attributes:
-      messages: user and assistant turns; without the system message.
-      system_prompt: what the teacher had in front (may be empty: see chunk_span).
-      metadata: id, document, chunk_span, teacher, stop_reason, seed, seed_prompt,
-        seed_prompt_type, and what the writer adds.
-      type: the kind of conversation, e.g. "self_study".
-    """
-
-    messages: list[Message]
-    metadata: dict[str, Any]
-    system_prompt: str = ""
-    type: str = "self_study"
-
-
-# Fewer would make the list of groups, which is read whole, as large as what it spares.
-_ROWS_PER_GROUP = 8
 
 _TOP = pa.struct(
     [
@@ -154,9 +97,7 @@ _MESSAGE = pa.struct(
 def _to_row(conversation: Conversation) -> dict[str, Any]:
     messages = []
     for message in conversation.messages:
-        top = message.top_logprobs
-        if isinstance(top, StoredTopLogprobs):
-            top = top.read()
+        top = None if message.top_logprobs is None else message.top_logprobs.read()
         messages.append(
             {
                 "role": message.role,
@@ -208,7 +149,7 @@ def _metadata_column(values: list[dict[str, Any]]) -> pa.Array:
 
 
 def write_shard(path: Path, conversations: Iterable[Conversation]) -> None:
-    """Writes one Parquet shard whole or not at all."""
+    """Writes one Parquet shard, whole or not at all."""
     rows = [_to_row(conversation) for conversation in conversations]
     columns = {
         "messages": pa.array([row["messages"] for row in rows], pa.list_(_MESSAGE)),
@@ -217,10 +158,11 @@ def write_shard(path: Path, conversations: Iterable[Conversation]) -> None:
         "metadata": _metadata_column([row["metadata"] for row in rows]),
         "type": pa.array([row["type"] for row in rows], pa.string()),
     }
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    # Opened as any file is, so that its mode follows the umask: other users of a shared workdir may read it.
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
     try:
-        with os.fdopen(handle, "wb") as file:
-            # In groups so small, statistics and dictionaries would be half of the file.
+        with open(temporary, "xb") as file:
+            # In groups this small, statistics and dictionaries would be half of the file.
             pq.write_table(
                 pa.table(columns),
                 file,
@@ -233,15 +175,15 @@ def write_shard(path: Path, conversations: Iterable[Conversation]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
 def read_shard(path: Path) -> list[Conversation]:
-    """Reads one shard, but for the log-probabilities: see `StoredTopLogprobs`.
+    """Reads the conversations of one shard; their log-probabilities stay in the file (`StoredTopLogprobs`).
 
     Raises:
-      UserError: the file is truncated, damaged or not such a shard.
+      UserError: the file is truncated, damaged or not a conversation shard.
     """
     with _damage_named(path), pq.ParquetFile(path) as file:
         rows = file.read(columns=[name for name in _columns(file) if not _of_entries(name)]).to_pylist()
@@ -249,43 +191,49 @@ def read_shard(path: Path) -> list[Conversation]:
 
 
 def _columns(file: pq.ParquetFile) -> list[str]:
-    """Paths of the columns, those within others too."""
+    """Paths of the leaf columns."""
     return [file.schema.column(number).path for number in range(len(file.schema))]
 
 
 def _of_entries(column: str) -> bool:
-    """Whether a column is one of `TopLogprobs`, but for its shape."""
+    """Whether a column holds entries of `TopLogprobs`; its shape is read with the conversation."""
     return ".top_logprobs." in column and ".top_logprobs.shape." not in column
+
+
+def _nbytes(rows: pa.ChunkedArray) -> int:
+    return rows.nbytes
+
+
+_groups: BoundedCache[pa.ChunkedArray] = BoundedCache(_GROUP_BYTES, _nbytes)
 
 
 class _OpenShard:
     """Reads the entries of single conversations."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, version: tuple[int, int]):
+        self._key = (path, version)
         self._file = pq.ParquetFile(path)
         self._columns = [name for name in _columns(self._file) if _of_entries(name)]
         sizes = [self._file.metadata.row_group(group).num_rows for group in range(self._file.num_row_groups)]
         self._ends = np.cumsum(sizes)
-        self._group, self._rows = -1, None
-        # Batches are made in a thread of their own.
+        # Batches are built in a thread of their own.
         self._lock = threading.Lock()
 
     def entries(self, row: int) -> pa.Array:
         """A conversation's messages, each with its entries and nothing else."""
         group = int(np.searchsorted(self._ends, row, side="right"))
+        rows = _groups.get((*self._key, group), lambda: self._read(group))
+        first = int(self._ends[group - 1]) if group else 0
+        return rows[row - first].values
+
+    def _read(self, group: int) -> pa.ChunkedArray:
         with self._lock:
-            if group != self._group:
-                # Shards from elsewhere have many rows in a group.
-                self._rows = self._file.read_row_group(group, columns=self._columns).column("messages")
-                self._group = group
-            first = int(self._ends[group - 1]) if group else 0
-            return self._rows[row - first].values
+            return self._file.read_row_group(group, columns=self._columns).column("messages")
 
 
-# A batch takes conversations from many shards; as many files stay open.
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=_OPEN_SHARDS)
 def _opened(path: Path, version: tuple[int, int]) -> _OpenShard:
-    return _OpenShard(path)
+    return _OpenShard(path, version)
 
 
 @contextmanager
@@ -293,12 +241,12 @@ def _damage_named(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, KeyError, TypeError, AttributeError, IndexError) as error:
-        # What is wrong with the file has no number; that it is not there is known for good.
+        # Damage has no error number, and a missing file stays missing; any other error number may pass.
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
             raise PassingFailure(
-                f"{path} cannot be read now ({one_line(error)}): look at its disk, then run again"
+                f"{path} cannot be read now ({one_line(error)}): check its disk, then rerun"
             ) from error
         raise UserError(
             f"{path} is not a readable conversation shard ({one_line(error)}): "
-            "delete this file and run again, it alone is made anew"
+            "delete this file and rerun; only this shard is regenerated"
         ) from error

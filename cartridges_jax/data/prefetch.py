@@ -1,22 +1,22 @@
-"""Work for the next steps, done in the background while this step runs."""
+"""Items for the next steps, computed in the background while this step runs."""
 
 from __future__ import annotations
 
 import collections
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 Item = TypeVar("Item")
 
 
-def prefetch(make: Callable[[int], Item], steps: range, depth: int = 2) -> Iterator[Item]:
-    """`make(step)` for every step in order, up to `depth` of them before they are asked for.
+def prefetch(make: Callable[[int], Item], steps: range, depth: int = 2) -> Generator[Item, None, None]:
+    """`make(step)` for every step in order, up to `depth` of them ahead of time.
 
-    One thread makes them, one after the other, so the order of the calls is that of the
-    steps. Close the iterator when leaving it early (`contextlib.closing`): what was made
-    and not taken is dropped, which is of no consequence where `make` is a pure function.
+    One thread calls `make`, so the order of the calls is that of the steps. Close the
+    iterator when leaving it early (`contextlib.closing`): the items that are ready are
+    dropped, which does not matter where `make` is a pure function.
 
     Raises:
       Whatever `make` raised, when its step is reached.

@@ -1,8 +1,8 @@
-"""A training run's checkpoints for all processes of its job: the first one reads and writes them.
+"""Checkpoints of a training run for all processes of its job: process 0 reads and writes them.
 
-A state is a cartridge with its optimizer's moments, some hundred megabytes for a large model:
-gathering it on every host is cheap, and makes what lies on disk the same, checksums included,
-whatever mesh and however many hosts saved it. So it can be restored onto any other.
+A state is a cartridge with its optimizer's moments, some hundred megabytes for a large model.
+Gathering it on every host is cheap, and the files are then the same, checksums included, for
+every mesh and number of hosts. So a state can be restored onto any other mesh.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cartridges_jax.parallel import Job
 
 
 class SharedCheckpoints:
-    """`TrainCheckpoints` of which all processes call the same methods together.
+    """`TrainCheckpoints` whose methods all processes call together.
 
     Attributes:
       latest: the newest step that is not known to be damaged; None without one.
@@ -28,13 +28,16 @@ class SharedCheckpoints:
 
     def __init__(self, directory: Path, keep: int, job: Job):
         self._job = job
-        # In the background on accelerators, which work on meanwhile; a CPU would have to share itself.
+        # In the background on accelerators, which compute meanwhile; a CPU would have to share its cores.
         in_background = jax.default_backend() != "cpu"
         self._own = TrainCheckpoints(directory, keep, asynchronous=in_background) if job.is_first else None
-        self.latest: int | None = job.from_first(lambda: self._own.latest_step())
+        self.latest: int | None = job.from_first(self._latest_on_disk)
+
+    def _latest_on_disk(self) -> int | None:
+        return None if self._own is None else self._own.latest_step()
 
     def save(self, step: int, state: Any, extra: Mapping[str, Any]) -> None:
-        """As `TrainCheckpoints.save`; does nothing where the newest is of this step."""
+        """As `TrainCheckpoints.save`; does nothing if the newest checkpoint is of this step."""
         if self.latest == step:
             return
         if self._job.num_processes > 1:
@@ -44,32 +47,33 @@ class SharedCheckpoints:
         self.latest = step
 
     def complete(self) -> None:
-        """Returns when what was saved is complete: in all processes, so that none ends the job before."""
+        """Waits until the last save is complete, in all processes, so that none ends the job before."""
         if self._own is not None:
             self._own.wait()
         self._job.wait_for_all()
 
     def restore(self, state: Any) -> tuple[Any, dict]:
-        """The newest intact state, lying as the given one does, and its `extra`.
+        """The newest intact state, with the shardings of the given one, and its `extra`.
 
         Args:
           state: of arrays.
         """
         if self._job.num_processes == 1:
             abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+            assert self._own is not None
             restored, extra = self._own.restore(abstract)
-            self.latest = self._own.latest_step()
+            self.latest = self._latest_on_disk()
             return restored, extra
-        # Like the state in shape, and what the processes that do not read contribute.
+        # Of the state's shapes; processes that do not read contribute these.
         arrays = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)
         extra: dict = {}
         if self._own is not None:
             arrays, extra = self._own.restore(arrays)
-        extra, self.latest = self._job.from_first(lambda: (extra, self._own.latest_step()))
+        extra, self.latest = self._job.from_first(lambda: (extra, self._latest_on_disk()))
         arrays = self._job.arrays_from_first(arrays)
         return parallel.place(arrays, jax.tree.map(lambda x: x.sharding, state)), extra
 
     def close(self) -> None:
-        """Returns when what was saved is complete."""
+        """Closes the files when the last save is complete."""
         if self._own is not None:
             self._own.close()

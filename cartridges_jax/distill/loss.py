@@ -6,15 +6,15 @@ those tokens, and everything else (`tail="class"`, the default: a proper KL on t
 coarsened distributions). `tail="drop"` is the paper's plain form: the sum runs over the
 k stored tokens alone.
 
-The student's logits [M, V] are never held: the vocabulary passes in blocks. The loss of
+The student's logits [M, V] are never held: the vocabulary is read in blocks. The loss of
 a row depends on k + 1 numbers, the chosen logits and the log-sum-exp of the rest, so a
 running maximum and sum suffice, and the gradient of that log-sum-exp is a weighted mean
 of the head's rows that is carried along and rescaled as the maximum moves (as in online
 softmax, arXiv 1805.02867, and FlashAttention, arXiv 2205.14135). Forward and gradient
-together cost the two products that they cost with all logits at hand.
+together cost the two products that they cost with all logits in memory.
 
-On a mesh that splits the vocabulary, its parts pass side by side, each on its own devices,
-and the sums are joined once at the end: no part of the head is sent over the tensor axis.
+On a mesh that splits the vocabulary, each part is read on its own devices, and the sums are
+joined once at the end: no part of the head is sent over the tensor axis.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ TAILS = ("class", "drop")
 
 # A teacher's remaining probability below this is rounding of the stored values.
 _ROUNDING = 1e-6
-# Takes a logit out of a sum of exponentials; finite, so that its gradient stays finite.
+# Excludes a logit from a sum of exponentials; finite, so that its gradient stays finite.
 _EXCLUDED = -1e30
-# Logits held at a time: 4 MiB in float32 (what stays in a cache is measurably faster on CPUs),
-# but no fewer tokens than keep a product busy.
+# Logits held at a time: 4 MiB in float32 (blocks that fit a cache are measurably faster on CPUs),
+# but enough tokens to keep a product busy.
 _BLOCK_LOGITS = 2**20
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 1024, 8192
 
@@ -65,7 +65,7 @@ def divergence_per_token(
       logprobs: [M, k] float32, their log-probabilities; -inf marks an unused entry.
       tail: "class" or "drop".
       softcap: c bounds the logits as c * tanh(logit / c); 0 is off.
-      block: tokens of the vocabulary at a time, of each part; None chooses.
+      block: tokens of the vocabulary at a time, of each part; None chooses (`block_size`).
 
     Returns:
       [M] float32.
@@ -104,18 +104,18 @@ def _forward(static, hidden, head, ids, logprobs):
     hidden, ids, logprobs = hidden.value, ids.value, logprobs.value
     head = jax.tree.map(lambda leaf: leaf.value, head, is_leaf=_is_primal)
     chosen, rest, mean_row = _stream(hidden, head, ids, logprobs, softcap, block, parts, gradient=True)
-    divergence, pull = jax.vjp(lambda *logits: _coarsened(*logits, logprobs, tail), chosen, rest)
-    to_chosen, to_rest = pull(jnp.ones_like(divergence))
-    to_chosen = to_chosen * _slope(chosen, softcap)
+    divergence, pull = jax.vjp(lambda chosen, rest: _coarsened(chosen, rest, logprobs, tail), chosen, rest)
+    grad_chosen, grad_rest = pull(jnp.ones_like(divergence))
+    grad_chosen = grad_chosen * _slope(chosen, softcap)
 
-    to_hidden = _add_chosen(to_rest[:, None] * mean_row, head, ids, to_chosen, parts)
+    grad_hidden = _add_chosen(grad_rest[:, None] * mean_row, head, ids, grad_chosen, parts)
     # The zero-sized array carries the dtype that the gradient must have.
-    return divergence, (to_hidden, jnp.zeros((0,), hidden.dtype))
+    return divergence, (grad_hidden, jnp.zeros((0,), hidden.dtype))
 
 
 def _backward(static, saved, upstream):
-    to_hidden, like = saved
-    return (upstream[:, None] * to_hidden).astype(like.dtype), None, None, None
+    grad_hidden, like = saved
+    return (upstream[:, None] * grad_hidden).astype(like.dtype), None, None, None
 
 
 def _is_primal(leaf: Any) -> bool:
@@ -126,16 +126,16 @@ _divergence.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _each_part(function: Callable[[Any, Array | int], Any], head: Any, parts: int) -> Any:
-    """function(part of the head, its first token) of every part of the vocabulary, stacked."""
+    """Results of function(part of the head, its first token) for every part of the vocabulary, stacked."""
     size = head.shape[0] // parts
     split = jax.tree.map(lambda leaf: leaf.reshape(parts, size, *leaf.shape[1:]), head)
     return jax.vmap(function, spmd_axis_name="tensor")(split, jnp.arange(parts) * size)
 
 
 def _add_chosen(total: Array, head: Any, ids: Array, weights: Array, parts: int) -> Array:
-    """total [M, D] plus the sum of the head's rows at ids [M, k], weighted by [M, k]; float32."""
+    """Adds to total [M, D] the head's rows at ids [M, k], weighted by [M, k]; float32."""
 
-    def of_part(part: Any, first: Array | int, total: Array) -> Array:
+    def add_part(part: Any, first: Array | int, total: Array) -> Array:
         def add(total, entry):
             # One stored token of every row at a time: [M, k, D] may be large.
             entry_ids, weight = entry
@@ -149,16 +149,16 @@ def _add_chosen(total: Array, head: Any, ids: Array, weights: Array, parts: int)
     ids, weights = constrain(ids, "lookups", None), constrain(weights, "lookups", None)
     total = constrain(total, "lookups", "lookup_width")
     if parts == 1:
-        total = of_part(head, 0, total)
+        total = add_part(head, 0, total)
     else:
-        total += _each_part(lambda part, first: of_part(part, first, jnp.zeros_like(total)), head, parts).sum(axis=0)
+        total += _each_part(lambda part, first: add_part(part, first, jnp.zeros_like(total)), head, parts).sum(axis=0)
     return constrain(total, "rows", None)
 
 
 def _stream(
     hidden: Array, head: Any, ids: Array, logprobs: Array, softcap: float, block: int, parts: int, *, gradient: bool
 ) -> tuple[Array, Array, Array | None]:
-    """What the loss needs of the logits.
+    """The numbers of the logits that the loss depends on.
 
     Returns:
       chosen [M, k] float32, the stored tokens' logits (0 for unused entries); rest [M]
@@ -167,14 +167,15 @@ def _stream(
     """
     read = functools.partial(_stream_part, hidden, ids, logprobs, softcap, block, gradient)
     if parts == 1:
-        maximum, total, chosen, mixed = read(head, 0)
+        maximum, total, chosen, weighted_rows = read(head, 0)
     else:
-        maximum, total, chosen, mixed = _each_part(read, head, parts)
-        # The parts' sums, each relative to its own maximum, as one.
+        maximum, total, chosen, weighted_rows = _each_part(read, head, parts)
+        # Joins the parts' sums, each relative to its own maximum.
         shrink = jnp.exp(maximum - maximum.max(axis=0))
         maximum, total, chosen = maximum.max(axis=0), (total * shrink).sum(axis=0), chosen.sum(axis=0)
-        mixed = (mixed * shrink[..., None]).sum(axis=0) if gradient else None
-    return chosen, maximum + jnp.log(total), mixed / total[:, None] if gradient else None
+        weighted_rows = (weighted_rows * shrink[..., None]).sum(axis=0) if gradient else None
+    mean_row = None if weighted_rows is None else weighted_rows / total[:, None]
+    return chosen, maximum + jnp.log(total), mean_row
 
 
 def _stream_part(
@@ -187,10 +188,10 @@ def _stream_part(
     head: Any,
     first: Array | int,
 ) -> tuple[Array, Array, Array, Array | None]:
-    """Passes over one part of the vocabulary, whose first token is `first`.
+    """Reads one part of the vocabulary, whose first token is `first`.
 
     Returns:
-      maximum [M] of the logits that are not stored; total [M] and mixed [M, D], the sums of
+      maximum [M] of the logits that are not stored; total [M] and weighted_rows [M, D], the sums of
       their exponentials relative to it, plain and weighting the head's rows; chosen [M, k],
       0 for tokens of other parts.
     """
@@ -199,7 +200,7 @@ def _stream_part(
     row = jnp.arange(num_rows)[:, None]
 
     def take(carry, start, size):
-        maximum, total, chosen, mixed = carry
+        maximum, total, chosen, weighted_rows = carry
         part = jax.tree.map(lambda leaf: constrain(jax.lax.dynamic_slice_in_dim(leaf, start, size)), head)
         logits = _capped(linear_rows(hidden, part), softcap)
         at = ids - first - start
@@ -213,8 +214,10 @@ def _stream_part(
         weights = jnp.exp(others - higher[:, None])
         total = total * shrink + weights.sum(axis=-1)
         if gradient:
-            mixed = mixed * shrink[:, None] + mix_rows((weights * _slope(logits, softcap)).astype(hidden.dtype), part)
-        return higher, total, chosen, mixed
+            weighted_rows = weighted_rows * shrink[:, None] + mix_rows(
+                (weights * _slope(logits, softcap)).astype(hidden.dtype), part
+            )
+        return higher, total, chosen, weighted_rows
 
     carry = (
         jnp.full(num_rows, _EXCLUDED, jnp.float32),
@@ -234,7 +237,7 @@ def _capped(logits: Array, softcap: float) -> Array:
 
 
 def _slope(capped: Array, softcap: float) -> Array | float:
-    """The derivative of the cap, from what it gave."""
+    """The derivative of the cap, from the capped logits."""
     return 1.0 - (capped / softcap) ** 2 if softcap else 1.0
 
 

@@ -1,9 +1,8 @@
-"""The distillation step: a cartridge learns, the model is frozen."""
+"""The distillation step: the learner's parameters are trained, the model is frozen."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -14,51 +13,34 @@ from jax import Array
 
 from cartridges_jax.cartridge import KVPrefix
 from cartridges_jax.data.packing import TrainBatch
+from cartridges_jax.distill.learner import Learner
 from cartridges_jax.distill.loss import divergence_per_token
 from cartridges_jax.models import Decoder, ModelConfig, lm_head
 from cartridges_jax.parallel import constrain, num_parts, on_mesh_of, place
 
-# (params, frozen, trainable) -> (params, prefix): what is trained and where it goes.
-Combine = Callable[[Any, Any, Any], tuple[Any, KVPrefix]]
-
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything a run needs to go on.
+    """Everything that a run needs to resume. The same pytree also holds the shardings of its arrays.
 
     Attributes:
       step: steps taken, refused ones included; it fixes the data position.
-      trainable: what learns, float32; for a cartridge {"keys", "values": [L, K, P, H]}.
-      opt_state: the optimizer's.
+      trainable: the learner's parameters, float32; for a cartridge {"keys", "values": [L, K, P, H]}.
+      opt_state: state of the optimizer.
       refused: steps refused so far for a loss or gradient that was not finite.
-      refused_in_a_row: how many of the last steps were.
+      refused_in_a_row: number of the last steps that were.
     """
 
-    step: Array
+    step: Any
     trainable: Any
     opt_state: Any
-    refused: Array
-    refused_in_a_row: Array
-
-
-def cartridge_trainable(prefix: KVPrefix) -> dict[str, Array]:
-    """The slots of a prefix as float32 parameters."""
-    return {"keys": prefix.keys.astype(jnp.float32), "values": prefix.values.astype(jnp.float32)}
-
-
-def combine_cartridge(params: Any, frozen: KVPrefix, trainable: dict[str, Array]) -> tuple[Any, KVPrefix]:
-    """The trained slots in the place of the frozen prefix's."""
-    return params, frozen.replace(keys=trainable["keys"], values=trainable["values"])
-
-
-def learning_mask(num_slots: int, num_frozen: int) -> Array:
-    """[P] float32: 0 for the first `num_frozen` slots (the attention sink), 1 behind."""
-    return (jnp.arange(num_slots) >= num_frozen).astype(jnp.float32)
+    refused: Any
+    refused_in_a_row: Any
 
 
 def new_state(trainable: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
-    # Every scalar its own buffer: the step donates the state.
+    # Every scalar has a buffer of its own: the step donates the state.
     return TrainState(
         step=jnp.array(0, jnp.int32),
         trainable=jax.tree.map(jnp.array, trainable),
@@ -74,25 +56,32 @@ def init_state(
     """`new_state` on its devices.
 
     Args:
-      shardings: where its arrays go; the default device if not given.
+      trainable: the learner's parameters, float32.
+      optimizer: whose state it holds.
+      shardings: of the state's arrays; the default device if not given.
     """
     state = new_state(trainable, optimizer)
-    # Committed to a device as the step's outputs are, or the second step would compile anew.
+    # Committed to a device as the step's outputs are, or the second step would compile again.
     return jax.device_put(state, jax.local_devices()[0]) if shardings is None else place(state, shardings)
 
 
 def batch_loss(
     config: ModelConfig, params: Any, prefix: KVPrefix, batch: TrainBatch, *, tail: str, remat: bool = False
 ) -> Array:
-    """Sum of the divergences over one micro-batch's targets, in nats.
+    """Sum [] of the divergences over one micro-batch's targets, in nats.
 
     Args:
+      config: of the model.
+      params: its parameters, as the learner combined them.
+      prefix: the cartridge, which every row of the batch follows.
       batch: without the leading micro-batch axis.
+      tail: see `loss`.
+      remat: recompute layers in the backward pass.
     """
     hidden, _, _ = Decoder(config, remat=remat).apply(
         {"params": params},
         batch.tokens,
-        prefix.next_position + batch.positions,
+        batch.positions,
         batch.segment_ids,
         prefix=prefix,
     )
@@ -111,7 +100,7 @@ def batch_loss(
 def _at_targets(hidden: Array, rows: Array) -> Array:
     """The hidden states [M, D] at targets [M] of hidden [B, T, D].
 
-    Each part of a mesh's rows has its targets to itself (see `TrainBatch`): none are sent.
+    Each part of a mesh's rows holds its own targets (see `TrainBatch`), so none are sent.
     """
     B, T, D = hidden.shape
     parts = num_parts("rows", B)
@@ -125,7 +114,7 @@ def _at_targets(hidden: Array, rows: Array) -> Array:
 def train_step_function(
     config: ModelConfig,
     optimizer: optax.GradientTransformation,
-    combine: Combine,
+    learner: Learner,
     params: Any,
     frozen: Any,
     mask: Any,
@@ -138,19 +127,28 @@ def train_step_function(
     """One optimizer step over all micro-batches; `train_step` is this, compiled.
 
     The loss is the mean over the target tokens of the whole step: one denominator for
-    all micro-batches, so that how they are cut does not matter.
+    all micro-batches, so that their sizes do not matter.
 
     Args:
-      mask: broadcasts against every trainable leaf; 0 keeps an entry as it is.
+      config: of the model.
+      optimizer: its updates are added to the parameters.
+      learner: joins `frozen` and the state's `trainable`.
+      params: the model's, frozen.
+      frozen: as `Learner.init` returned it.
+      mask: as `Learner.mask` returns it; 0 keeps an entry's bits.
+      state: the state before; donated by `train_step`.
+      batch: A micro-batches.
+      tail: see `loss`.
+      remat: recompute layers in the backward pass.
 
     Returns:
-      The state (unchanged but for its counters where loss or gradient was not finite),
+      The state (unchanged but for its counters if loss or gradient was not finite),
       and metrics: loss (nats a token), grad_norm, num_targets, refused_in_a_row.
     """
     num_targets = batch.weight.sum()
 
     def mean_loss(trainable, micro):
-        joined, prefix = combine(params, frozen, trainable)
+        joined, prefix = learner.combine(params, frozen, trainable)
         return batch_loss(config, joined, prefix, micro, tail=tail, remat=remat) / num_targets
 
     def accumulate(carry, micro):
@@ -159,13 +157,13 @@ def train_step_function(
 
     zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trainable))
     (loss, grads), _ = jax.lax.scan(accumulate, zero, batch)
-    grads = jax.tree.map(lambda grad: grad * mask, grads)
+    grads = _masked(grads, mask)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
     # Again, because an optimizer may move a parameter that has no gradient (weight decay).
-    updates = jax.tree.map(lambda update: update * mask, updates)
+    updates = _masked(updates, mask)
     trainable = optax.apply_updates(state.trainable, updates)
 
     def keep_if_finite(new, old):
@@ -188,17 +186,22 @@ def train_step_function(
     return state, metrics
 
 
+def _masked(tree: Any, mask: Any) -> Any:
+    """A pytree times a mask, which is one array or a pytree that `tree` extends."""
+    return jax.tree.map(lambda factor, part: jax.tree.map(lambda leaf: leaf * factor, part), mask, tree)
+
+
 train_step = jax.jit(
     train_step_function,
-    static_argnames=("config", "optimizer", "combine", "tail", "remat"),
+    static_argnames=("config", "optimizer", "learner", "tail", "remat"),
     donate_argnames=("state",),
 )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "combine", "tail"))
+@functools.partial(jax.jit, static_argnames=("config", "learner", "tail"))
 def eval_step(
     config: ModelConfig,
-    combine: Combine,
+    learner: Learner,
     params: Any,
     frozen: Any,
     trainable: Any,
@@ -206,8 +209,8 @@ def eval_step(
     *,
     tail: str = "class",
 ) -> tuple[Array, Array]:
-    """(sum of divergences, number of targets) over a batch, without learning."""
-    joined, prefix = combine(params, frozen, trainable)
+    """Sum [] of divergences in nats, and number [] of targets, over a batch; nothing is trained."""
+    joined, prefix = learner.combine(params, frozen, trainable)
 
     def add(total, micro):
         return total + batch_loss(config, joined, prefix, micro, tail=tail), None

@@ -1,6 +1,6 @@
 """The training run: steps, held-out loss, checkpoints, and the ways a run can end.
 
-Knows nothing of tasks or files of text: it is given examples and gives back a prefix.
+It knows neither tasks nor texts: examples and a starting prefix come in, a prefix goes out.
 """
 
 from __future__ import annotations
@@ -9,128 +9,28 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
 from cartridges_jax import parallel
 from cartridges_jax.cartridge import KVPrefix
-from cartridges_jax.data.packing import Example, PackingPlan, TrainBatch, check_rows, plan_packing
+from cartridges_jax.data.examples import Example
+from cartridges_jax.data.packing import PackingPlan, TrainBatch, plan_packing
 from cartridges_jax.data.prefetch import prefetch
 from cartridges_jax.distill.checkpoints import SharedCheckpoints
-from cartridges_jax.distill.loss import TAILS
-from cartridges_jax.distill.sharding import Step, placed_batch, state_shardings, step_on_mesh
-from cartridges_jax.distill.step import (
-    TrainState,
-    cartridge_trainable,
-    combine_cartridge,
-    eval_step,
-    init_state,
-    learning_mask,
-    train_step,
-)
+from cartridges_jax.distill.learner import Learner, make_learner
+from cartridges_jax.distill.settings import TrainSettings, make_optimizer
+from cartridges_jax.distill.sharding import Step, on_mesh, placed_batch, state_shardings, step_on_mesh
+from cartridges_jax.distill.step import TrainState, eval_step, init_state, train_step
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Model
 from cartridges_jax.parallel import ALONE, Job
-
-SCHEDULES = ("constant", "cosine")
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainSettings:
-    """How a cartridge is trained.
-
-    Attributes:
-      steps: optimizer steps.
-      learning_rate: Adam's, after the warm-up (paper: 2e-2 at about 65,000 tokens a step).
-      schedule: "constant" (paper) or "cosine", down to `final_fraction` of the rate.
-      warmup_steps: steps of linear warm-up.
-      final_fraction: of the learning rate, at the end of the cosine.
-      clip_norm: global gradient norm above which a gradient is scaled down; 0 is off.
-      rows_per_step, row_tokens: packed rows in a step and their length in tokens.
-      micro_batches: the step's rows are computed in so many parts, to save memory.
-      targets: "assistant" trains on B's tokens, "all" also on A's where stored.
-      tail: what becomes of the probability outside the stored top-k (see `loss`).
-      remat: recompute layers in the backward pass, to save memory.
-      eval_every: steps between held-out losses.
-      checkpoint_every: steps between checkpoints.
-      keep_checkpoints: how many are kept.
-      max_refused_in_a_row: so many refused steps in a row end the run.
-    """
-
-    steps: int
-    learning_rate: float
-    schedule: str
-    warmup_steps: int
-    final_fraction: float
-    clip_norm: float
-    rows_per_step: int
-    row_tokens: int
-    micro_batches: int
-    targets: str
-    tail: str
-    remat: bool
-    eval_every: int
-    checkpoint_every: int
-    keep_checkpoints: int
-    max_refused_in_a_row: int
-
-    def check(self) -> None:
-        """Raises UserError for a value that no run could use."""
-        for name in (
-            "steps",
-            "rows_per_step",
-            "row_tokens",
-            "micro_batches",
-            "eval_every",
-            "checkpoint_every",
-            "keep_checkpoints",
-            "max_refused_in_a_row",
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(f"train.{name}={getattr(self, name)}: must be 1 or more")
-        for name in ("warmup_steps", "clip_norm"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"train.{name}={getattr(self, name)}: must be 0 or more")
-        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
-            raise UserError(f"train.learning_rate={self.learning_rate}: must be above 0")
-        if not 0 <= self.final_fraction <= 1:
-            raise UserError(f"train.final_fraction={self.final_fraction}: must be between 0 and 1")
-        for name, choices in (("schedule", SCHEDULES), ("tail", TAILS), ("targets", ("assistant", "all"))):
-            if getattr(self, name) not in choices:
-                raise UserError(f"train.{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}")
-        check_rows(self.rows_per_step, self.micro_batches, row_parts=1)
-
-
-@functools.cache
-def make_optimizer(settings: TrainSettings) -> optax.GradientTransformation:
-    """Adam with the settings' schedule and clipping (paper appendix: Adam).
-
-    Equal settings give the same object: the compiled step is looked up by it.
-    """
-    warmup = min(settings.warmup_steps, settings.steps - 1)
-    if settings.schedule == "cosine":
-        rate = optax.warmup_cosine_decay_schedule(
-            init_value=0.0 if warmup else settings.learning_rate,
-            peak_value=settings.learning_rate,
-            warmup_steps=warmup,
-            decay_steps=settings.steps,
-            end_value=settings.learning_rate * settings.final_fraction,
-        )
-    else:
-        rate = optax.schedules.join_schedules(
-            [
-                optax.linear_schedule(0.0, settings.learning_rate, max(warmup, 1)),
-                optax.constant_schedule(settings.learning_rate),
-            ],
-            [warmup],
-        )
-    clip = [optax.clip_by_global_norm(settings.clip_norm)] if settings.clip_norm else []
-    return optax.chain(*clip, optax.adam(rate))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,49 +38,56 @@ class TrainResult:
     """A finished run.
 
     Attributes:
-      prefix: the trained cartridge, float32.
-      history: {"train": [{"step", "loss"}], "heldout": [{"step", "loss"}]}, nats a token.
+      prefix: the trained cartridge, as the learner exports it.
+      history: {"train": [{"step", "loss"}], "heldout": [{"step", "loss"}]}, nats a token; the loss
+        of a step that was not finite is None.
       refused: steps refused for a loss or gradient that was not finite.
       packing_efficiency: real tokens over all tokens of the packed rows.
-      epochs: passes over the examples.
+      epochs: passes over the examples, on average.
     """
 
     prefix: KVPrefix
-    history: dict[str, list[dict[str, float]]]
+    history: dict[str, list[dict[str, float | None]]]
     refused: int
     packing_efficiency: float
     epochs: float
 
 
 class StopRequested(Exception):
-    """The run was asked to stop; its state is saved and the same call goes on from it."""
+    """The run was asked to stop; its state is saved, and the same call resumes from it."""
 
 
-def heldout_loss(model: Model, prefix: KVPrefix, trainable, plan: PackingPlan, tail: str) -> float:
-    """Mean divergence a token over all held-out examples, in nats."""
+def heldout_loss(model: Model, learner: Learner, frozen: Any, trainable: Any, plan: PackingPlan, tail: str) -> float:
+    """Mean divergence a token over all held-out examples, in nats.
+
+    Args:
+      model: with the plan's mesh.
+      learner: joins `frozen` and `trainable`.
+      frozen, trainable: on the model's devices.
+      plan: of the held-out examples, each once.
+      tail: see `loss`.
+    """
     total, count = 0.0, 0.0
     for step in range(len(plan.steps)):
-        loss, targets = eval_step(
-            model.config,
-            combine_cartridge,
-            model.params,
-            prefix,
-            trainable,
-            placed_batch(plan, step, model.mesh),
-            tail=tail,
-        )
+        batch = placed_batch(plan, step, model.mesh)
+        loss, targets = eval_step(model.config, learner, model.params, frozen, trainable, batch, tail=tail)
         total, count = total + float(loss), count + float(targets)
     return total / count
 
 
 def _step_for(
-    model: Model, optimizer: optax.GradientTransformation, initial: KVPrefix, state: TrainState, settings: TrainSettings
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    learner: Learner,
+    frozen: Any,
+    state: TrainState,
+    settings: TrainSettings,
 ) -> Step:
-    """The step behind its static arguments."""
-    static, options = (model.config, optimizer, combine_cartridge), {"tail": settings.tail, "remat": settings.remat}
+    """The train step with its static arguments bound."""
+    static, options = (model.config, optimizer, learner), {"tail": settings.tail, "remat": settings.remat}
     if model.mesh is None:
         return functools.partial(train_step, *static, **options)
-    return step_on_mesh(*static, model.mesh, model.params, initial, state, **options)
+    return step_on_mesh(*static, model.mesh, model.params, frozen, state, **options)
 
 
 def train(
@@ -191,7 +98,7 @@ def train(
     settings: TrainSettings,
     directory: Path,
     *,
-    num_frozen: int,
+    learner: Learner | None = None,
     seed: int,
     job: Job = ALONE,
     on_step: Callable[[int, float | None], None] = lambda step, loss: None,
@@ -200,49 +107,57 @@ def train(
     """Trains a cartridge, from the newest checkpoint in `directory` if there is one.
 
     Args:
+      model: frozen; on a mesh of all the job's devices, if it has one.
       initial: P slots to start from, in any float dtype.
-      examples: what is learned from.
-      heldout: what the held-out loss is measured on; may be empty.
-      directory: where checkpoints of this run, and no other's, are kept.
-      num_frozen: first slots that never change (paper: the attention sink).
+      examples: to train on.
+      heldout: for the held-out loss; may be empty.
+      settings: with a number of steps.
+      directory: of this run's checkpoints, and no other run's.
+      learner: what is trained; None is that of `settings.learner`, with one frozen slot.
       seed: of the data order.
-      job: the processes that train together; the model lies on a mesh of all their devices.
+      job: the processes that train together.
       on_step: called with (steps taken, that step's loss); first with the steps of
         earlier attempts and None.
-      should_stop: asked after every step; says the same in every process.
+      should_stop: polled after every step; must return the same value in every process.
 
     Returns:
       The same result, on the same mesh bit for bit, however often the run was interrupted.
 
     Raises:
-      StopRequested: `should_stop` said so; the state is saved.
+      StopRequested: `should_stop` returned True; the state is saved.
       UserError: bad settings or examples, or too many refused steps in a row; the last
         good state is saved.
+      ValueError: `settings.steps` is 0 (auto), which the caller must resolve.
     """
     settings.check()
-    training = _Training(model, initial, examples, heldout, settings, directory, num_frozen, seed, job, on_step)
+    if settings.steps == 0:
+        raise ValueError("settings.steps=0 means auto: replace it by a number of steps before training")
+    if learner is None:
+        learner = make_learner(settings.learner, num_frozen=1)
+    training = _Training(model, learner, initial, examples, heldout, settings, directory, seed, job, on_step)
     with contextlib.closing(training.checkpoints):
-        training.go_on(should_stop)
+        training.run(should_stop)
     return training.result()
 
 
 class _Training:
-    """One run: what it learns from, where it stands, and what it has seen."""
+    """One run: its data, its state and its history."""
 
     def __init__(
         self,
         model: Model,
+        learner: Learner,
         initial: KVPrefix,
         examples: Sequence[Example],
         heldout: Sequence[Example],
         settings: TrainSettings,
         directory: Path,
-        num_frozen: int,
         seed: int,
         job: Job,
         on_step: Callable[[int, float | None], None],
     ):
-        self._model, self._settings, self._directory, self._on_step = model, settings, directory, on_step
+        self._model, self._learner, self._settings = model, learner, settings
+        self._directory, self._on_step = directory, on_step
         mesh = model.mesh
         rows = {"row_tokens": settings.row_tokens, "row_parts": parallel.row_parts(mesh)}
         self._plan = plan_packing(
@@ -262,20 +177,21 @@ class _Training:
                 micro_batches=1,
                 **rows,
             )
-        self._initial = parallel.place_prefix(initial, mesh)
-        self._mask = parallel.replicate(learning_mask(initial.num_slots, num_frozen)[:, None], mesh)
-        optimizer, trainable = make_optimizer(settings), cartridge_trainable(self._initial)
-        shardings = None if mesh is None else state_shardings(mesh, optimizer, trainable)
+        optimizer = make_optimizer(settings)
+        frozen, trainable = learner.init(model, parallel.place_prefix(initial, mesh))
+        self._frozen = on_mesh(frozen, mesh)
+        self._mask = parallel.replicate(learner.mask(frozen, trainable), mesh)
+        shardings = None if mesh is None else state_shardings(mesh, optimizer, learner, trainable)
         self._state = init_state(trainable, optimizer, shardings)
-        self._history: dict[str, list[dict[str, float]]] = {"train": [], "heldout": []}
+        self._history: dict[str, list[dict[str, float | None]]] = {"train": [], "heldout": []}
         self.checkpoints = SharedCheckpoints(directory, settings.keep_checkpoints, job)
         if self.checkpoints.latest is not None:
             self._state, extra = self.checkpoints.restore(self._state)
             self._history = extra["history"]
-        self._take_step = _step_for(model, optimizer, self._initial, self._state, settings)
+        self._take_step = _step_for(model, optimizer, learner, self._frozen, self._state, settings)
 
-    def go_on(self, should_stop: Callable[[], bool]) -> None:
-        """Takes the steps that are left; raises as `train` does."""
+    def run(self, should_stop: Callable[[], bool]) -> None:
+        """Takes the remaining steps; raises as `train` does."""
         settings, done = self._settings, int(self._state.step)
         self._on_step(done, None)
         self._end_if_refused(int(self._state.refused_in_a_row), done)
@@ -284,10 +200,8 @@ class _Training:
         with self._batches(range(done, settings.steps)) as batches:
             pending = None
             for step, batch in enumerate(batches, start=done + 1):
-                self._state, metrics = self._take_step(
-                    self._model.params, self._initial, self._mask, self._state, batch
-                )
-                # Fetched one step late: the device works on this step while the host reads the last.
+                self._state, metrics = self._take_step(self._model.params, self._frozen, self._mask, self._state, batch)
+                # Fetched one step late: the device computes this step while the host reads the last.
                 refused_in_a_row = self._record(*pending) if pending else 0
                 pending = (step, metrics)
                 last, stopping = step == settings.steps, should_stop()
@@ -305,29 +219,27 @@ class _Training:
                     raise StopRequested
 
     def result(self) -> TrainResult:
-        """Of a run that has come to its end."""
-        trained = jax.tree.map(parallel.fetch, self._state.trainable)
+        """The result of a run that took all its steps."""
         return TrainResult(
-            prefix=self._initial.replace(keys=jnp.asarray(trained["keys"]), values=jnp.asarray(trained["values"])),
+            prefix=self._learner.export(_on_host(self._frozen), _on_host(self._state.trainable)),
             history=self._history,
             refused=int(self._state.refused),
             packing_efficiency=self._plan.efficiency,
             epochs=self._plan.epochs,
         )
 
-    def _batches(self, steps: range) -> contextlib.closing[Iterator[TrainBatch]]:
-        """The batches of the given steps on the devices, packed and copied while earlier steps run."""
+    def _batches(self, steps: range) -> contextlib.closing[Generator[TrainBatch, None, None]]:
+        """Batches of the given steps on the devices, packed and copied while earlier steps run."""
         return contextlib.closing(prefetch(lambda step: placed_batch(self._plan, step, self._model.mesh), steps))
 
     def _measure_heldout(self, step: int) -> None:
         if self._heldout_plan is not None:
-            loss = heldout_loss(
-                self._model, self._initial, self._state.trainable, self._heldout_plan, self._settings.tail
-            )
+            model, trainable, tail = self._model, self._state.trainable, self._settings.tail
+            loss = heldout_loss(model, self._learner, self._frozen, trainable, self._heldout_plan, tail)
             self._history["heldout"].append({"step": step, "loss": loss})
 
     def _record(self, step: int, metrics: dict[str, Array]) -> int:
-        """Notes the loss of a step; returns how many steps in a row were refused."""
+        """Records the loss of a step; returns the number of refused steps in a row."""
         loss = float(metrics["loss"])
         self._history["train"].append({"step": step, "loss": loss if math.isfinite(loss) else None})
         self._on_step(step, loss)
@@ -342,3 +254,8 @@ class _Training:
                 f"that was not finite; lower train.learning_rate={settings.learning_rate} "
                 f"(the last good state is in {self._directory})"
             )
+
+
+def _on_host(tree: Any) -> Any:
+    """Arrays of any sharding as NumPy arrays."""
+    return jax.tree.map(lambda leaf: parallel.fetch(leaf) if isinstance(leaf, jax.Array) else np.asarray(leaf), tree)

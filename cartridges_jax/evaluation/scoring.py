@@ -41,8 +41,7 @@ class Scored:
 def _hidden(
     config: ModelConfig, params: Any, prefix: KVPrefix | None, tokens: Array, positions: Array, segment_ids: Array
 ) -> Array:
-    start = 0 if prefix is None else prefix.next_position
-    return Decoder(config).apply({"params": params}, tokens, start + positions, segment_ids, prefix=prefix)[0]
+    return Decoder(config).apply({"params": params}, tokens, positions, segment_ids, prefix=prefix)[0]
 
 
 def answer_hidden(

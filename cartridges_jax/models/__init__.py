@@ -1,4 +1,4 @@
-"""One functional Flax decoder, its config, and the way from a file to a loaded model."""
+"""One functional Flax decoder, its config, and the loading of models from files."""
 
 from cartridges_jax.models.cache import CACHE_AXES, Cache, empty_cache, row_as_prefix
 from cartridges_jax.models.config import ModelConfig

@@ -1,4 +1,4 @@
-"""The description of a decoder. Every field changes what the model computes."""
+"""The description of a decoder; every field changes the computation."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _LATER_ROPE_FIELDS = {"scale": 1.0, "width": 0}
 
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
-    """In what the layers of one model differ.
+    """The properties in which layers of one model differ.
 
     Attributes:
-      rope: how positions turn queries and keys; None leaves them as they are (layers
-        without positions, as in SmolLM3).
+      rope: the rotation of queries and keys by position; None is none (layers without
+        positions, as in SmolLM3).
       window: a token sees itself and the `window - 1` positions before it; 0 is all.
     """
 
@@ -47,21 +47,21 @@ class ModelConfig:
       activation: of the gate, one of `ACTIVATIONS`.
       qkv_bias, o_bias: the attention's projections have biases.
       mlp_bias: the feed-forward layer's three projections have biases.
-      qk_norm: queries and keys are normalised per head before they are turned.
+      qk_norm: queries and keys are normalised per head before they are rotated.
       qk_norm_joint: `qk_norm` is over all heads together (OLMo 2).
       pre_norms: the inputs of attention and feed-forward layer are normalised; OLMo 2
         has `post_norms` alone.
-      post_norms: what attention and feed-forward layer give is normalised once more
-        before it is added (Gemma 2 and 3).
-      embedding_scale: what embeddings are multiplied with.
-      attention_scale: what scores are multiplied with; None is H**-0.5.
-      residual_scale: what attention and feed-forward layer give is multiplied with before
-        it is added (Granite).
+      post_norms: the outputs of attention and feed-forward layer are normalised before
+        they are added (Gemma 2 and 3).
+      embedding_scale: factor of the embeddings.
+      attention_scale: factor of the scores; None is H**-0.5.
+      residual_scale: factor of the outputs of attention and feed-forward layer before they
+        are added (Granite).
       attention_softcap: bounds attention scores; 0 is off.
-      logit_scale: what logits are multiplied with, before they are bounded.
+      logit_scale: factor of the logits, before they are bounded.
       logit_softcap: bounds the LM head's logits; 0 is off.
       windows_see_prefix: False lets layers with a window see the whole prefix, however
-        far it lies behind. The default is what the model does with a real text there.
+        far back it is. The default is the model's behaviour with a real text there.
     """
 
     num_layers: int
@@ -95,7 +95,7 @@ class ModelConfig:
         return self.period[layer % len(self.period)]
 
     def fingerprint(self) -> str:
-        """sha256 of the fields, for telling one model's cartridges from another's.
+        """sha256 of the fields, which distinguishes one model's cartridges from another's.
 
         A field at its default does not count, so that one added later leaves the
         fingerprints of the models that do not use it, and their cartridges, valid.

@@ -1,4 +1,4 @@
-"""What the arithmetic and the memory traffic of a model cost at least.
+"""Lower bounds on a model's arithmetic and memory traffic.
 
 A multiplication and an addition count as two operations. Only matrix products are
 counted: norms, rotations, softmax and activations are below two percent of them. N, K, H,
@@ -29,7 +29,7 @@ def layer_weights(config: ModelConfig) -> int:
 
 
 class Work(NamedTuple):
-    """Operations by what a mesh's tensor axis splits them with.
+    """Operations, by the dimension that a mesh's tensor axis splits.
 
     Attributes:
       heads: the attention's four projections, scores and mixtures.
@@ -65,7 +65,7 @@ def forward_work(config: ModelConfig, num_tokens: float, num_logits: float, seen
 
 
 def keys_seen(lengths: Sequence[int], num_slots: int) -> int:
-    """Sum over all tokens of conversations behind P slots of the keys they see, themselves included."""
+    """The keys seen by all tokens of conversations after P slots, summed; a token sees itself."""
     return sum(num_slots * t + t * (t + 1) // 2 for t in lengths)
 
 
@@ -74,7 +74,7 @@ def distillation_work(
 ) -> Work:
     """Operations of one distillation step on a cartridge, after `forward_work`.
 
-        weights    forward, and the same again to carry the gradient back through them;
+        weights    forward, and the same again to propagate the gradient through them;
                    the weights are frozen, so they have no gradient of their own
         attention  forward, and twice that backward (towards probabilities, values,
                    queries, keys)
@@ -117,10 +117,7 @@ def kv_bytes_per_token(config: ModelConfig, dtype: Any) -> int:
 
 
 def weights_read(config: ModelConfig, params: Any) -> Any:
-    """The part of the parameters that a pass reads.
-
-    Of an embedding table that is not the head too, a few rows are looked up.
-    """
+    """The parameters that a pass reads in full; of an embedding that is not the head, it reads a few rows."""
     return {name: tree for name, tree in params.items() if name != "embedding" or config.tie_embeddings}
 
 

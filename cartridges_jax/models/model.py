@@ -1,4 +1,4 @@
-"""A model as the rest of the package takes it: decoder, parameters and text side."""
+"""A loaded model as the rest of the package uses it: decoder, parameters, tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from cartridges_jax import parallel
+from cartridges_jax.cartridge import KVPrefix
 from cartridges_jax.errors import UserError
 from cartridges_jax.formats.gguf import GGUFFile
 from cartridges_jax.formats.safetensors_files import SafetensorsDirectory
 from cartridges_jax.formats.sources import locate
 from cartridges_jax.formats.tensors import TensorFile
+from cartridges_jax.models.cache import Cache, empty_cache
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.families import Names, read_gguf_metadata, read_hugging_face_config
 from cartridges_jax.models.sharding import param_shardings, params_on
@@ -26,21 +29,21 @@ from cartridges_jax.text.chat import ChatTemplate
 from cartridges_jax.text.tokenizer import Tokenizer, tokenizer_from_directory, tokenizer_from_gguf
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-# How frozen matrices may be kept; "" is in the model's dtype.
+# How frozen matrices may be stored; "" is in the model's dtype.
 WEIGHTS = ("", "int8", "bfloat16")
-# In configs: what is fastest on this machine.
+# In configs: the fastest on this machine.
 AUTO = "auto"
 # The processors' flags for products of bfloat16.
 _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
 
 
 def chosen_weights(weights: str, dtype: str) -> str:
-    """One of `WEIGHTS`: what was asked for, or what "auto" means on this machine."""
+    """One of `WEIGHTS`: the given one, or for "auto" the fastest on this machine."""
     return fastest_weights(dtype) if weights == AUTO else weights
 
 
 def fastest_weights(dtype: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """How matrices are kept where that is fastest here: one of `WEIGHTS`.
+    """The fastest storage of matrices on this machine: one of `WEIGHTS`.
 
     "bfloat16" under a float32 model on a CPU with instructions for such products: they
     take half the time. Else "".
@@ -56,11 +59,11 @@ class Model:
     """A loaded model.
 
     Attributes:
-      name: what the user called it (registry name, path or hub id).
+      name: as the user gave it (registry name, path or hub id).
       config: shapes and constants.
       params: the frozen parameters as they were loaded, layers stacked: matrices in the model's dtype or quantised, norms
         and biases in float32.
-      dtype: what is computed in.
+      dtype: of the computation.
       tokenizer: text to token ids and back.
       chat: the chat template over that tokenizer.
       source_sha256: hash of the files the weights came from.
@@ -78,17 +81,45 @@ class Model:
 
     @functools.cached_property
     def decode_params(self) -> Any:
-        """The parameters as the sampler takes them: on one CPU with the layers unstacked."""
+        """The parameters for decoding; on one CPU device the layers are unstacked."""
         return unstack_layers(self.params, self.config) if runs_unstacked(self.params) else self.params
 
-    def on(self, part: Mesh) -> Model:
-        """The same on one of its mesh's `parallel.independent_parts`, of which this process has devices."""
-        return dataclasses.replace(self, params=params_on(self.params, part), mesh=part)
-
     @property
-    def decodes_unstacked(self) -> bool:
-        """Whether `decode_params` has unstacked layers, and so a cache that is decoded with."""
+    def _decodes_unstacked(self) -> bool:
         return self.decode_params is not self.params
+
+    def reading_cache(self, num_rows: int, num_slots: int) -> Cache:
+        """An empty cache of B rows and S slots for reading texts with `params`."""
+        return empty_cache(self.config, num_rows, num_slots, self.dtype, mesh=self.mesh)
+
+    def decoding_cache(self, num_rows: int, num_slots: int) -> Cache:
+        """An empty cache of B rows and S slots, laid out for decoding with `decode_params`."""
+        return empty_cache(
+            self.config, num_rows, num_slots, self.dtype, unstacked=self._decodes_unstacked, mesh=self.mesh
+        )
+
+    def decoding_prefix(self, prefix: KVPrefix) -> KVPrefix:
+        """A prefix in the model's dtype, on its devices, laid out for decoding with `decode_params`.
+
+        It may also be read with `params`; the decoder stacks it for that.
+        """
+        bias = None if prefix.bias is None else jnp.asarray(prefix.bias, jnp.float32)
+        placed = parallel.place_prefix(
+            KVPrefix(
+                keys=jnp.asarray(prefix.keys, self.dtype),
+                values=jnp.asarray(prefix.values, self.dtype),
+                positions=jnp.asarray(prefix.positions, jnp.int32),
+                next_position=jnp.asarray(prefix.next_position, jnp.int32),
+                bias=bias,
+            ),
+            self.mesh,
+            in_use=True,
+        )
+        return placed.unstacked() if self._decodes_unstacked else placed
+
+    def on(self, part: Mesh) -> Model:
+        """This model on one of its mesh's `parallel.independent_parts`, of which this process has devices."""
+        return dataclasses.replace(self, params=params_on(self.params, part), mesh=part)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -109,7 +140,7 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class _Opened:
-    """A model's files, described and not yet loaded."""
+    """The parsed description of a model's files, whose tensors are not loaded yet."""
 
     file: TensorFile
     names: Names
@@ -134,12 +165,12 @@ def load_model(
       source: a registry name ("smollm2-135m-instruct"), a GGUF file, a directory that
         holds one, a Hugging Face directory, or a hub id ("org/name").
       dtype: "float32" or "bfloat16", of the parameters and the computation.
-      weights: "int8" keeps the matrices in 8 bits a weight, "bfloat16" under a float32 model
+      weights: "int8" stores the matrices in 8 bits a weight, "bfloat16" under a float32 model
         in 16; "" in `dtype`.
       thinking: lets models that can think before they answer do so.
       windows_see_prefix: False lets layers with a sliding window see a whole prefix.
-      accept_license: of a registry model that is offered under terms of its own.
-      mesh: the devices to spread it over (see `parallel`); the default device without.
+      accept_license: accepts the terms of a registry model that has its own.
+      mesh: the devices to spread it over (see `parallel`); None is the default device.
 
     Raises:
       UserError: no such model, a damaged file, or an unsupported architecture, field or

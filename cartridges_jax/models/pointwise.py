@@ -1,7 +1,7 @@
-"""What a layer does to single numbers between its products.
+"""Elementwise functions and norms between a layer's products.
 
-All of it is computed again in the backward pass from what is kept anyway, the products'
-results: no slower on a CPU than storing the values in between, and far less memory.
+The backward pass recomputes them from the products' results, which are stored anyway: no
+slower on a CPU than storing the values in between, and far less memory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the config.json files of some models say, for work that needs a model's shape and not its weights.
+"""The config.json of some models, for work that needs a model's shape and not its weights.
 
 The values are the publishers', from the `config.json` of the repository that the entry is named after on
 https://huggingface.co; fields that change nothing about what is computed are left out.
@@ -68,13 +68,13 @@ PUBLISHED: Mapping[str, Mapping[str, Any]] = {
 
 
 def config_without_weights(source: str) -> ModelConfig:
-    """The config of a model of which perhaps nothing but the description is here.
+    """Returns a model's config from its description alone.
 
     Args:
       source: a name of `PUBLISHED`, a directory with a config.json, that file itself, or a GGUF file.
 
     Raises:
-      UserError: neither, or a file that describes no model that is supported.
+      UserError: none of these, or a file that describes no supported model.
     """
     if source in PUBLISHED:
         return read_hugging_face_config(PUBLISHED[source])[1]

@@ -1,4 +1,4 @@
-"""Where a model's parameters lie on a mesh."""
+"""The placement of a model's parameters on a mesh."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cartridges_jax.models.weights import ShardingOf
 
 
 def param_shardings(config: ModelConfig, mesh: Mesh) -> ShardingOf:
-    """Where each parameter is kept, from the axes that the decoder annotates.
+    """Returns the sharding of each parameter, from the axes that the decoder annotates.
 
     A parameter's axis over heads is split between groups of heads, never within one:
     where the mesh does not divide the key/value heads, attention is replicated, the query
@@ -54,7 +54,7 @@ def params_on(params: Any, part: Mesh) -> Any:
 
 
 def undivided(config: ModelConfig, mesh: Mesh) -> list[str]:
-    """What of a model the mesh does not divide and every device has all of, in words."""
+    """Messages about the parts of a model that the mesh does not divide and replicates instead."""
     found = []
     for name, size, words in (
         ("kv_heads", config.num_kv_heads, f"{config.num_heads} query and {config.num_kv_heads} key/value heads"),

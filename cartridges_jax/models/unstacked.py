@@ -1,9 +1,9 @@
-"""Parameters with every layer in arrays of its own.
+"""Parameters with separate arrays for every layer.
 
 A scan reads its layer out of the stack. XLA's CPU backend copies the layer first, which
 for the few tokens of a decode step costs as much as the products. There the decoder runs
 unrolled, over views of the stack: nothing is stored twice. Reading or training on many
-tokens gains nothing by it and compiles longer, so that keeps to the stack.
+tokens gains nothing by it and compiles longer, so those use the stack.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from jax import Array
 from jax.sharding import SingleDeviceSharding
 
 from cartridges_jax.models.config import ModelConfig
-from cartridges_jax.models.decoder import layer_name, layer_path, lm_head
+from cartridges_jax.models.decoder import lm_head
+from cartridges_jax.models.layout import layer_name, layer_path
 from cartridges_jax.quantized import Narrow
 
 
 def unstack_layers(params: Any, config: ModelConfig) -> Any:
-    """Parameters as `Decoder` takes them to run unrolled.
+    """Returns parameters with which `Decoder` runs unrolled.
 
     Args:
       params: with stacked layers, each on one CPU device or in NumPy; stays valid.
@@ -52,7 +53,7 @@ def _view(stack: Array, index: Any) -> Array:
 
 
 def runs_unstacked(params: Any) -> bool:
-    """Whether a model is best run unrolled: it lies whole on one CPU device, and on no mesh, even of one."""
+    """True if a model decodes fastest unrolled: all of it is on one CPU device, and on no mesh, even of one."""
     return all(
         isinstance(leaf, Array)
         and isinstance(leaf.sharding, SingleDeviceSharding)

@@ -21,17 +21,18 @@ from jax.sharding import Sharding
 from cartridges_jax.errors import UserError
 from cartridges_jax.formats.tensors import TensorFile
 from cartridges_jax.models.config import ModelConfig
-from cartridges_jax.models.decoder import abstract_params, layer_path
+from cartridges_jax.models.decoder import abstract_params
 from cartridges_jax.models.families import Entry, Names
 from cartridges_jax.models.families.fused import without_fused
+from cartridges_jax.models.layout import layer_path
 from cartridges_jax.quantized import Matrix, Narrow, Quantized, channel_scale
 
-# Values that are on their way from the file to a device at a time.
+# Values that are copied from the file to a device at a time.
 _BLOCK_VALUES = 2**23
-# Stored as they are used; other matrices are turned.
+# Stored as they are used; other matrices are transposed.
 _TABLES = ("embedding", "lm_head")
 
-# (parameter's path, its shape) to where it lies.
+# (parameter's path, its shape) to its placement.
 ShardingOf = Callable[[tuple[str, ...], tuple[int, ...]], Sharding]
 
 
@@ -50,8 +51,8 @@ def load_params(
       file: the tensors.
       names: its family's table.
       config: the model they belong to.
-      dtype: of matrices, and of what is computed with them.
-      stored: how matrices are kept if not in `dtype`: "int8" or "bfloat16" (see `quantized`).
+      dtype: of matrices, and of the computation with them.
+      stored: how matrices are stored if not in `dtype`: "int8" or "bfloat16" (see `quantized`).
       sharding_of: where each parameter goes; the default device if not given.
 
     Raises:
@@ -74,7 +75,7 @@ def load_params(
 
 
 def abstract_loaded(config: ModelConfig, dtype: Any, *, stored: str = "", sharding_of: ShardingOf | None = None) -> Any:
-    """What `load_params` gives, as shapes: for programs that are compiled before there are weights."""
+    """The result of `load_params` as shapes, for programs that are compiled without weights."""
 
     def leaf(keys: Any, declared: jax.ShapeDtypeStruct) -> Any:
         path, shape = _path(keys), declared.shape
@@ -102,14 +103,14 @@ def _is_matrix(path: tuple[str, ...], leaf: Any) -> bool:
     return leaf.ndim - _is_stacked(path) == 2
 
 
-def _is_turned(path: tuple[str, ...], leaf: Any) -> bool:
-    """Whether it is a matrix that files hold the other way round."""
+def _is_transposed(path: tuple[str, ...], leaf: Any) -> bool:
+    """Whether it is a matrix that files store transposed."""
     return _is_matrix(path, leaf) and path[-1] not in _TABLES
 
 
 def _summed_axis(path: tuple[str, ...], leaf: Any) -> int:
-    """Which axis of a matrix its products sum over."""
-    return leaf.ndim - 2 if _is_turned(path, leaf) else leaf.ndim - 1
+    """The axis of a matrix that its products sum over."""
+    return leaf.ndim - 2 if _is_transposed(path, leaf) else leaf.ndim - 1
 
 
 def _is_stacked(path: tuple[str, ...]) -> bool:
@@ -122,7 +123,7 @@ def _match(
     """Per parameter the tensors that fill it, in the order of its stack; reads no values.
 
     Raises:
-      UserError: what `load_params` says about names and shapes.
+      UserError: as `load_params`, for names and shapes.
     """
     found: dict[tuple[tuple[str, ...], int | None], tuple[str, Entry]] = {}
     unmapped: list[str] = []
@@ -147,7 +148,7 @@ def _match(
             raise UserError(f"tensor {name} occurs twice: the model file is damaged, fetch it again")
         leaf = abstract[path]
         shape = leaf.shape if index is None else leaf.shape[1:]
-        stored = shape[::-1] if _is_turned(path, leaf) else shape
+        stored = shape[::-1] if _is_transposed(path, leaf) else shape
         if tuple(file.shape(name)) != stored:
             raise UserError(f"tensor {name} has shape {tuple(file.shape(name))}, the model's config asks for {stored}")
         found[path, index] = (name, entry)
@@ -183,14 +184,14 @@ class _Tensor:
         self.shape = tuple(file.shape(name))
 
     def blocks(self, rows: slice, columns: tuple[slice, ...]) -> Iterator[tuple[int, np.ndarray]]:
-        """(first row, block) until all of `rows` were read, each with these `columns` only.
+        """Yields (first row, block) until all of `rows` were read, each with these `columns` only.
 
         Raises:
           UserError: a value that is not finite.
         """
         adapted = None
         if self._entry.adapt is not None:
-            # What moves rows about needs them all; only small or GGUF tensors are adapted.
+            # An adapter may permute rows, so it needs them all; only small or GGUF tensors are adapted.
             adapted = self._entry.adapt(self._file.read(self._name), self._config)
         step = max(1, _BLOCK_VALUES // int(np.prod(self.shape[1:])))
         for first in range(rows.start, rows.stop, step):
@@ -205,11 +206,11 @@ def _fill(
     tensors: list[_Tensor], leaf: jax.ShapeDtypeStruct, sharding: Sharding, path: tuple[str, ...], stored: str
 ) -> Matrix:
     """One parameter, shard by shard; `tensors` in the order of its stack."""
-    turned, stacked = _is_turned(path, leaf), _is_stacked(path)
+    transposed, stacked = _is_transposed(path, leaf), _is_stacked(path)
     is_matrix = _is_matrix(path, leaf)
     int8, narrow = is_matrix and stored == "int8", is_matrix and stored == "bfloat16"
-    # A tensor's rows are the channels of its products; what else a matrix has is summed over.
-    row_axis = leaf.ndim - 1 if turned else int(stacked)
+    # A tensor's rows are the channels of its products; the other axis is summed over.
+    row_axis = leaf.ndim - 1 if transposed else int(stacked)
     summed = _summed_axis(path, leaf)
     shards, scales = [], []
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
@@ -220,7 +221,7 @@ def _fill(
         for layer in range(bounds[0].start, bounds[0].stop) if stacked else (0,):
             start = (layer - bounds[0].start,) if stacked else ()
             columns = tuple(part for axis, part in enumerate(bounds[stacked:], int(stacked)) if axis != row_axis)
-            # A channel's scale is that of the whole channel, whichever part of it lies here.
+            # A channel's scale is that of the whole channel, whichever part of it this shard has.
             for first, block in tensors[layer].blocks(bounds[row_axis], () if int8 else columns):
                 offset = first - bounds[row_axis].start
                 if int8:
@@ -228,8 +229,8 @@ def _fill(
                     block_scale = channel_scale(block)
                     scale[(*start, slice(offset, offset + len(block)))] = block_scale
                     block = np.rint(block / block_scale[:, None])[(slice(None), *columns)]
-                where = (*start, 0, offset) if turned else (*start, offset, *(0,) * len(columns))
-                block = block.T if turned else block
+                where = (*start, 0, offset) if transposed else (*start, offset, *(0,) * len(columns))
+                block = block.T if transposed else block
                 block = block.astype(jnp.bfloat16).view(np.uint16) if narrow else block.astype(shard.dtype)
                 shard = _put(shard, jax.device_put(block.reshape((1,) * stacked + block.shape), device), where)
         shards.append(shard)

@@ -1,4 +1,4 @@
-"""Many devices, of one process or many: the mesh, the one table that says what lies where on it, and the job.
+"""Many devices, of one process or many: the mesh, the table of sharding rules, and the job.
 
 A mesh has three axes. `data` splits the rows of a batch; `fsdp` splits them too, and the
 weights at rest, which are gathered layer by layer; `tensor` splits heads, the feed-forward

@@ -1,7 +1,7 @@
-"""What a program says about its own arrays: how they lie while they are computed with.
+"""Sharding constraints inside programs: how arrays are split while they are in use.
 
 The mesh is that of the parameters, which is part of their type while a program is traced.
-Without one, every function here leaves the program as it was written.
+Without one, every function here leaves the program unchanged.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from cartridges_jax.parallel.rules import partition, parts_on
 
 
 def on_mesh_of(params: Any) -> contextlib.AbstractContextManager:
-    """The block's constraints hold on the mesh that the parameters lie on, if on one."""
+    """Applies the block's constraints on the parameters' mesh, if they have one."""
     mesh = jax.typeof(jax.tree.leaves(params)[0]).sharding.mesh
     return contextlib.nullcontext() if mesh.empty else jax.sharding.use_abstract_mesh(mesh)
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
-    """x, split as the rules say of arrays in use.
+    """x, split by the rules for arrays in use.
 
     Args:
       axes: per axis of x its logical name, or None; no names mean that every device has
@@ -36,7 +36,7 @@ def constrain(x: Array, *axes: str | None) -> Array:
 
 
 def num_parts(axis: str, size: int) -> int:
-    """Into how many parts a logical axis of this length is split when in use."""
+    """The number of parts that a logical axis of this length is split into when in use."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return 1

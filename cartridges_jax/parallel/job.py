@@ -1,18 +1,18 @@
-"""The processes of a job, one or many: what they tell each other, and how they end together.
+"""The processes of a job, one or many: their messages, and how they end together.
 
-Arrays go between processes within compiled programs. What is small (a decision of the first
-process, a wish to stop) goes through the key-value store of JAX's coordination service, which
-lives in the first process.
+Arrays go between processes within compiled programs. Small values (a decision of process 0,
+a request to stop) go through the key-value store of JAX's coordination service, which runs
+in process 0.
 
-A thread in every process watches over the others. It hears of a stop that any of them was
-asked for, and lets all stop after the same step; and it ends its own process with a plain
-line, where JAX alone would wait for ever or long, when another one
+A thread in every process watches the others. It learns of a request to stop that any of them
+received, and stops all after the same step. It also ends its own process with a plain line,
+where JAX alone would wait forever or for a long time, when another process
 
-    ended     and said why, with an error of its own;
-    is lost   its thread has not been heard of for `peer_seconds`;
-    stalls    nobody has got on for `stall_seconds`; who got least far is named.
+    ended     and reported why, with an error of its own;
+    is lost   its thread gave no sign of life for `peer_seconds`;
+    stalls    no process made progress for `stall_seconds`; the one furthest behind is named.
 
-When the first process is lost the store is gone, and JAX's client ends the others at once.
+When process 0 is lost the store is gone, and JAX's client ends the others at once.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ from jax.experimental import multihost_utils
 
 from cartridges_jax.errors import JobEnded, UserError, one_line
 
-# How long a process has to end by itself once it knows that another one has ended.
+# The time that a process has to end by itself once it knows that another one has ended.
 _GRACE_SECONDS = 10.0
-# How often the watch looks about and lets itself be heard of.
+# The interval at which the watch checks the others and gives a sign of life.
 _BEAT_SECONDS = 1.0
 
 
 class Job:
-    """A job of one process: it decides alone, waits for nobody and needs no watch.
+    """A job of one process: it decides alone, waits for no other and needs no watch.
 
-    `ManyProcesses` is the same for a job of many. Around the work stands `with job:`.
+    `ManyProcesses` is the same for a job of many. The work runs inside `with job:`.
 
     Attributes:
-      num_processes: how many there are.
+      num_processes: the number of processes.
       process: the index of this one.
-      is_first: whether this one reads and writes for all: files of the run, logs, reports.
+      is_first: whether this is process 0, which writes the run's files, logs and reports for all.
     """
 
     num_processes, process, is_first = 1, 0, True
@@ -61,33 +61,33 @@ class Job:
         pass
 
     def from_first(self, make: Callable[[], Any]) -> Any:
-        """What `make` gives in the first process, a JSON value, in every process."""
+        """Returns in every process the JSON value that `make` gives in process 0."""
         return make()
 
     def arrays_from_first(self, arrays: Any) -> Any:
-        """A tree of the first process's NumPy arrays in every process; the others give any of the same shapes."""
+        """Returns in every process the NumPy arrays of process 0; the others pass any of the same shapes."""
         return arrays
 
     def wait_for_all(self) -> None:
-        """Returns when every process has come here."""
+        """Returns once every process has called this."""
 
-    def got_on(self) -> None:
-        """To be called by work that takes long, every now and then: it does not stall."""
+    def made_progress(self) -> None:
+        """Reports progress; long work calls it now and then, so that it does not count as stalled."""
 
     def note(self, signum: int) -> None:
-        """This process was told to stop by a signal; may be called from the signal's handler."""
+        """Records a signal that asks this process to stop; may be called from the signal's handler."""
 
     def stop_wanted(self, signum: int | None) -> int | None:
-        """The signal that some process was told to stop by; `signum` is this one's, if any.
+        """The signal that asked any process to stop; `signum` is this one's, if any.
 
-        Work that others need not follow stops where it hears of it.
+        For work that each process may stop at a different place.
         """
         return signum
 
     def stops_here(self, signum: int | None) -> bool:
-        """Whether all processes stop now, if one was told to by a signal.
+        """Whether all processes stop now, because a signal asked one of them to.
 
-        To be called by every process after each of the same steps: says so after the same one to all.
+        Polled by every process after every step; returns True after the same step in all.
         """
         return signum is not None
 
@@ -99,8 +99,8 @@ class ManyProcesses(Job):
     """See the module and `Job`.
 
     Args:
-      peer_seconds: without a sign of life from another process, until it counts as lost.
-      stall_seconds: without a step from anybody, until the job counts as stalled.
+      peer_seconds: after this time without a sign of life a process counts as lost.
+      stall_seconds: after this time without a step of any process the job counts as stalled.
     """
 
     def __init__(self, *, peer_seconds: float, stall_seconds: float):
@@ -125,14 +125,14 @@ class ManyProcesses(Job):
 
     def __exit__(self, kind, error, traceback) -> None:
         if error is None:
-            # A process that left early would be missed by the others' watches.
+            # The others' watches would report a process that left early.
             self.wait_for_all()
             self._closing.set()
             self._watch.join()
             return
         followed = _comes_of_others(error)
         if followed:
-            # What breaks is mostly a program that another process has left: the watch soon knows which and why.
+            # Mostly a program breaks because another process left it: the watch soon knows which and why.
             _until(lambda: self._ended is not None, self._peer_seconds + _GRACE_SECONDS)
         self._closing.set()
         with contextlib.suppress(JobEnded):
@@ -141,16 +141,16 @@ class ManyProcesses(Job):
                 self._tell("ended", {"process": self.process, "code": code, "why": one_line(error)})
             self._tell(f"seen/{self.process}", True)
             if self.is_first:
-                # The store ends with this process: the others must have read what is in it. One that waits within a
-                # program says so when its own grace is over.
+                # The store ends with this process: the others must have read it. One that waits within a program
+                # reports that when its own grace time is over.
                 _until(lambda: len(self._told("seen/")) == self.num_processes, 2 * _GRACE_SECONDS)
         if followed and self._ended is not None:
             raise self._ended from error
 
-    # What the work asks for
+    # Calls of the work
 
     def from_first(self, make: Callable[[], Any]) -> Any:
-        self.got_on()
+        self.made_progress()
         key = self._next_key("from_first")
         if self.is_first:
             self._tell(key, make())
@@ -161,13 +161,13 @@ class ManyProcesses(Job):
         return jax.tree.map(lambda array: np.asarray(multihost_utils.broadcast_one_to_all(array)), arrays)
 
     def wait_for_all(self) -> None:
-        self.got_on()
+        self.made_progress()
         key = self._next_key("all")
         self._tell(f"{key}/{self.process}", True)
         for process in range(self.num_processes):
             self._wait_for(f"{key}/{process}")
 
-    def got_on(self) -> None:
+    def made_progress(self) -> None:
         self._progress += 1
         if self._ended is not None:
             raise self._ended
@@ -179,12 +179,12 @@ class ManyProcesses(Job):
     def stop_wanted(self, signum: int | None) -> int | None:
         wanted = self._stop_signal if signum is None else signum
         if wanted is None:
-            # Where all stop, nobody is to hear first that another one has already ended.
-            self.got_on()
+            # Where all stop, no process may learn first that another one has already ended.
+            self.made_progress()
         return wanted
 
     def stops_here(self, signum: int | None) -> bool:
-        self.got_on()
+        self.made_progress()
         with self._lock:
             self._steps += 1
             return self._last_step is not None and self._steps >= self._last_step
@@ -192,14 +192,14 @@ class ManyProcesses(Job):
     # The store
 
     def _next_key(self, purpose: str) -> str:
-        # The same in every process, because all ask for the same things in the same order.
+        # The same in every process, because all make the same calls in the same order.
         self._messages += 1
-        # Between two meetings one process may have more to do than another: only within them does its count tell who is behind.
+        # Between two such calls one process may have more work than another: only the calls tell which is behind.
         self._progress = self._messages << 32
         return f"{purpose}/{self._messages}"
 
     def _tell(self, key: str, value: Any, *, again: bool = False) -> None:
-        """Where a key was told before, the first word holds, unless it is told `again`."""
+        """Writes a key; one that exists keeps its value unless `again`."""
         try:
             _store().key_value_set(f"job/{key}", json.dumps(value), allow_overwrite=again)
         except jax.errors.JaxRuntimeError as error:
@@ -216,7 +216,7 @@ class ManyProcesses(Job):
             raise self._no_store(error) from None
 
     def _look(self, key: str, seconds: float) -> tuple[bool, Any]:
-        """(whether the key was told within so many seconds, its value)."""
+        """(whether the key was written within that many seconds, its value)."""
         try:
             return True, json.loads(_store().blocking_key_value_get(f"job/{key}", int(1000 * seconds)))
         except jax.errors.JaxRuntimeError as error:
@@ -233,7 +233,7 @@ class ManyProcesses(Job):
                 raise self._ended
 
     def _no_store(self, error: Exception) -> JobEnded:
-        return JobEnded(f"lost the first process, which the others meet through ({one_line(error)[:120]})")
+        return JobEnded(f"lost process 0, through which the others communicate ({one_line(error)[:120]})")
 
     # The watch
 
@@ -245,9 +245,9 @@ class ManyProcesses(Job):
 
     def _trouble(self) -> JobEnded | None:
         """Returns when another process is in trouble, or this one closes."""
-        # Time is counted in beats of this watch: if the machine sleeps, nobody is lost meanwhile.
-        got_on_at = 0
-        # Of every process its beat, how far it had got, and at which beat of this one that was new.
+        # Time is counted in beats of this watch: while the machine sleeps, no process counts as lost.
+        progress_at = 0
+        # Per process: its beat, its progress, and the beat of this watch at which the first was new.
         heard = {process: (0, 0, 0) for process in range(self.num_processes)}
         for beat in itertools.count(1):
             self._tell(f"beat/{self.process}", [beat, self._progress], again=True)
@@ -265,22 +265,22 @@ class ManyProcesses(Job):
             for name, (number, progress) in self._told("beat/").items():
                 before = heard[int(name)]
                 if progress != before[1]:
-                    got_on_at = beat
+                    progress_at = beat
                 if number != before[0]:
                     heard[int(name)] = number, progress, beat
             for process, (_, _, when) in heard.items():
                 if (beat - when) * _BEAT_SECONDS > self._peer_seconds:
                     return JobEnded(f"lost {self._named(process)}: no sign of life for {self._peer_seconds:.0f} s")
-            if (beat - got_on_at) * _BEAT_SECONDS > self._stall_seconds:
+            if (beat - progress_at) * _BEAT_SECONDS > self._stall_seconds:
                 behind = min(heard, key=lambda process: heard[process][1])
                 return JobEnded(
-                    f"no process has got on for {self._stall_seconds:.0f} s; {self._named(behind)} got least far (if they were "
-                    "loading or compiling, give a longer --stall_seconds)"
+                    f"no process has made progress for {self._stall_seconds:.0f} s; {self._named(behind)} is furthest behind (if they "
+                    "were loading or compiling, give a longer --stall_seconds)"
                 )
         return None
 
     def _agree_on_last_step(self) -> None:
-        """One step behind the one that any process has taken: nobody has passed it, and nobody can.
+        """Agrees on the step after the last one that any process has taken: no process has passed it, and none can.
 
         Steps are taken together, but programs are started ahead of their results; while the lock
         is held this process starts none.
@@ -292,15 +292,15 @@ class ManyProcesses(Job):
                 begin = time.monotonic()
                 while not (found := self._look(f"steps/{process}", 1.0))[0]:
                     if self._closing.is_set() or self._look("ended", 0.01)[0]:
-                        # One that has ended says nothing here: the next beat reports it.
+                        # A process that has ended does not answer: the next beat reports it.
                         return
                     if time.monotonic() - begin > self._peer_seconds:
-                        raise JobEnded(f"lost {self._named(process)}: it did not say where to stop")
+                        raise JobEnded(f"lost {self._named(process)}: it did not report its step")
                 taken.append(found[1])
             self._last_step = max(taken) + 1
 
     def _end(self, ended: JobEnded | None) -> None:
-        """Lets the work hear of it at its next call, and ends the process if it does not call."""
+        """Raises `ended` in the work's next call, and ends the process if no call comes."""
         if ended is None:
             return
         self._ended = ended
@@ -318,18 +318,18 @@ class ManyProcesses(Job):
 
 
 def _is_of_runtime(error: BaseException) -> bool:
-    """Whether XLA's runtime raised it: as a ValueError, in places, whose text begins with the name of the status."""
+    """Whether XLA's runtime raised it; in places it raises a ValueError that begins with the name of a status."""
     named = isinstance(error, ValueError) and re.match(r"[A-Z_]+: ", str(error)) is not None
     return named or isinstance(error, jax.errors.JaxRuntimeError)
 
 
 def _comes_of_others(error: BaseException) -> bool:
-    """Whether it may be that a program broke because another process has left it."""
+    """Whether a program may have failed because another process left it."""
     return _is_of_runtime(error) and not re.search("RESOURCE_EXHAUSTED|INVALID_ARGUMENT|UNIMPLEMENTED", str(error))
 
 
 def _until(true: Callable[[], bool], seconds: float) -> None:
-    """Returns when it is, or after so many seconds."""
+    """Returns once it is, or after that many seconds."""
     end = time.monotonic() + seconds
     while not true() and time.monotonic() < end:
         time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""A job of several processes on this machine, for tests and for debugging what will run on many hosts."""
+"""A job of several processes on this machine, for tests and for debugging programs for many hosts."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def run_locally(
 ) -> int:
     """Runs a Python program as a job of several processes, and returns when all have ended.
 
-    Every line that a process writes comes out with its number in front, such as "[1] ". SIGINT
-    and SIGTERM are passed on to all. When one process fails, the others have `grace_seconds` to
-    end by themselves, and say why, before they are killed.
+    Every line that a process writes is printed after its number, such as "[1] ". SIGINT and
+    SIGTERM are passed on to all. When one process fails, the others have `grace_seconds` to
+    report why and end by themselves, before they are killed.
 
     Args:
       command: the program's file and arguments; the flags of `start_job` are added to them.
@@ -32,7 +32,7 @@ def run_locally(
       The exit code of the first process that failed, 128 + its number if a signal ended it;
       0 if none did.
     """
-    variables, commands = _what_to_run(command, num_processes, num_devices)
+    variables, commands = _commands(command, num_processes, num_devices)
     processes = [
         subprocess.Popen(
             one, env=os.environ | variables, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -59,7 +59,7 @@ def run_locally(
         for signum, handler in before.items():
             signal.signal(signum, handler)
         for process in processes:
-            # With what it started itself, which would keep its pipes open.
+            # With the processes that it started, which would keep its pipes open.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
         for reader in readers:
@@ -67,16 +67,14 @@ def run_locally(
 
 
 def dry_run(command: Sequence[str], *, num_processes: int, num_devices: int = 0) -> str:
-    """What `run_locally` would start, a line for each process, as a shell takes it; the port is another every time."""
-    variables, commands = _what_to_run(command, num_processes, num_devices)
+    """The shell commands that `run_locally` would start, a line for each process; the port differs every time."""
+    variables, commands = _commands(command, num_processes, num_devices)
     settings = [f"{name}={value}" for name, value in variables.items()]
     return "\n".join(shlex.join(["env", *settings, *one] if settings else one) for one in commands)
 
 
-def _what_to_run(
-    command: Sequence[str], num_processes: int, num_devices: int
-) -> tuple[dict[str, str], list[list[str]]]:
-    """Variables for all processes, and the command of each; they meet at a port that is free now."""
+def _commands(command: Sequence[str], num_processes: int, num_devices: int) -> tuple[dict[str, str], list[list[str]]]:
+    """Variables for all processes, and the command of each; they connect through a port that is free now."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]

@@ -20,7 +20,7 @@ def parse_mesh(line: str) -> dict[str, int]:
     """The size of every axis of `AXES`: 1 if it is not named, -1 if it is to be inferred.
 
     Raises:
-      UserError: an axis that is unknown or named twice, a size that is none, two that are
+      UserError: an unknown axis or one named twice, a value that is not a size, or two sizes
         to be inferred.
     """
     sizes: dict[str, int] = {}
@@ -45,11 +45,11 @@ def make_mesh(line: str, devices: Sequence[jax.Device] | None = None) -> Mesh | 
     """The mesh that a line describes; None for "", which is one device.
 
     Args:
-      devices: all that there are, of every process, if not given.
+      devices: all devices of all processes by default.
 
     Raises:
-      UserError: as `parse_mesh`, or sizes that do not make up the number of devices: one
-        that stands idle would go unnoticed.
+      UserError: as `parse_mesh`, or sizes whose product is not the number of devices:
+        an idle device would go unnoticed.
     """
     if not line:
         return None
@@ -63,7 +63,7 @@ def make_mesh(line: str, devices: Sequence[jax.Device] | None = None) -> Mesh | 
             f"mesh={line!r} asks for {math.prod(sizes.values())} devices and there are {len(devices)}: "
             f"change a size, or leave one to be inferred (data:-1)"
         )
-    # Each mesh axis is made of whole axes of the slice where it can be; two of one (8x2 on a 4x4) only if asked for.
+    # Each mesh axis consists of whole axes of the slice where possible; one is split (8x2 on a 4x4) only if asked for.
     laid_out = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
     # Auto: the compiler partitions, led by the rules.
     return Mesh(laid_out, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))

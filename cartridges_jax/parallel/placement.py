@@ -1,4 +1,4 @@
-"""Between the host and the devices of a mesh.
+"""Transfers between the host and the devices of a mesh.
 
 Every process holds the same host values and gives its own devices their parts, so that
 nothing here needs to reach all devices.
@@ -20,7 +20,7 @@ from cartridges_jax.parallel.rules import sharding
 
 
 def everywhere(mesh: Mesh | None) -> NamedSharding | None:
-    """The sharding of what every device has all of; None (the default device) without a mesh."""
+    """The sharding of an array that every device has all of; None (the default device) without a mesh."""
     return None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
 
@@ -37,7 +37,7 @@ def place(tree: Any, shardings: Any) -> Any:
 def _place(value: Any, where: NamedSharding) -> Array:
     if isinstance(value, jax.Array) and (where.is_fully_addressable or not value.is_fully_addressable):
         return jax.device_put(value, where)
-    # Of this process alone, or NumPy's: every process has the same, and JAX need not compare them.
+    # An array of this process alone, or NumPy's: every process has the same, and JAX need not compare them.
     value = np.asarray(value)
     return jax.make_array_from_callback(value.shape, where, lambda index: value[index])
 
@@ -60,7 +60,7 @@ def place_prefix(prefix: KVPrefix, mesh: Mesh | None, *, in_use: bool = False) -
 
 
 def prefix_shardings(mesh: Mesh, prefix: KVPrefix, *, in_use: bool = False) -> dict[str, NamedSharding]:
-    """Field to where it lies, of the fields that a prefix has."""
+    """Field to its sharding, for the fields that a prefix has."""
     parts = {name: getattr(prefix, name) for name in PREFIX_AXES}
     return {
         name: sharding(mesh, PREFIX_AXES[name], part.shape, in_use=in_use)
@@ -70,7 +70,7 @@ def prefix_shardings(mesh: Mesh, prefix: KVPrefix, *, in_use: bool = False) -> d
 
 
 def fetch(value: Array) -> np.ndarray:
-    """The whole of an array on the host, wherever its parts lie."""
+    """The whole of an array on the host, gathered from all devices."""
     if isinstance(value.sharding, NamedSharding):
         value = jax.device_put(value, everywhere(value.sharding.mesh))
     return np.asarray(value)

@@ -1,8 +1,8 @@
-"""From what an array's axes mean to where its parts lie: the one table for everything on a mesh.
+"""The table from logical axes to mesh axes, for everything on a mesh.
 
-An array's axes have logical names: the decoder annotates its parameters, prefixes, caches
-and batches say theirs where they are placed. Each name has two entries here: where the
-array is kept, and how it lies when it is computed with, where the two differ.
+An array's axes have logical names: the decoder annotates its parameters; prefixes, caches
+and batches name theirs where they are placed. Each name has two entries here: how the
+array is split at rest, and how it is split in use.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ class Rule(NamedTuple):
     """The mesh axes that split a logical axis.
 
     Attributes:
-      at_rest: where it is kept.
-      in_use: when it is computed with; fewer axes mean that it is gathered for that.
+      at_rest: while it is stored.
+      in_use: while it is computed with; with fewer axes it is gathered first.
     """
 
     at_rest: tuple[str, ...]
@@ -31,13 +31,13 @@ def _always(*axes: str) -> Rule:
 
 
 RULES: Mapping[str, Rule] = {
-    # Of a batch: conversations, cache rows, target tokens.
+    # A batch's: conversations, cache rows, target tokens.
     "rows": _always("data", "fsdp"),
     # The same while rows of a table are looked up, and the width of those rows: the table stays
-    # as it is kept, so every device of fsdp takes all indices and finds its part of the width.
+    # as it is at rest, so every device of fsdp takes all indices and finds its part of the width.
     "lookups": _always("data"),
     "lookup_width": _always("fsdp"),
-    # Of everything else.
+    # All other axes.
     "heads": _always("tensor"),
     "kv_heads": _always("tensor"),
     "mlp": _always("tensor"),
@@ -51,7 +51,7 @@ RULES: Mapping[str, Rule] = {
 def partition(
     mesh: Mesh | AbstractMesh, axes: Sequence[str | None], sizes: Sequence[int], *, in_use: bool = False
 ) -> PartitionSpec:
-    """How an array is split.
+    """The spec by which an array is split.
 
     An axis takes its rule's mesh axes as far as they divide it, from the first on: what
     does not divide is replicated.
@@ -99,13 +99,13 @@ def dividing(mesh: Mesh | AbstractMesh, rule: Sequence[str], size: int) -> tuple
 
 
 def parts_on(mesh: Mesh | AbstractMesh, axis: str, size: int, *, in_use: bool = True) -> int:
-    """Into how many parts a mesh splits a logical axis of this length."""
+    """The number of parts that a mesh splits a logical axis of this length into."""
     rule = RULES[axis].in_use if in_use else RULES[axis].at_rest
     return math.prod(mesh.shape[name] for name in dividing(mesh, rule, size))
 
 
 def row_parts(mesh: Mesh | None) -> int:
-    """Into how many parts a mesh splits the rows of a batch that all its axes for rows divide."""
+    """The number of parts that a mesh splits a batch's rows into, where all its row axes divide them."""
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES["rows"].in_use)
 
 

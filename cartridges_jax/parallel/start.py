@@ -1,11 +1,11 @@
-"""How the processes of a job find each other: from flags, or from the scheduler that started them.
+"""Connecting the processes of a job: by flags, or by the scheduler that started them.
 
     auto    flags if given; else SLURM, Cloud TPU or Kubernetes if one of them started several
             processes; else this process is alone
     on      the same, but being alone is an error
-    off     alone, whatever the surroundings
+    off     alone, under any scheduler
 
-JAX reads the schedulers' settings (`jax.distributed.initialize`); here it is only decided
+JAX reads the schedulers' settings (`jax.distributed.initialize`); this module only decides
 which one to ask, so that an interactive shell or a notebook on such a machine stays alone.
 """
 
@@ -41,14 +41,14 @@ def scheduler(environ: Mapping[str, str]) -> str:
 
 
 def _is_tpu_vm(environ: Mapping[str, str]) -> bool:
-    """Whether JAX found the chips of a Cloud TPU VM; which worker of how many it is, its metadata say."""
+    """Whether JAX found the chips of a Cloud TPU VM, whose metadata server knows the other workers."""
     from jax._src import cloud_tpu_init
 
     return cloud_tpu_init.running_in_cloud_tpu_vm and "TPU_SKIP_MDS_QUERY" not in environ
 
 
 def _local_devices(environ: Mapping[str, str]) -> list[int] | None:
-    """Under SLURM with one task a node: all of the node's GPUs, of which JAX would take the first."""
+    """All of the node's GPUs under SLURM with one task per node, where JAX would use the first only."""
     if environ.get("SLURM_NTASKS") == environ.get("SLURM_NNODES") and environ.get("SLURM_GPUS_ON_NODE", "").isdecimal():
         return list(range(int(environ["SLURM_GPUS_ON_NODE"])))
     return None
@@ -63,18 +63,18 @@ def start_job(
     peer_seconds: float = 100.0,
     stall_seconds: float = 1800.0,
 ) -> Job:
-    """Connects this process with the others of its job; to be called before any device is touched.
+    """Connects this process with the others of its job; must be called before any device is used.
 
     Args:
       distributed: "auto", "on" or "off"; see the module.
-      coordinator: HOST:PORT at which the first process listens.
-      num_processes, process_id: how many there are, and which this one is, from 0.
-      peer_seconds: without a sign of life from another process, until it counts as lost.
-      stall_seconds: without a step from any process, until the job counts as stalled.
+      coordinator: HOST:PORT at which process 0 listens.
+      num_processes, process_id: the number of processes, and this one's index from 0.
+      peer_seconds: after this time without a sign of life a process counts as lost.
+      stall_seconds: after this time without a step of any process the job counts as stalled.
 
     Raises:
       UserError: flags that contradict each other or lack one, no scheduler where one is
-        needed, or others that do not come.
+        needed, or processes that do not connect.
     """
     if distributed not in DISTRIBUTED:
         raise UserError(f"distributed={distributed!r}: choose one of {', '.join(DISTRIBUTED)}")

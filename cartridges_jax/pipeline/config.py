@@ -6,15 +6,14 @@ import dataclasses
 
 import ml_collections
 
-from cartridges_jax.aot.workload import PodSettings
 from cartridges_jax.corpus import QUICKSTART
-from cartridges_jax.distill.trainer import TrainSettings
+from cartridges_jax.distill.settings import TrainSettings
 from cartridges_jax.errors import UserError
 from cartridges_jax.evaluation.evaluate import EvaluationSettings
 from cartridges_jax.models.model import AUTO, DTYPES, WEIGHTS, chosen_weights
 from cartridges_jax.parallel import parse_mesh
 from cartridges_jax.prefixes import check_prefix_name
-from cartridges_jax.selfstudy.synthesis import FOR_SMALL_MODELS, SynthesisSettings
+from cartridges_jax.selfstudy.settings import SynthesisSettings
 from cartridges_jax.typed_config import build, config_values
 
 
@@ -23,14 +22,37 @@ class CartridgeSettings:
     """The cartridge's size and what it starts from.
 
     Attributes:
-      num_slots: P.
+      num_slots: P; 0 is "auto", one slot for every `tokens_per_slot` tokens of the corpus.
+      tokens_per_slot: the ratio of auto.
       num_frozen: first slots that are not trained (paper: 1, the attention sink).
       init: the initial prefix, by its name in `prefixes` ("first_tokens", "pretrained:DIR", …).
     """
 
-    num_slots: int
-    num_frozen: int
+    num_slots: int = 0
+    tokens_per_slot: float = 8.0
+    num_frozen: int = 1
     init: str = "first_tokens"
+
+
+@dataclasses.dataclass(frozen=True)
+class PodSettings:
+    """The hardware that `launch/aot.py` compiles for; a run itself takes the devices that there are.
+
+    Attributes:
+      topology: such as "v5e:4x4" or "h100:8"; "" for none in particular.
+      decode_rows: conversations that decode together; self-study's 128 (`sampling.generate_tokens`) by default.
+      context_tokens: length of the text that the cartridge replaces; a model sees as much as its context holds.
+    """
+
+    topology: str
+    decode_rows: int
+    context_tokens: int
+
+    def check(self) -> None:
+        """Raises UserError for a value for which no program could be compiled."""
+        for name in ("decode_rows", "context_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"pod.{name}={getattr(self, name)}: must be 1 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +76,7 @@ class RunConfig:
       questions: JSONL of {"question", "answers"}; "" for none. A SQuAD article brings
         its own; "quickstart" has one too.
       heldout: self-study conversations that are kept out of training.
+      new_evaluation: replaces the evaluation questions that are frozen in the workdir, which the report says.
     """
 
     model: str
@@ -74,6 +97,7 @@ class RunConfig:
     train: TrainSettings
     evaluation: EvaluationSettings
     pod: PodSettings
+    new_evaluation: bool = False
 
     def check(self) -> None:
         """Raises UserError for a value that no run could use, before anything is loaded."""
@@ -89,13 +113,15 @@ class RunConfig:
             raise UserError(f"seed={self.seed}: must be between 0 and {2**31 - 1}")
         if self.heldout < 0:
             raise UserError(f"heldout={self.heldout}: must be 0 or more")
-        if self.heldout >= self.study.conversations:
+        if self.study.conversations and self.heldout >= self.study.conversations:
             raise UserError(
                 f"heldout={self.heldout} leaves nothing of study.conversations={self.study.conversations} to train on"
             )
         if self.cartridge.num_frozen < 0:
             raise UserError(f"cartridge.num_frozen={self.cartridge.num_frozen}: must be 0 or more")
-        if self.cartridge.num_slots <= self.cartridge.num_frozen:
+        if not self.cartridge.tokens_per_slot > 0:
+            raise UserError(f"cartridge.tokens_per_slot={self.cartridge.tokens_per_slot}: must be above 0")
+        if self.cartridge.num_slots and self.cartridge.num_slots <= self.cartridge.num_frozen:
             raise UserError(
                 f"cartridge.num_slots={self.cartridge.num_slots} with cartridge.num_frozen="
                 f"{self.cartridge.num_frozen} leaves no slot to train: raise num_slots"
@@ -133,27 +159,10 @@ def default_config() -> ml_collections.ConfigDict:
                 max_tokens=0,
                 questions="",
                 heldout=24,
-                cartridge=CartridgeSettings(num_slots=144, num_frozen=1),
-                study=FOR_SMALL_MODELS,
-                train=TrainSettings(
-                    steps=230,
-                    learning_rate=4e-2,
-                    schedule="cosine",
-                    warmup_steps=10,
-                    final_fraction=0.05,
-                    clip_norm=1.0,
-                    rows_per_step=4,
-                    row_tokens=128,
-                    micro_batches=1,
-                    targets="assistant",
-                    tail="class",
-                    remat=False,
-                    eval_every=40,
-                    checkpoint_every=20,
-                    keep_checkpoints=2,
-                    max_refused_in_a_row=5,
-                ),
-                evaluation=EvaluationSettings(max_answer_tokens=40, max_questions=48),
+                cartridge=CartridgeSettings(),
+                study=SynthesisSettings(),
+                train=TrainSettings(),
+                evaluation=EvaluationSettings(),
                 pod=PodSettings(topology="", decode_rows=128, context_tokens=4096),
             )
         )

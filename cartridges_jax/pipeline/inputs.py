@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from importlib import resources
-from pathlib import Path
 
 from cartridges_jax.corpus import QUICKSTART, Corpus, TokenizedCorpus, read_corpus, tokenize_corpus
-from cartridges_jax.corpus.questions import Question, read_questions
+from cartridges_jax.corpus.questions import Question, questions_hash, read_questions
 from cartridges_jax.errors import UserError
+from cartridges_jax.files import write_atomically
 from cartridges_jax.pipeline.config import RunConfig
-from cartridges_jax.pipeline.workdir import Workdir
+from cartridges_jax.pipeline.workdir import Workdir, read_json, write_json
 from cartridges_jax.text.tokenizer import Tokenizer
 
 
@@ -57,11 +57,44 @@ def tokenized_inputs(inputs: Inputs, config: RunConfig, tokenizer: Tokenizer) ->
     return corpus, corpus.corpus.questions if inputs.questions is None else inputs.questions
 
 
-def freeze_questions(workdir: Workdir, questions: list[Question]) -> Path:
-    """Writes the evaluation questions into the workdir, before self-study starts (rule 1)."""
-    path = workdir.path / "questions.jsonl"
+def freeze_questions(workdir: Workdir, questions: list[Question], *, new_evaluation: bool = False) -> list[str]:
+    """Freezes the evaluation questions in the workdir before self-study starts (rule 1 of evaluation).
+
+    `questions.jsonl` holds the questions whole; `questions.json` holds their hash, and those of the sets that they
+    replaced.
+
+    Args:
+      new_evaluation: replaces a different frozen set instead of refusing these questions.
+
+    Returns:
+      Hashes of the sets that were frozen in this workdir before, oldest first.
+
+    Raises:
+      UserError: the workdir holds other questions.
+    """
+    path, record = workdir.path / "questions.jsonl", workdir.path / "questions.json"
+    sha256, replaced = questions_hash(questions), []
+    if record.exists():
+        frozen = read_json(record)
+        replaced = frozen["replaced"]
+        if frozen["sha256"] != sha256:
+            if not new_evaluation:
+                raise UserError(
+                    f"workdir {workdir.path} was started with {frozen['count']} other evaluation questions "
+                    f"(sha256 {frozen['sha256'][:12]}), which are frozen; these {len(questions)} have sha256 "
+                    f"{sha256[:12]}: give the same questions, choose another --workdir, or start a new evaluation with "
+                    "--config.new_evaluation=True, which the report will say"
+                )
+            replaced = [*replaced, frozen["sha256"]]
     lines = [
-        json.dumps({"question": q.question, "answers": list(q.answers)}, ensure_ascii=False) + "\n" for q in questions
+        json.dumps({"question": q.question, "answers": q.answers, "evidence": q.evidence}, ensure_ascii=False) + "\n"
+        for q in questions
     ]
-    path.write_text("".join(lines), encoding="utf-8")
-    return path
+    write_atomically(path, "".join(lines))
+    write_json(record, {"sha256": sha256, "count": len(questions), "replaced": replaced})
+    return replaced
+
+
+def replaced_questions(workdir: Workdir) -> list[str]:
+    """Hashes of the evaluation questions that were frozen in this workdir before the present ones, oldest first."""
+    return read_json(workdir.path / "questions.json")["replaced"]

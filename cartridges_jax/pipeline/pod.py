@@ -1,4 +1,4 @@
-"""Runs for many accelerators: their config at the paper's sizes, and what of it is compiled before there are devices."""
+"""Runs for many accelerators: their config at the paper's sizes, and the workload that `launch/aot.py` compiles."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from cartridges_jax.aot.workload import Workload
 from cartridges_jax.errors import UserError
 from cartridges_jax.models.published import config_without_weights
 from cartridges_jax.pipeline.config import AUTO, RunConfig, default_config
+from cartridges_jax.pipeline.sizes import auto_slots
+from cartridges_jax.selfstudy.settings import PAPER
 
-# Of a chat template, around a system message; some write dates and rules of their own there.
+# Tokens of a chat template around a system message; some templates write dates and rules there.
 _TEMPLATE_TOKENS = 64
 
 
@@ -23,8 +25,8 @@ def pod_config(
     Args:
       model: a hub id.
       topology: see `aot.topology`.
-      mesh, micro_batches: what suits it; `launch/aot.py --sweep` tells.
-      weights: "int8" keeps the matrices in 8 bits.
+      mesh, micro_batches: a choice that suits it; `launch/aot.py --sweep` finds one.
+      weights: "int8" stores the matrices in 8 bits.
       num_slots: P.
     """
     config = default_config()
@@ -32,14 +34,7 @@ def pod_config(
     config.cartridge.num_slots = num_slots
     config.heldout = 256
     config.pod.topology, config.pod.decode_rows, config.pod.context_tokens = topology, 128, 131072
-    study = config.study
-    study.conversations, study.requests_per_batch = 131072, 512
-    study.teacher_context, study.writer = "chunk", "chat"
-    study.writer_max_tokens, study.answer_max_tokens, study.writer_top_k = 128, 384, 0
-    # The paper's five families, alike.
-    study.families.update(
-        qa=0.0, generic=0.0, structuring=0.2, summarization=0.2, question=0.2, use_case=0.2, creative=0.2
-    )
+    config.study.update(dataclasses.asdict(PAPER))
     train = config.train
     # An epoch: a pack holds four conversations of 128 + 384 tokens.
     train.steps, train.rows_per_step, train.row_tokens, train.micro_batches = 1024, 32, 2048, micro_batches
@@ -49,33 +44,37 @@ def pod_config(
 
 
 def workload_of(config: RunConfig) -> Workload:
-    """What a run will compile, for the devices that `config.pod` names.
+    """The workload of a run on the devices that `config.pod` names.
 
     Raises:
-      UserError: no topology, or a model of which nothing is known here.
+      UserError: no topology, or a model whose shapes are not known here.
     """
     if not config.pod.topology:
-        raise UserError("pod.topology is empty: say what to compile for, such as --config.pod.topology=v5e:4x4")
+        raise UserError("pod.topology is empty: name the devices, for example --config.pod.topology=v5e:4x4")
     shapes = dataclasses.replace(config_without_weights(config.model), windows_see_prefix=config.windows_see_prefix)
+    # The text is not read here: "auto" goes by the length that the pod is planned for.
+    num_slots = config.cartridge.num_slots or auto_slots(config.pod.context_tokens, config.cartridge.tokens_per_slot)
     return Workload(
         model=config.model,
         config=shapes,
         dtype=config.dtype,
-        # What "auto" may choose suits CPUs.
+        # "auto" chooses among CPUs' ways of storing weights.
         weights="" if config.weights == AUTO else config.weights,
-        num_slots=config.cartridge.num_slots,
-        front_slots=max(config.cartridge.num_slots, _teacher_slots(config, shapes.context_length)),
+        num_slots=num_slots,
+        prefix_slots=max(num_slots, _teacher_slots(config, shapes.context_length)),
         train=config.train,
         prompt_tokens=config.study.writer_max_tokens,
         answer_tokens=config.study.answer_max_tokens,
         top_logprobs=config.study.top_logprobs,
         mesh=config.mesh,
-        pod=config.pod,
+        topology=config.pod.topology,
+        decode_rows=config.pod.decode_rows,
+        context_tokens=config.pod.context_tokens,
     )
 
 
 def _teacher_slots(config: RunConfig, context_length: int) -> int:
-    """At most, of what stands in front of self-study's conversations: a chunk or the whole text, as a system message."""
+    """The largest prefix of self-study's conversations: a chunk or the whole text, as a system message."""
     text = config.pod.context_tokens
     if config.study.teacher_context == "chunk":
         text = min(text, config.study.chunk_max_tokens)

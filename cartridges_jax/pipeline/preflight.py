@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from cartridges_jax.corpus import TokenizedCorpus
 from cartridges_jax.corpus.questions import Question
 from cartridges_jax.errors import UserError
+from cartridges_jax.evaluation.measuring import longest_example
+from cartridges_jax.evaluation.tasks import TaskInputs, make_tasks
 from cartridges_jax.models import Model
 from cartridges_jax.pipeline.config import RunConfig
 from cartridges_jax.pipeline.workdir import Workdir
@@ -22,17 +24,15 @@ def _turn_tokens(model: Model) -> int:
     return len(model.chat.render_continuation([{"role": "user", "content": "x"}]).token_ids)
 
 
-def longest_evaluated(config: RunConfig, model: Model, questions: Sequence[Question]) -> int:
-    """Tokens of the longest question with its answer, as evaluation reads or writes them."""
-    encode = model.tokenizer.encode
-    longest = max(
-        (
-            len(encode(q.question)) + max(len(encode(q.answers[0])), config.evaluation.max_answer_tokens)
-            for q in questions
-        ),
-        default=config.study.writer_max_tokens + config.evaluation.max_answer_tokens,
-    )
-    return _turn_tokens(model) + longest
+def longest_evaluated(config: RunConfig, model: Model, corpus: TokenizedCorpus, questions: Sequence[Question]) -> int:
+    """Tokens of the longest example with its answer, as evaluation reads or writes them after a prefix."""
+    settings = config.evaluation
+    tasks = make_tasks(settings.tasks, TaskInputs(corpus, questions))
+    longest = longest_example(model, tasks, settings.max_answer_tokens)
+    if questions:
+        return longest
+    # Held-out questions, which are not written yet, are answered instead.
+    return max(longest, _turn_tokens(model) + config.study.writer_max_tokens + settings.max_answer_tokens)
 
 
 def refuse_what_cannot_work(
@@ -43,10 +43,12 @@ def refuse_what_cannot_work(
     Raises:
       UserError: the first thing that would fail later, with the setting that helps.
     """
-    # The "truncated" condition of evaluation, whatever the cartridge starts from.
-    first_tokens(model, corpus.text, config.cartridge.num_slots)
+    if "first_tokens" in config.evaluation.conditions:
+        first_tokens(model, corpus.text, config.cartridge.num_slots)
     check_initial_prefix(config.cartridge.init, model, corpus, config.cartridge.num_slots)
-    if not questions and not config.heldout:
+    tasks = make_tasks(config.evaluation.tasks, TaskInputs(corpus, questions))
+    keeps_out = config.heldout and "heldout" in config.evaluation.tasks
+    if not keeps_out and not any(task.examples for task in tasks):
         raise UserError("there is nothing to evaluate on: give questions, or hold conversations out (heldout=24)")
     if config.study.top_logprobs > model.config.vocab_size:
         raise UserError(
@@ -66,7 +68,7 @@ def _refuse_long_conversations(
             f"a conversation may have {conversation} tokens, train.row_tokens={config.train.row_tokens}: raise it, "
             "or lower study.writer_max_tokens or study.answer_max_tokens"
         )
-    longest = max(conversation, longest_evaluated(config, model, questions))
+    longest = max(conversation, longest_evaluated(config, model, corpus, questions))
     if config.cartridge.num_slots + longest > context:
         raise UserError(
             f"a cartridge of {config.cartridge.num_slots} slots and conversations of {longest} tokens exceed "

@@ -44,6 +44,9 @@ def run_program(
             sys.exit(0)
         try:
             return flags.FLAGS(argv)
+        except UserError as error:
+            # Of a config that takes a name, such as experiments/pods.py.
+            _fail(str(error), error.exit_code)
         except (KeyError, AttributeError) as error:
             # What ml_collections raises for a field that the config does not have.
             name = str(error).strip("\"'")

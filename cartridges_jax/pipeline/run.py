@@ -17,6 +17,7 @@ from cartridges_jax.pipeline.inputs import freeze_questions, read_inputs, tokeni
 from cartridges_jax.pipeline.preflight import refuse_what_cannot_work
 from cartridges_jax.pipeline.reporting import Reporter
 from cartridges_jax.pipeline.signals import NeverStops
+from cartridges_jax.pipeline.sizes import plan_line, with_sizes
 from cartridges_jax.pipeline.stages.context import RunContext
 from cartridges_jax.pipeline.stages.evaluate import evaluate
 from cartridges_jax.pipeline.stages.report import report
@@ -79,18 +80,17 @@ def run(
         )
         if mesh is not None:
             say(f"{mesh.size} devices: {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items() if size > 1)}")
-            for words in undivided(model.config, mesh) + undivided_slots(config.cartridge.num_slots, mesh):
-                say(words)
         stop.check()
         corpus, questions = tokenized_inputs(inputs, config, model.tokenizer)
+        config = with_sizes(config, corpus)
+        if mesh is not None:
+            for words in undivided(model.config, mesh) + undivided_slots(config.cartridge.num_slots, mesh):
+                say(words)
         refuse_what_cannot_work(config, model, corpus, questions, workdir)
         context = RunContext(config, workdir, model, corpus, questions, job, stop, reporter)
-        if job.is_first:
-            freeze_questions(workdir, questions)
-        say(
-            f"{corpus.name}: {corpus.num_tokens:,} tokens, {len(questions)} questions; "
-            f"cartridge of {config.cartridge.num_slots} slots"
-        )
+        if job.from_first(lambda: freeze_questions(workdir, questions, new_evaluation=config.new_evaluation)):
+            say("new evaluation: this workdir held other evaluation questions before")
+        say(plan_line(config, model.config, corpus, len(questions)))
         return _stages(context)
 
 

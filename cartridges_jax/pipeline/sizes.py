@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from cartridges_jax.corpus import TokenizedCorpus
 from cartridges_jax.errors import UserError
-from cartridges_jax.models import Model, ModelConfig
+from cartridges_jax.models import ModelConfig
 from cartridges_jax.models.costs import decode_flops, distillation_flops, forward_work
 from cartridges_jax.pipeline.config import RunConfig
 
@@ -94,14 +94,14 @@ def expected_sizes(config: RunConfig) -> Sizes:
     return Sizes(config.cartridge.num_slots, config.study.conversations, steps)
 
 
-def measured_flops(model: Model, seconds: float = 0.4) -> float:
-    """Operations a second of this machine in products of a layer's feed-forward shape, in the dtype of its weights.
+def measured_flops(model: ModelConfig, dtype: str, seconds: float = 0.4) -> float:
+    """Operations a second of this machine in products of a layer's feed-forward shape.
 
     Args:
+      dtype: of the factors.
       seconds: the least time to measure for.
     """
-    D, F = model.config.d_model, model.config.d_ff
-    dtype = jnp.bfloat16 if model.weights == "bfloat16" else model.dtype
+    D, F = model.d_model, model.d_ff
     x, w = jnp.ones((512, D), dtype), jnp.ones((D, F), dtype)
     product = jax.jit(lambda x, w: jnp.einsum("td,df->tf", x, w, preferred_element_type=jnp.float32))
     product(x, w).block_until_ready()
@@ -138,7 +138,9 @@ def estimated_seconds(
     # Four conditions: an answer and three passes over a question with its answer; the whole text is read once.
     pass_tokens = 2 * config.evaluation.max_answer_tokens
     evaluation = sum(forward_work(model, corpus_tokens, 0, corpus_tokens**2 / 2)) / _TRAINING_SHARE
-    evaluation += 4 * questions * decode_flops(model, 1, context / 2) * config.evaluation.max_answer_tokens / _DECODING_SHARE
+    evaluation += (
+        4 * questions * decode_flops(model, 1, context / 2) * config.evaluation.max_answer_tokens / _DECODING_SHARE
+    )
     evaluation += 4 * questions * 3 * sum(forward_work(model, pass_tokens, pass_tokens, 0)) / _TRAINING_SHARE
     return {
         "study": written * per_conversation / _DECODING_SHARE / flops,
@@ -146,3 +148,17 @@ def estimated_seconds(
         "evaluate": evaluation / flops,
         "fixed": _FIXED_SECONDS,
     }
+
+
+def plan_line(config: RunConfig, model: ModelConfig, corpus: TokenizedCorpus, num_questions: int) -> str:
+    """One line with the sizes of a run and the minutes that it will take on this machine, before any work is done."""
+    sizes = expected_sizes(config)
+    asked = min(num_questions, config.evaluation.max_questions or num_questions)
+    flops = measured_flops(model, "bfloat16" if config.weights == "bfloat16" else config.dtype)
+    seconds = estimated_seconds(config, model, sizes, corpus.num_tokens, asked, flops)
+    about = "" if config.train.steps else "about "
+    return (
+        f"{corpus.name}: {corpus.num_tokens:,} tokens, {len(corpus.sentences)} sentences, {num_questions} questions; "
+        f"{sizes.num_slots} slots, {sizes.conversations:,} conversations, {about}{sizes.steps:,} steps; "
+        f"about {max(1, round(sum(seconds.values()) / 60))} minutes on this machine"
+    )

@@ -72,7 +72,7 @@ def code_hash(*parts: str, root: Path = _PACKAGE) -> str:
 
 @functools.cache  # a file belongs to several stages
 def _program(source: bytes) -> str:
-    """A canonical form of the source's syntax tree, without strings that stand alone (docstrings)."""
+    """A canonical form of the source's syntax tree, without docstrings and other strings without effect."""
     return _canonical(ast.parse(source))
 
 

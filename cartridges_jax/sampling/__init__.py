@@ -1,4 +1,4 @@
-"""Prefill and decode: the one way tokens are made, for every part of the package."""
+"""Prefill and decode: the one way of generating tokens, for every part of the package."""
 
 from cartridges_jax.sampling.engine import Engine
 from cartridges_jax.sampling.generate import generate_tokens

@@ -1,7 +1,7 @@
-"""The sizes that programs are compiled for: few, and never far above what is needed.
+"""The sizes that programs are compiled for: few, and never far above the needed size.
 
-A program of a large model takes seconds to compile, so a size that saves little has none
-of its own: decoding 8 rows costs hardly more than decoding 2, all weights are read for both.
+A program of a large model takes seconds to compile, so sizes of nearly the same cost share
+one: decoding 8 rows costs hardly more than decoding 2, all weights are read for both.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def smaller_bucket(num_rows: int) -> int:
 def read_rows(num_rows: int) -> int:
     """Prompts that are read together: 1, 4, 16, then multiples of 32.
 
-    Rows are what reading costs, so it is rather a smaller size, and another dispatch for
-    the rest, than one of which more than a quarter is empty.
+    The cost of reading is per row: a smaller size and another dispatch for the rest are
+    cheaper than a size of which more than a quarter is empty.
     """
     above = next((size for size in _READ_ROWS if num_rows <= size), round_up(num_rows, 32))
     if num_rows >= 0.75 * above:
@@ -62,7 +62,7 @@ def prompt_bucket(num_tokens: int) -> int:
 
 
 def prefix_bucket(num_slots: int) -> int:
-    """Slots of a prefix: multiples of 256. Small prefixes of all sizes share their programs."""
+    """Slots of a prefix: multiples of 256, so that small prefixes of all sizes share their programs."""
     return round_up(num_slots, 256)
 
 

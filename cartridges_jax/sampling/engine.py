@@ -7,8 +7,8 @@
         for event in engine.step(): ...
 
 A step starts one program on the device: a chunk of new prompts, or a few decode steps of
-the rows behind one prefix. Slots are refilled as sequences end, so nobody waits for the
-longest. What is started depends on the requests and on the order of calls, never on the
+the rows after one prefix. Slots are refilled as sequences end, so no request waits for the
+longest. Which program is started depends on the requests and on the order of calls, never on the
 clock: the same calls give the same tokens.
 """
 
@@ -22,13 +22,12 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from cartridges_jax.cartridge import KVPrefix
+from cartridges_jax.cartridge import KVPrefix, pad_slots
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Model
-from cartridges_jax.sampling.buckets import round_up
+from cartridges_jax.sampling.buckets import prefix_bucket, round_up
 from cartridges_jax.sampling.group import Group, Pending
 from cartridges_jax.sampling.prefill import check_token_ids
-from cartridges_jax.sampling.programs import Front, as_front
 from cartridges_jax.sampling.request import Event, Generation, Live, PrefixHandle, Request
 
 # Decode steps of a dispatch, and about how many tokens of prompts are read in one.
@@ -37,15 +36,15 @@ STEPS_PER_DISPATCH, TOKENS_PER_READ = 8, 1024
 
 @dataclasses.dataclass
 class _Resident:
-    """A prefix on the device; goes when it was dropped and nobody uses it any more."""
+    """A prefix on the device; removed once it is dropped and no request uses it."""
 
-    front: Front
+    prefix: KVPrefix
     users: int = 0
     dropped: bool = False
 
 
 class Engine:
-    """See the module. Not for several threads at once.
+    """Continuous batching (see the module), for one thread at a time.
 
     Attributes:
       num_dispatches: programs started so far, for measurements and tests.
@@ -66,12 +65,12 @@ class Engine:
           num_slots: requests that are read or decoded at once, over all prefixes.
           max_tokens_per_slot: prompt and answer together; the model's context by default.
             Memory is taken only as the longest request of a group needs it.
-          steps_per_dispatch: decode steps between two looks at what has ended.
+          steps_per_dispatch: decode steps between two checks for rows that have ended.
           tokens_per_read: about how many tokens of prompts are read per dispatch.
           lookahead: how many dispatches are started before the outputs of the first are
-            fetched. 1 hides the host's work behind the device's at the price of seeing
-            late what has ended; the default is that on accelerators and 0 on CPUs, where
-            an idle row costs more than the host does.
+            fetched. 1 overlaps the host's work with the device's, but ended rows are seen a
+            dispatch late; the default is 1 on accelerators and 0 on CPUs, where an idle row
+            costs more than the host does.
 
         Raises:
           ValueError: a size below 1.
@@ -90,7 +89,7 @@ class Engine:
         self._residents: dict[PrefixHandle, _Resident] = {}
         self._queue: dict[int, Live] = {}
         self._lives: dict[int, Live] = {}
-        # In the order of their turns.
+        # In the order in which they are dispatched next.
         self._groups: dict[PrefixHandle | None, Group] = {}
         self._pending: collections.deque[Pending] = collections.deque()
         self._ids = itertools.count()
@@ -98,20 +97,18 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether a request is unfinished."""
+        """True while a request is unfinished."""
         return bool(self._lives)
 
     def add_prefix(self, prefix: KVPrefix) -> PrefixHandle:
-        """Keeps a prefix on the device until `drop_prefix`."""
-        handle = PrefixHandle(prefix.num_slots, prefix.next_position)
-        model = self._model
-        self._residents[handle] = _Resident(
-            as_front(prefix, model.dtype, unstacked=model.decodes_unstacked, mesh=model.mesh)
-        )
+        """Holds a prefix on the device until `drop_prefix`, padded so that prefixes of like size share programs."""
+        handle = PrefixHandle(prefix.num_slots, int(prefix.next_position))
+        padded = pad_slots(prefix, prefix_bucket(prefix.num_slots))
+        self._residents[handle] = _Resident(self._model.decoding_prefix(padded))
         return handle
 
     def drop_prefix(self, handle: PrefixHandle) -> None:
-        """Refuses new requests behind a prefix; it is freed when the last one has ended.
+        """Refuses new requests after a prefix; it is freed when the last one has ended.
 
         Raises:
           UserError: the engine does not hold it.
@@ -127,7 +124,7 @@ class Engine:
 
         Raises:
           UserError: a prompt that the model cannot read or a slot cannot hold, no tokens
-            wanted, more log-probabilities than tokens, or a prefix that is not here.
+            wanted, more log-probabilities than tokens, or a prefix that the engine does not hold.
         """
         check_token_ids(self._model, request.prompt, request.prefix, room=request.max_tokens)
         if request.max_tokens < 1:
@@ -155,7 +152,7 @@ class Engine:
         return live is not None
 
     def step(self) -> list[Event]:
-        """Starts the next program and returns what became of requests since the last call.
+        """Starts the next program and returns the requests' events since the last call.
 
         Events come in no particular order; a request has at most one.
         """
@@ -188,7 +185,7 @@ class Engine:
 
         Args:
           on_progress: called after every step with the number of requests it finished;
-            what it raises ends the call, and the requests with it.
+            an exception from it ends the call and cancels the requests.
 
         Returns:
           One `Generation` per request, in order.
@@ -199,7 +196,7 @@ class Engine:
         parts: dict[int, list[Event]] = {}
         place: dict[int, int] = {}
         try:
-            # Prompts of like length are read together; shorter ones fill the rows that the longer leave.
+            # Prompts of like length are read together; shorter ones fill the rows that longer ones leave.
             for number in sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt)):
                 request_id = self.submit(requests[number])
                 parts[request_id], place[request_id] = [], number
@@ -232,8 +229,8 @@ class Engine:
 
     def _group(self, handle: PrefixHandle | None) -> Group:
         if handle not in self._groups:
-            front = None if handle is None else self._residents[handle].front
-            self._groups[handle] = Group(self._model, front, **self._sizes)
+            prefix = None if handle is None else self._residents[handle].prefix
+            self._groups[handle] = Group(self._model, prefix, **self._sizes)
         return self._groups[handle]
 
     def _collect(self, pending: Pending) -> list[Event]:

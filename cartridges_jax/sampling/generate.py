@@ -1,4 +1,4 @@
-"""Batched generation behind one shared prefix: many prompts in, one `Generation` each out."""
+"""Batched generation after one shared prefix: one `Generation` per prompt."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ def generate_tokens(
     batch_size: int = 128,
     on_progress: Callable[[int], None] = lambda finished: None,
 ) -> list[Generation]:
-    """Continues every prompt behind the same prefix.
+    """Continues every prompt after the same prefix.
 
     Args:
       prompts: token ids, each at least one; read as they are.
       prefix: shared by all prompts.
-      max_tokens: at most so many new tokens per prompt.
+      max_tokens: the most new tokens per prompt.
       stop_ids: tokens that end an answer; the chat template's by default.
       seed: with the prompt's index it determines the prompt's draws.
       top_logprobs: how many of the most likely tokens to return per step.
       batch_size: rows decoded together.
       on_progress: called after every dispatch, with the number of prompts it finished;
-        what it raises ends the call.
+        an exception from it ends the call.
 
     Returns:
       One `Generation` per prompt, in order.
 
     Raises:
-      UserError: a prompt that the model cannot read or continue so far.
+      UserError: a prompt that the model cannot read, or continue by that many tokens.
     """
     stops = tuple(model.chat.stop_ids if stop_ids is None else stop_ids)
     engine = Engine(model, num_slots=batch_size)

@@ -1,12 +1,12 @@
-"""The slots behind one prefix: rows that decode, and prompts that are read on their way there.
+"""The requests after one prefix: prompts that are read, and rows that decode.
 
-Rows of one decode batch share their prefix, so an engine holds a group per prefix in use:
+Rows of one decode batch share their prefix, so an engine has a group per prefix in use:
 
     waiting ──reading──▶ admitted to free rows ──decode──▶ collected, row free again
      (queue)  (own cache,                        (up to num_steps
                chunks)                            a dispatch)
 
-A group knows what has ended only when outputs are collected, which may be a dispatch
+A group learns that a row has ended when its outputs are collected, which may be a dispatch
 late; the device itself never runs a row beyond its end.
 """
 
@@ -14,19 +14,17 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from cartridges_jax import parallel
-from cartridges_jax.models import Cache, Model, empty_cache
-from cartridges_jax.sampling import programs
+from cartridges_jax.cartridge import KVPrefix
+from cartridges_jax.models import Cache, Model
+from cartridges_jax.sampling import decoding, reading
 from cartridges_jax.sampling.buckets import (
     READ_CHUNK,
-    power_of_two,
     prompt_bucket,
     read_rows,
     row_bucket,
@@ -35,30 +33,36 @@ from cartridges_jax.sampling.buckets import (
     top_bucket,
 )
 from cartridges_jax.sampling.request import Live
-from cartridges_jax.sampling.select import GREEDY, Choice, RowSampling
+from cartridges_jax.sampling.rows import Outputs, Rows, rows_of
+from cartridges_jax.sampling.select import Choice
 
-# Slots kept free for an answer when its row is made, so that short answers never make the cache grow.
+# Slots reserved for an answer when its row is admitted, so that short answers never make the cache grow.
 _ROOM = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Pending:
-    """Outputs of a dispatch that nobody has looked at.
+    """Outputs of a dispatch that are not collected yet.
 
     Attributes:
-      rows: (column of the outputs, request, steps that it was promised).
-      outputs: as `programs.decode` returns them, perhaps still being computed.
+      rows: (column of the outputs, request, steps that were dispatched for it).
+      outputs: as `decoding.decode` returns them, perhaps still being computed.
     """
 
     rows: list[tuple[int, Live, int]]
-    outputs: programs.Outputs
+    outputs: Outputs
 
 
 @dataclasses.dataclass
 class _Reading:
-    """Prompts that are read together: R rows of W slots, `begin` tokens of each done."""
+    """Prompts that are read together: R rows of W slots, of which `begin` tokens are read.
 
-    mates: list[Live]
+    Attributes:
+      lives: the requests of the first rows.
+      last: [R, D], the hidden state of each row's last token so far.
+    """
+
+    lives: list[Live]
     tokens: np.ndarray
     segment_ids: np.ndarray
     cache: Cache
@@ -67,26 +71,24 @@ class _Reading:
 
 
 class Group:
-    """See the module."""
+    """The queue, the prompts being read and the rows of one prefix (see the module)."""
 
-    def __init__(
-        self, model: Model, front: programs.Front | None, *, num_steps: int, max_slots: int, tokens_per_read: int
-    ):
+    def __init__(self, model: Model, prefix: KVPrefix | None, *, num_steps: int, max_slots: int, tokens_per_read: int):
         self._model = model
-        self._front = front
+        self._prefix = prefix
         self._num_steps = num_steps
         self._max_slots = max_slots
         self._tokens_per_read = tokens_per_read
         self._waiting: collections.deque[Live] = collections.deque()
         self._reading: _Reading | None = None
         self._occupants: list[Live | None] = []
-        self._state: programs.State | None = None
-        self._rows: programs.Rows | None = None
+        self._state: decoding.State | None = None
+        self._rows: Rows | None = None
         self._just_decoded = True
 
     @property
     def num_held(self) -> int:
-        """Requests that have a slot or were promised one."""
+        """Requests that have a slot or wait for one that is theirs."""
         return self._num_running + self._num_coming
 
     @property
@@ -95,7 +97,7 @@ class Group:
 
     @property
     def _num_coming(self) -> int:
-        return len(self._waiting) + (0 if self._reading is None else sum(not live.over for live in self._reading.mates))
+        return len(self._waiting) + (0 if self._reading is None else sum(not live.over for live in self._reading.lives))
 
     def add(self, live: Live) -> None:
         self._waiting.append(live)
@@ -116,7 +118,7 @@ class Group:
         """
         if self._reading is None and self._waiting:
             self._reading = self._begin_reading()
-        # Fill the rows first; running rows get every other dispatch, and all once they are the many.
+        # Fill the rows first; running rows get every other dispatch, and all once they are the majority.
         if self._reading is not None and (
             self._just_decoded or not self._num_running or self._num_coming >= self._num_running
         ):
@@ -128,81 +130,81 @@ class Group:
     # Reading
 
     def _begin_reading(self) -> _Reading:
-        """Takes prompts of one size off the queue, the first of it and those like it."""
+        """Takes prompts of one size off the queue: the first, and others of its size."""
         width = prompt_bucket(len(self._waiting[0].request.prompt))
         chunk = min(width, READ_CHUNK)
         most = read_rows(max(1, self._tokens_per_read // chunk))
-        mates = [live for live in self._waiting if prompt_bucket(len(live.request.prompt)) == width][:most]
-        num_rows = read_rows(len(mates))
-        mates = mates[:num_rows]
-        # What is left of the rows is filled with shorter prompts.
-        taken = set(map(id, mates))
+        chosen = [live for live in self._waiting if prompt_bucket(len(live.request.prompt)) == width][:most]
+        num_rows = read_rows(len(chosen))
+        chosen = chosen[:num_rows]
+        # The remaining rows are filled with shorter prompts.
+        taken = set(map(id, chosen))
         shorter = (live for live in self._waiting if id(live) not in taken and len(live.request.prompt) <= width)
-        mates += [live for _, live in zip(range(num_rows - len(mates)), shorter)]
-        taken = set(map(id, mates))
+        chosen += [live for _, live in zip(range(num_rows - len(chosen)), shorter)]
+        taken = set(map(id, chosen))
         self._waiting = collections.deque(live for live in self._waiting if id(live) not in taken)
 
         tokens = np.zeros((num_rows, width), np.int32)
         lengths = np.zeros((num_rows,), np.int32)
         for row in range(num_rows):
-            # Rows that nobody needs repeat the first.
-            prompt = mates[row if row < len(mates) else 0].request.prompt
+            # Unused rows repeat the first.
+            prompt = chosen[row if row < len(chosen) else 0].request.prompt
             tokens[row, : len(prompt)] = prompt
             lengths[row] = len(prompt)
         model = self._model
         return _Reading(
-            mates=mates,
+            lives=chosen,
             tokens=tokens,
             segment_ids=(np.arange(width) < lengths[:, None]).astype(np.int32),
-            cache=empty_cache(model.config, num_rows, slot_bucket(width), model.dtype, mesh=model.mesh),
+            cache=model.reading_cache(num_rows, slot_bucket(width)),
             last=parallel.zeros(model.mesh, ("rows", None), (num_rows, model.config.d_model), model.dtype),
         )
 
     def _read(self) -> Pending | None:
-        """One chunk; after the last one, the rows join those that decode."""
-        reading, model = self._reading, self._model
-        if all(live.over for live in reading.mates):
+        """Reads one chunk; after the last one, the rows join those that decode."""
+        batch, model = self._reading, self._model
+        if all(live.over for live in batch.lives):
             self._reading = None
             return None
-        window = slice(reading.begin, reading.begin + READ_CHUNK)
-        reading.cache, reading.last = programs.read_chunk(
+        window = slice(batch.begin, batch.begin + READ_CHUNK)
+        batch.cache, batch.last = reading.read_chunk(
             model.config,
             model.params,
-            self._front,
-            reading.cache,
-            reading.last,
-            reading.tokens[:, window],
-            reading.segment_ids[:, window],
+            self._prefix,
+            batch.cache,
+            batch.last,
+            batch.tokens[:, window],
+            batch.segment_ids[:, window],
         )
-        reading.begin += READ_CHUNK
-        if reading.begin < reading.tokens.shape[1]:
+        batch.begin += READ_CHUNK
+        if batch.begin < batch.tokens.shape[1]:
             return None
         self._reading = None
-        return self._admit(reading)
+        return self._admit(batch)
 
-    def _admit(self, reading: _Reading) -> Pending:
+    def _admit(self, batch: _Reading) -> Pending:
         # Requests that were cancelled meanwhile take a row too, which is free again at once.
-        self._make_room(reading.mates)
+        self._make_room(batch.lives)
         free = [row for row, live in enumerate(self._occupants) if live is None]
-        at = free[: len(reading.mates)]
-        for row, live in zip(at, reading.mates):
+        at = free[: len(batch.lives)]
+        for row, live in zip(at, batch.lives):
             self._occupants[row] = None if live.over else live
             live.in_flight += 1
         self._rows = None
-        padding = reading.tokens.shape[0] - len(at)
-        running, outputs = programs.first_tokens(
+        padding = batch.tokens.shape[0] - len(at)
+        running, outputs = reading.first_tokens(
             self._model.config,
             self._model.params,
-            reading.last,
-            rows_of(reading.mates + reading.mates[:1] * padding),
-            **self._static(reading.mates),
+            batch.last,
+            rows_of(batch.lives + batch.lives[:1] * padding),
+            **self._static(batch.lives),
         )
         at = np.asarray(at + at[:1] * padding, np.int32)
-        self._state = programs.admit(self._state, reading.cache, outputs[0][0], running, at)
-        return Pending([(column, live, 1) for column, live in enumerate(reading.mates)], outputs)
+        self._state = decoding.admit(self._state, batch.cache, outputs[0][0], running, at)
+        return Pending([(column, live, 1) for column, live in enumerate(batch.lives)], outputs)
 
     def _make_room(self, coming: Sequence[Live]) -> None:
-        """Rows for those coming and all that will follow, slots for their prompts and a short answer."""
+        """Ensures rows for `coming` and all that wait, and slots for their prompts and a short answer."""
         staying = [live for live in self._occupants if live is not None]
         num_rows = max(row_bucket(len(staying) + len(coming) + len(self._waiting)), len(self._occupants))
         need = max(live.slots_for(_ROOM) for live in (*staying, *coming))
@@ -226,37 +228,34 @@ class Group:
         else:
             # Half of them empty is worth a smaller batch.
             enough = 0 if self._num_coming else smaller_bucket(num_rows)
-        promised = [(row, live, self._num_steps) for row, live in enumerate(self._occupants) if live is not None]
-        for _, live, steps in promised:
+        dispatched = [(row, live, self._num_steps) for row, live in enumerate(self._occupants) if live is not None]
+        for _, live, steps in dispatched:
             live.in_flight += steps
-        self._state, outputs = programs.decode(
+        self._state, outputs = decoding.decode(
             self._model.config,
             self._model.decode_params,
-            self._front,
+            self._prefix,
             self._state,
             self._settings(),
             np.int32(enough),
             num_steps=self._num_steps,
             **self._static(self._occupants),
         )
-        return Pending(promised, outputs)
+        return Pending(dispatched, outputs)
 
     def _slots(self, num_tokens: int) -> int:
         return min(slot_bucket(num_tokens), self._max_slots)
 
     def _resize(self, num_rows: int, num_slots: int) -> None:
-        kept = [row for row, live in enumerate(self._occupants) if live is not None]
-        occupants = [self._occupants[row] for row in kept]
-        self._occupants = occupants + [None] * (num_rows - len(kept))
+        occupied = [row for row, live in enumerate(self._occupants) if live is not None]
+        occupants = [self._occupants[row] for row in occupied]
+        self._occupants = occupants + [None] * (num_rows - len(occupied))
         self._rows = None
-        if self._state is None or not kept:
-            model = self._model
-            self._state = programs.empty_state(
-                model.config, num_rows, num_slots, model.dtype, unstacked=model.decodes_unstacked, mesh=model.mesh
-            )
+        if self._state is None or not occupied:
+            self._state = decoding.empty_state(self._model.decoding_cache(num_rows, num_slots), self._model.mesh)
             return
-        at = np.asarray(kept + kept[:1] * (num_rows - len(kept)), np.int32)
-        self._state = programs.resize(self._state, at, np.arange(num_rows) < len(kept), num_slots=num_slots)
+        at = np.asarray(occupied + occupied[:1] * (num_rows - len(occupied)), np.int32)
+        self._state = decoding.resize(self._state, at, np.arange(num_rows) < len(occupied), num_slots=num_slots)
 
     def _static(self, lives: Sequence[Live | None]) -> dict[str, Any]:
         requests = [live.request for live in lives if live is not None]
@@ -268,30 +267,8 @@ class Group:
             ),
         }
 
-    def _settings(self) -> programs.Rows:
-        """The rows' settings on the device, made anew when rows have changed hands."""
+    def _settings(self) -> Rows:
+        """The rows' settings on the device, rebuilt when rows have changed."""
         if self._rows is None:
             self._rows = parallel.replicate(rows_of(self._occupants), self._model.mesh)
         return self._rows
-
-
-@functools.lru_cache(maxsize=1024)
-def _key_data(seed: int) -> np.ndarray:
-    return np.asarray(jax.random.key_data(jax.random.key(seed)))
-
-
-def rows_of(lives: Sequence[Live | None]) -> programs.Rows:
-    """What requests ask for, as NumPy arrays; a row without one is stopped."""
-    requests = [None if live is None or live.over else live.request for live in lives]
-    most_stops = max((len(live.stops) for live in lives if live), default=0)
-    stop_ids = np.full((len(lives), max(4, power_of_two(most_stops))), -1, np.int32)
-    for row, live in enumerate(lives):
-        if live is not None:
-            stop_ids[row, : len(live.stops)] = sorted(live.stops)
-    return programs.Rows(
-        limits=np.asarray([request.max_tokens if request else 0 for request in requests], np.int32),
-        stop_ids=stop_ids,
-        seeds=np.stack([_key_data(request.seed if request else 0) for request in requests]),
-        streams=np.asarray([request.stream if request else 0 for request in requests], np.uint32),
-        sampling=RowSampling.of([request.sampling if request else GREEDY for request in requests]),
-    )

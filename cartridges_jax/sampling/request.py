@@ -1,4 +1,4 @@
-"""What an engine is asked for, and what it answers."""
+"""An engine's requests, and the events and results that it returns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cartridges_jax.sampling.select import GREEDY, Sampling
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What one prompt was answered with.
+    """The answer to one prompt.
 
     Attributes:
       token_ids: generated ids; the stop token, if one came, is the last.
@@ -35,7 +35,7 @@ class PrefixHandle:
 
     Attributes:
       num_slots: P.
-      next_position: the position of the first token behind it.
+      next_position: the position of the first token after it.
     """
 
     num_slots: int
@@ -48,12 +48,12 @@ class Request:
 
     Attributes:
       prompt: token ids, at least one; read as they are.
-      max_tokens: at most so many new tokens, at least one.
-      prefix: what stands in front, held by the same engine.
+      max_tokens: the most new tokens, at least one.
+      prefix: precedes the prompt; held by the same engine.
       sampling: how tokens are drawn.
       stop_ids: tokens that end the answer; none by default.
-      seed, stream: together they determine the draws; requests of one seed that are to
-        draw differently differ in `stream`.
+      seed, stream: together they determine the draws; give requests of one seed different
+        streams to draw differently.
       top_logprobs: how many of the most likely tokens to return per token.
     """
 
@@ -69,12 +69,12 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """What became of a request since the last step.
+    """The progress of a request since the last step.
 
     Attributes:
       request_id: as `submit` returned it.
       token_ids: n new tokens.
-      stop_reason: "" while the request goes on, else as in `Generation`.
+      stop_reason: "" while the request continues, else as in `Generation`.
       top_ids, top_logprobs: [n, k] of the new tokens, None when none were asked for.
     """
 
@@ -93,8 +93,8 @@ class Live:
       request_id, request: as submitted.
       stops: its stop ids.
       num_generated: tokens that the host has seen.
-      in_flight: steps that were dispatched and not yet looked at.
-      over: ended or cancelled; what is still in flight is dropped.
+      in_flight: steps that were dispatched and not yet collected.
+      over: ended or cancelled; outputs still in flight are dropped.
     """
 
     request_id: int
@@ -105,12 +105,12 @@ class Live:
     over: bool = False
 
     def slots_for(self, steps: int) -> int:
-        """Slots of its own cache that hold it after so many more steps, at most."""
+        """The most slots that it needs in its own cache after that many more steps."""
         ahead = min(self.num_generated + self.in_flight + steps, self.request.max_tokens)
         return len(self.request.prompt) + ahead
 
     def take(self, token_ids: list[int]) -> str:
-        """Counts new tokens; returns the stop reason, "" if the request goes on."""
+        """Counts new tokens; returns the stop reason, "" if the request continues."""
         self.num_generated += len(token_ids)
         if token_ids and token_ids[-1] in self.stops:
             return "stop"

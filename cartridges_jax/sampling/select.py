@@ -16,7 +16,7 @@ _NUCLEUS_CANDIDATES = 512
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn.
+    """Settings of the draw of a token.
 
     Attributes:
       temperature: 0 takes the most likely token; else the logits are divided by it.
@@ -43,10 +43,10 @@ GREEDY = Sampling()
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What choosing costs a batch; static, so that a greedy batch's program draws nothing.
+    """The kinds of draw that a batch needs; static, so that a greedy batch's program draws nothing.
 
     Attributes:
-      candidates: of how many tokens the rows with a top_k draw; 0 if there are none.
+      candidates: how many tokens the rows with a top_k draw from; 0 without such rows.
       whole: a row draws from the whole vocabulary.
       nucleus: a row has a top_p below 1.
     """
@@ -57,11 +57,11 @@ class Choice:
 
     @classmethod
     def of(cls, settings: Iterable[Sampling]) -> Choice:
-        """What rows of these settings need together."""
+        """The choice that covers rows of these settings."""
         drawing = [sampling for sampling in settings if sampling.temperature > 0]
         top_k = max((sampling.top_k for sampling in drawing), default=0)
         return cls(
-            # Few values, few programs; a row's draw does not depend on how many candidates stand behind its own.
+            # Few values, few programs; a row's draw does not depend on how many candidates follow its own.
             candidates=1 << (top_k - 1).bit_length() if top_k else 0,
             whole=any(not sampling.top_k for sampling in drawing),
             nucleus=any(sampling.top_p < 1 for sampling in drawing),
@@ -70,7 +70,7 @@ class Choice:
 
 @flax.struct.dataclass
 class RowSampling:
-    """`Sampling` as data.
+    """`Sampling` of every row, as arrays.
 
     Attributes:
       temperature: [B] float32.
@@ -139,7 +139,7 @@ def most_likely(logits: Array) -> Array:
 
 
 def _before(descending: Array, normaliser: Array | None) -> Array:
-    """Probability of all that stands before each entry of a descending row; [B, n]."""
+    """The probability of all entries before each entry of a descending row; [B, n]."""
     if normaliser is None:
         normaliser = jax.nn.logsumexp(descending, axis=-1, keepdims=True)
     probability = jnp.exp(descending - normaliser)
@@ -155,7 +155,7 @@ def _nucleus_floor(logits: Array, top_p: Array) -> Array:
         return jnp.where(inside, descending, jnp.inf).min(axis=-1), inside[:, -1]
 
     # Sorting a whole vocabulary costs more than the rest of a decode step; the nucleus
-    # nearly always lies within the few most likely tokens, and the sort is for when not.
+    # is nearly always among the few most likely tokens; the sort covers the rest.
     candidates = min(_NUCLEUS_CANDIDATES, logits.shape[-1])
     lowest, reaches_further = floor(jax.lax.top_k(logits, candidates)[0])
     return jax.lax.cond(

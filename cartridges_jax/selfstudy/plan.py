@@ -1,7 +1,7 @@
-"""What will be asked, before the model writes a word.
+"""The plan of a run: all chunks, and the sentences and seed families that A writes about.
 
-The plan is a pure function of the document and the settings, so that a resumed run asks
-exactly what the interrupted one would have.
+The plan is a pure function of the corpus and the settings, so that a resumed run asks
+for exactly what the interrupted one would have.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from cartridges_jax.corpus import Chunk, TokenizedCorpus
 from cartridges_jax.corpus.chunks import sample_chunks
 from cartridges_jax.errors import UserError
 from cartridges_jax.selfstudy.seeds import FAMILIES
+from cartridges_jax.selfstudy.streams import CHUNKS, REQUESTS, stream
 from cartridges_jax.selfstudy.writer import Request
 
 
@@ -23,9 +24,9 @@ class BatchPlan:
     """One chunk and the messages that A writes about it.
 
     Attributes:
-      chunk: token range of the document.
-      text: the chunk's text.
-      requests: what is written, in order.
+      chunk: token range of a document.
+      text: the chunk's text, with its header.
+      requests: the messages to be written, in order.
     """
 
     chunk: Chunk
@@ -34,7 +35,7 @@ class BatchPlan:
 
 
 def family_sequence(weights: Mapping[str, float], count: int, rng: np.random.Generator) -> list[str]:
-    """`count` family names in the proportions of `weights`, shuffled.
+    """Draws `count` family names in the proportions of `weights`, shuffled.
 
     Raises:
       UserError: an unknown family, or weights that are not positive.
@@ -65,10 +66,10 @@ def plan_batches(
     families: Mapping[str, float],
     seed: int,
 ) -> list[BatchPlan]:
-    """Chunks spread over the document, and for each the sentences that were asked about least.
+    """Draws chunks spread over the corpus, and for each the sentences that were asked about least.
 
     Raises:
-      UserError: a document without a sentence, or bad family weights.
+      UserError: a corpus without a sentence, or bad family weights.
     """
     sentences = corpus.sentences
     if not sentences:
@@ -78,24 +79,49 @@ def plan_batches(
         num_batches,
         min_tokens=chunk_min_tokens,
         max_tokens=chunk_max_tokens,
-        seed=seed,
+        seed=stream(seed, CHUNKS),
     )
+    # Per sentence: its document, and the half-open span of its characters.
+    documents = np.asarray([document for document, _ in sentences])
+    begins = np.asarray([sentence.start for _, sentence in sentences])
+    ends = np.asarray([sentence.end for _, sentence in sentences])
     asked = np.zeros(len(sentences), np.int64)
     batches = []
     for number, chunk in enumerate(chunks):
-        rng = np.random.default_rng([seed, number])
+        rng = np.random.default_rng(stream(seed, number, REQUESTS))
         chunk = dataclasses.replace(chunk, header=corpus.header(chunk.document))
         start, end = corpus.documents[chunk.document].characters(chunk.start, chunk.end)
-        own = [(i, s) for i, (document, s) in enumerate(sentences) if document == chunk.document]
-        inside = [i for i, s in own if start <= s.start and s.end <= end]
-        # A chunk shorter than a sentence asks about the one it cuts.
-        inside = inside or [i for i, s in own if s.start < end and s.end > start]
+        own = documents == chunk.document
+        inside = np.nonzero(own & (begins >= start) & (ends <= end))[0]
+        if not len(inside):
+            # A chunk shorter than a sentence asks about the one it cuts.
+            inside = np.nonzero(own & (begins < end) & (ends > start))[0]
         requests = []
-        for family in family_sequence(families, requests_per_batch, rng):
-            if not inside:
-                break
-            index = min(inside, key=lambda i: (asked[i], rng.random()))
-            requests.append(Request(family, int(asked[index]) + number, sentences[index][1].text, index))
-            asked[index] += 1
+        if len(inside):
+            names = family_sequence(families, requests_per_batch, rng)
+            for family, (index, times) in zip(names, _least_asked(inside, asked, len(names), rng), strict=True):
+                requests.append(Request(family, times + number, sentences[index][1].text, index))
         batches.append(BatchPlan(chunk, corpus.chunk_text(chunk), requests))
     return batches
+
+
+def _least_asked(inside: np.ndarray, asked: np.ndarray, count: int, rng: np.random.Generator) -> list[tuple[int, int]]:
+    """Draws `count` times the sentence that was asked about least, a random one of several.
+
+    Args:
+      inside: [n] indices of the sentences to choose from.
+      asked: how many times each sentence was asked about; updated.
+
+    Returns:
+      (index of the sentence, how many times it had been asked about).
+    """
+    before = asked[inside]
+    # The draws fill the counts up like water: find the level that they reach.
+    level = before.min() + 1
+    while np.maximum(level - before, 0).sum() < count:
+        level += 1
+    places = np.repeat(np.arange(len(inside)), np.maximum(level - before, 0))
+    times = np.concatenate([np.arange(low, level) for low in before if low < level])
+    order = np.lexsort((rng.random(len(times)), times))[:count]
+    np.add.at(asked, inside[places[order]], 1)
+    return list(zip(inside[places[order]].tolist(), times[order].tolist(), strict=True))

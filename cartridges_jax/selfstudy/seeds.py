@@ -1,10 +1,10 @@
-"""Seed prompts: what A is asked to write about (paper section 4.1 and its appendix).
+"""Seed prompts: the instructions that A writes user messages from (paper section 4.1 and its appendix).
 
 Five families cover different uses of a text; `generic` is the paper's ablation with one
 prompt, `qa` asks for plain questions about single facts. No seed mentions a particular
 corpus.
 
-Models that follow instructions get a family's `instructions` as a chat turn. Small ones
+Models that follow instructions get one of a family's `instructions` as a user message. Small ones
 echo such an instruction instead of following it; they continue a pattern of examples
 (`pattern`), each a sentence and the message a user might send about it.
 """
@@ -19,8 +19,8 @@ class Pattern:
     """Examples for a model that completes text.
 
     Attributes:
-      header: one line that says what the list is.
-      label: what the examples' messages are called ("Question", "Request").
+      header: one line that introduces the list.
+      label: the word before the examples' messages ("Question", "Request").
       examples: (sentence, message) pairs about made-up things.
       openings: first words that a message may be made to start with; "" leaves it free.
       is_question: messages must end with a question mark.

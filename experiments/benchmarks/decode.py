@@ -1,7 +1,7 @@
-"""Decode behind a cartridge at batch 1 to 128, and the time to the first token.
+"""Decoding after a cartridge at batch 1 to 128, and the time to the first token.
 
 python launch/benchmark.py --config=experiments/benchmarks/decode.py --workdir=runs/bench_decode
-… --config.vllm_python=$HOME/vllm/bin/python      # measures vLLM too (BUILD.md says how to install it)
+… --config.vllm_python=$HOME/vllm/bin/python      # measures vLLM too (docs/benchmarks.md has the installation)
 """
 
 from cartridges_jax.benchmarks.decode import default_config

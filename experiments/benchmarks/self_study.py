@@ -1,4 +1,6 @@
-"""Self-study of one chunk of 1,024 tokens, with and without sharing and refilling. Takes a while: the peer is slow.
+"""Self-study of one chunk of 1,024 tokens, with and without sharing and refilling.
+
+The run takes a while, because the peer is slow.
 
 python launch/benchmark.py --config=experiments/benchmarks/self_study.py --workdir=runs/bench_self_study
 """

@@ -74,7 +74,7 @@ def stop(job):
 def walk(job, end):
     """Steps without end, but that one process meets with something in the fifth."""
     for step in range(10_000):
-        job.got_on()
+        job.made_progress()
         time.sleep(0.02)
         if step == 5 and job.process == _WHO.value:
             end()

@@ -1,4 +1,4 @@
-"""Other libraries doing the same work; one file each, imported only where it is installed."""
+"""Other libraries that do the same work; one file each, imported only if it is installed."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Absent:
     """A peer that cannot be measured here.
 
     Attributes:
-      name: the peer's.
-      how_to_install: what to do about it.
+      name: the peer's name.
+      how_to_install: the command or the place of the instructions.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Absent:
 
 
 def absent(name: str) -> Absent | None:
-    """Whether a peer of this process's environment lacks a package."""
+    """The peer with the way to install it if this environment lacks one of its packages; None if it is complete."""
     packages, command = _NEEDS[name]
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     return Absent(name, command) if missing else None

@@ -1,4 +1,4 @@
-"""Our model as a Hugging Face directory, so that every peer reads the same weights by its own way."""
+"""Export of our model to a Hugging Face directory, from which every peer reads the same weights."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def export(model: Model, directory: Path) -> Path:
     )  # fmt: skip
     if not plain:
         raise UserError(
-            f"the benchmarks' peers run plain Llama models, {model.name} is none: choose smollm2-135m-instruct"
+            f"the benchmarks' peers run plain Llama models, and {model.name} is not one: choose smollm2-135m-instruct"
         )
     done = directory / f"complete-{model.source_sha256[:16]}"
     if done.exists():

@@ -11,14 +11,14 @@ from typing import Any
 
 
 class Server:
-    """Serves one GGUF file to one caller at a time; it stops when the object is garbage."""
+    """A server of one GGUF file for one caller at a time, which stops when the object is garbage."""
 
     def __init__(self, model: Path, *, context: int, num_threads: int, warmup: bool = True):
         """
         Args:
-          context: tokens it has room for.
-          num_threads: 0 is one a core.
-          warmup: whether it runs the model once before it answers.
+          context: context length in tokens.
+          num_threads: number of threads; 0 is one a core.
+          warmup: run the model once before the first request.
         """
         import xllamacpp
 
@@ -35,11 +35,11 @@ class Server:
         self._address = self._server.listening_address
 
     def generate(self, prompt: Sequence[int], new_tokens: int, *, cached: bool = True) -> int:
-        """Greedy tokens behind a prompt whose beginning may still be in the cache; returns how many."""
+        """Generates greedy tokens after a prompt whose beginning may be in the cache; returns their number."""
         return self.complete(prompt, new_tokens, cached=cached)["tokens_predicted"]
 
     def complete(self, prompt: Sequence[int], new_tokens: int, *, cached: bool, **more: Any) -> dict[str, Any]:
-        """The server's answer to a request for greedy tokens, stop tokens ignored; `more` is asked of it as well."""
+        """The server's response to a request for greedy tokens without stop tokens; `more` are further fields."""
         asked = {
             "prompt": list(prompt),
             "n_predict": new_tokens,

@@ -20,7 +20,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def use_threads(num_threads: int) -> None:
-    """0 is one thread a core."""
+    """Sets the number of threads; 0 is one a core."""
     torch.set_num_threads(num_threads or os.cpu_count() or 1)
 
 
@@ -35,7 +35,7 @@ def load(directory: Path | str, dtype: str) -> transformers.PreTrainedModel:
 def with_cartridge(
     model: transformers.PreTrainedModel, keys: np.ndarray, values: np.ndarray, num_frozen: int, *, trained: bool
 ) -> peft.PeftModelForCausalLM:
-    """The model behind a cartridge [L, K, P, H]."""
+    """The model with a cartridge, whose keys and values are [L, K, P, H]."""
     num_layers, num_heads, num_slots, width = keys.shape
     config = peft.CartridgeConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=num_slots, num_frozen_tokens=num_frozen, inference_mode=not trained
@@ -50,7 +50,7 @@ def with_cartridge(
 def divergence(logits: torch.Tensor, ids: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
     """KL on the teacher's top k and the rest as one class: `distill.loss` with tail="class".
 
-    The rest is one minus the chosen, which costs no further pass over the vocabulary.
+    The rest is one minus the entries' sum, which needs no further pass over the vocabulary.
 
     Args:
       logits: [M, V].
@@ -77,7 +77,7 @@ class Trainer:
 
     Attributes:
       model: the PEFT model.
-      optimizer: Adam on what is trained.
+      optimizer: Adam on the trainable parameters.
     """
 
     def __init__(self, model: peft.PeftModelForCausalLM, *, learning_rate: float, clip_norm: float):
@@ -97,11 +97,14 @@ class Trainer:
             mask[number, : len(example.tokens)] = 1
             rows.append(number * longest + example.rows.astype(np.int64))
         prompt = self.model.get_prompt(len(examples))
-        in_front = torch.ones(len(examples), self.model.active_peft_config.num_virtual_tokens, dtype=torch.long)
+        slots_mask = torch.ones(len(examples), self.model.active_peft_config.num_virtual_tokens, dtype=torch.long)
         base = self.model.get_base_model()
-        # The decoder below the head: PEFT's forward gives logits of all tokens, most of which are no targets.
+        # The decoder below the head, because PEFT's forward computes logits of all tokens, and few are targets.
         hidden = base.model(
-            input_ids=tokens, attention_mask=torch.cat([in_front, mask], dim=1), past_key_values=prompt, use_cache=True
+            input_ids=tokens,
+            attention_mask=torch.cat([slots_mask, mask], dim=1),
+            past_key_values=prompt,
+            use_cache=True,
         ).last_hidden_state
         hidden = hidden.reshape(-1, hidden.shape[-1])[torch.from_numpy(np.concatenate(rows))]
         ids = torch.from_numpy(np.concatenate([example.ids for example in examples]).astype(np.int64))
@@ -121,10 +124,10 @@ class Trainer:
 
 @torch.no_grad()
 def generate(model: torch.nn.Module, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
-    """Exactly `new_tokens` greedy tokens a prompt; prompts of one length, so that nothing is padded.
+    """Exactly `new_tokens` greedy tokens for each prompt; the prompts have one length, so that none is padded.
 
     Args:
-      model: with or without a cartridge.
+      model: a model with or without a cartridge.
     """
     tokens = torch.tensor(np.asarray(prompts, np.int64))
     out = model.generate(
@@ -144,7 +147,7 @@ def generate(model: torch.nn.Module, prompts: Sequence[Sequence[int]], new_token
 def generate_padded(
     model: torch.nn.Module, prompts: Sequence[Sequence[int]], new_tokens: int, top_logprobs: int
 ) -> tuple[list[list[int]], torch.Tensor]:
-    """Greedy tokens of prompts of unlike lengths, padded on the left, and their most likely tokens.
+    """Greedy tokens of prompts of different lengths, padded on the left, and top log-probabilities.
 
     Returns:
       Tokens per prompt, and log-probabilities [new_tokens, B, k].

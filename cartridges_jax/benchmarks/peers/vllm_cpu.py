@@ -1,6 +1,6 @@
-"""vLLM's CPU build, in an environment of its own: one worker process, spoken to line by line.
+"""vLLM's CPU build in an environment of its own: a worker process that exchanges lines of JSON.
 
-This file is both ends. The worker is run by the other environment's python and imports
+This file is both ends. The other environment's Python runs the worker, which imports
 vllm and the standard library only.
 """
 
@@ -13,7 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-HOW_TO_INSTALL = "see BUILD.md (vLLM in an environment of its own), then --config.vllm_python=/path/to/that/bin/python"
+HOW_TO_INSTALL = (
+    "see docs/benchmarks.md (vLLM in an environment of its own), then --config.vllm_python=/path/to/that/bin/python"
+)
 
 
 class Worker:
@@ -48,7 +50,7 @@ class Worker:
         for line in self._process.stdout:
             if line.startswith("ANSWER "):
                 return json.loads(line.removeprefix("ANSWER "))
-        raise RuntimeError(f"the vLLM worker ended with code {self._process.wait()}; its last words are above")
+        raise RuntimeError(f"the vLLM worker ended with code {self._process.wait()}: see its output above")
 
 
 def _serve(directory: str, dtype: str, max_length: int) -> None:

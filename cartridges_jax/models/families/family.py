@@ -1,7 +1,7 @@
-"""A family of models: how its config is read and what its tensors are called.
+"""A family of models: the reading of its config and the names of its tensors.
 
 To add one, write a module like its neighbours (a `Family`, or several), and list it in
-`families/__init__.py`; BUILD.md walks through it.
+`families/__init__.py`; docs/models.md has the steps.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ class Fields:
 
 
 class Entry(NamedTuple):
-    """Where a tensor goes.
+    """The parameter that a tensor fills.
 
     Attributes:
       parameter: name within the layer, or at the top of the tree.
@@ -233,7 +233,7 @@ class Names:
         return self.top[name], None
 
     def extended(self, **changes: Any) -> Names:
-        """The same table with entries added or replaced; `top`/`layer` are merged."""
+        """This table with entries added or replaced; `top`/`layer` are merged."""
         merged = {
             key: {**getattr(self, key), **value} if isinstance(value, Mapping) else value
             for key, value in changes.items()

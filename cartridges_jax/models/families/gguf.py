@@ -1,4 +1,4 @@
-"""The parts of GGUF metadata and tensor names that all families share.
+"""GGUF metadata and tensor names that all families share.
 
 Names and defaults follow the GGUF specification and llama.cpp's `convert_hf_to_gguf.py`.
 GGUF stores a linear layer as [out, in], and the converter permutes the rows of Llama's

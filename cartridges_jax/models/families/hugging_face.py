@@ -1,4 +1,4 @@
-"""The parts of config.json files and safetensors names that all families share."""
+"""The config.json fields and safetensors names that all families share."""
 
 from __future__ import annotations
 

@@ -37,7 +37,9 @@ _EVALUATE_CODE = (
     *_TRAIN_CODE,
     "evaluation/conditions.py",
     "evaluation/evaluate.py",
+    "evaluation/measuring.py",
     "evaluation/metrics.py",
+    "evaluation/results.py",
     "evaluation/scoring.py",
     "evaluation/tasks",
 )
@@ -90,5 +92,9 @@ class RunContext:
 
 
 def flat(name: str, settings: Any) -> dict[str, Any]:
-    """Settings as flat stage inputs: "name.field" to value."""
-    return {f"{name}.{field}": value for field, value in dataclasses.asdict(settings).items()}
+    """Settings as flat stage inputs: "name.field" to a JSON value."""
+    # JSON has no tuples, and a stage compares its inputs with recorded ones.
+    return {
+        f"{name}.{field}": list(value) if isinstance(value, tuple) else value
+        for field, value in dataclasses.asdict(settings).items()
+    }

@@ -1,4 +1,4 @@
-"""Evaluation: the same questions under every condition."""
+"""Evaluation: the examples of all tasks under every condition."""
 
 from __future__ import annotations
 
@@ -8,27 +8,33 @@ import numpy as np
 
 from cartridges_jax.checkpoint import Cartridge
 from cartridges_jax.corpus.questions import Question, questions_hash
-from cartridges_jax.data.conversations import Conversation
-from cartridges_jax.evaluation.conditions import conditions
+from cartridges_jax.data.schema import Conversation
+from cartridges_jax.evaluation.conditions import condition_fingerprints, make_conditions, tokens_cut
 from cartridges_jax.evaluation.evaluate import evaluate as measure
-from cartridges_jax.pipeline.preflight import longest_evaluated
+from cartridges_jax.evaluation.measuring import longest_example
+from cartridges_jax.evaluation.results import write_answers
+from cartridges_jax.evaluation.tasks import TaskInputs, make_tasks
+from cartridges_jax.pipeline.distillation import split
 from cartridges_jax.pipeline.stages.context import RunContext, flat
-from cartridges_jax.pipeline.stages.train import split
 from cartridges_jax.pipeline.workdir import Stage
+
+ANSWERS = "answers.parquet"
 
 
 def evaluate(run: RunContext, train_stage: Stage, cartridge: Cartridge, conversations: list[Conversation]) -> Stage:
-    """Measures the conditions, or reads a finished evaluation back."""
-    config = run.config
+    """Measures the conditions, or reads a finished evaluation back; per-example results are in the stage's directory."""
+    settings = run.config.evaluation
     questions = asked_questions(run)
     stage = run.open("evaluate", {
         "train": train_stage.key,
         "questions": questions_hash(questions),
-        **flat("evaluation", config.evaluation),
+        **flat("evaluation", settings),
+        "prefixes": condition_fingerprints(settings.conditions),
     })  # fmt: skip
     if stage.done:
         return stage
-    heldout = split(run, conversations)[1]
+    parts = split(conversations, run.questions, run.config.heldout, run.config.seed)
+    heldout = [conversations[i] for i in parts.heldout]
     with stage.clock() as clock, run.progress("evaluate", 1) as bar:
 
         def advance(done: int, total: int) -> None:
@@ -36,11 +42,19 @@ def evaluate(run: RunContext, train_stage: Stage, cartridge: Cartridge, conversa
             clock.tick()
             run.stop.check()
 
-        measured_conditions, cut = conditions(
-            run.model, run.corpus, cartridge.prefix, room=longest_evaluated(config, run.model, run.questions)
+        tasks = make_tasks(settings.tasks, TaskInputs(run.corpus, questions, heldout))
+        room = longest_example(run.model, tasks, settings.max_answer_tokens)
+        conditions = make_conditions(
+            run.model, run.corpus, cartridge.prefix, settings.conditions, room=room, seed=run.config.seed
         )
-        measured = measure(run.model, measured_conditions, questions, heldout, config.evaluation, on_progress=advance)
-    stage.finish({**dataclasses.asdict(measured), "cut_from_icl": cut})
+        measured = measure(run.model, conditions, tasks, settings, on_progress=advance)
+    if run.job.is_first:
+        write_answers(stage.directory / ANSWERS, measured.rows)
+    stage.finish({
+        **{field.name: getattr(measured, field.name) for field in dataclasses.fields(measured) if field.name != "rows"},
+        "examples": {task.name: len(task.examples) for task in tasks},
+        "tokens_cut": tokens_cut(run.model, run.corpus, room),
+    })  # fmt: skip
     return stage
 
 

@@ -1,4 +1,4 @@
-"""The report: what the finished stages left, in one place."""
+"""The report: the results of the finished stages in one place."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ import numpy as np
 from cartridges_jax.checkpoint import Cartridge
 from cartridges_jax.corpus.chunks import Chunk, token_coverage
 from cartridges_jax.corpus.questions import questions_hash
-from cartridges_jax.data.conversations import Conversation
-from cartridges_jax.evaluation.report import print_summary, write_report
+from cartridges_jax.data.schema import Conversation
+from cartridges_jax.evaluation.report import complete_report, write_report
+from cartridges_jax.evaluation.summary import format_summary
+from cartridges_jax.files import write_atomically
+from cartridges_jax.pipeline.inputs import replaced_questions
 from cartridges_jax.pipeline.stages.context import RunContext
-from cartridges_jax.pipeline.stages.evaluate import asked_questions
+from cartridges_jax.pipeline.stages.evaluate import ANSWERS, asked_questions
 from cartridges_jax.pipeline.workdir import Stage
 
 
@@ -25,17 +28,17 @@ def report(
     conversations: list[Conversation],
     cartridge: Cartridge,
 ) -> dict[str, Any]:
-    """Writes `report.json` and `report.html` into the workdir and prints the summary."""
+    """Writes `report.json`, `report.html` and `answers.parquet` into the workdir, and reports the summary."""
     config, corpus = run.config, run.corpus
-    trained, measured = train_stage.result(), evaluate_stage.result()
+    studied, trained, measured = study_stage.result(), train_stage.result(), evaluate_stage.result()
     seconds = {
         "synthesis": study_stage.spent(),
         "training": train_stage.spent(),
         "evaluation": evaluate_stage.spent(),
     }
-    document_judge = "the model with the whole document in context"
-    if measured["cut_from_icl"]:
-        document_judge += f" (its last {measured['cut_from_icl']} tokens did not fit and were cut)"
+    judge = "the model with the whole document in context"
+    if measured["tokens_cut"]:
+        judge += f" (its last {measured['tokens_cut']} tokens did not fit and were cut)"
     content = {
         "model": run.model.name,
         "model_fingerprint": run.model.fingerprint,
@@ -45,7 +48,8 @@ def report(
             "tokens": corpus.num_tokens,
             "sha256": corpus.sha256,
             "documents": [
-                {"name": d.document.name, "tokens": d.num_tokens, "sha256": d.document.sha256} for d in corpus.documents
+                {"name": part.document.name, "tokens": part.num_tokens, "sha256": part.document.sha256}
+                for part in corpus.documents
             ],
         },
         "cartridge": {
@@ -54,27 +58,42 @@ def report(
             "frozen": cartridge.metadata.num_frozen,
         },
         "conditions": measured["conditions"],
-        **measured["closed"],
+        "condition_list": measured["condition_list"],
+        "metric_list": measured["metric_list"],
+        **measured["headline"],
         "reasons": measured["reasons"],
         "dropped_training_questions": trained["dropped_training_questions"],
+        "dropped_heldout_conversations": trained["dropped_heldout_conversations"],
         "seconds": {**seconds, "total": sum(seconds.values())},
         "conversations": trained["trained_on"],
-        "heldout_conversations": config.heldout,
-        "steps": config.train.steps,
+        "heldout_conversations": trained["heldout"],
+        "study": {
+            "asked": studied["wanted"],
+            "conversations": studied["conversations"],
+            "written": studied["written"],
+            "dropped": studied["dropped"],
+        },
+        "steps": trained["steps"],
         "refused_steps": trained["refused_steps"],
         "packing_efficiency": trained["packing_efficiency"],
         "epochs": trained["epochs"],
         "questions": len(asked_questions(run)),
         "questions_sha256": questions_hash(run.questions),
-        "judge": document_judge,
+        "replaced_questions": replaced_questions(run.workdir),
+        "examples": measured["examples"],
+        "judge": judge,
         "trained_by": f"the model with the {config.study.teacher_context} in context",
         "coverage": _coverage(run, conversations),
         "history": trained["history"],
         "answers": measured["answers"],
+        "answers_file": ANSWERS,
         "config": dataclasses.asdict(config),
     }
+    write_atomically(run.workdir.path / ANSWERS, (evaluate_stage.directory / ANSWERS).read_bytes())
+    # The same as a reader of the file gets.
+    content = complete_report(content)
     _, page = write_report(run.workdir.path, content)
-    print_summary(content, page)
+    run.reporter.say(format_summary(content, page))
     run.reporter.say(f"Cartridge: {run.workdir.path / 'cartridge'}")
     return content
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from cartridges_jax.data.conversations import Conversation
+from cartridges_jax.data.schema import Conversation
 from cartridges_jax.pipeline.stages.context import RunContext, flat
 from cartridges_jax.pipeline.workdir import Stage
-from cartridges_jax.selfstudy.synthesis import synthesise
+from cartridges_jax.selfstudy.synthesis import Study, synthesise
 
 
 # The mesh is not an input of any stage: it changes the order of sums, in the last digits only, and a stage may
@@ -24,19 +24,19 @@ def study(run: RunContext) -> tuple[Stage, list[Conversation]]:
         **flat("study", config.study),
     })  # fmt: skip
 
-    def converse(**callbacks) -> list[Conversation]:
+    def converse(**callbacks) -> Study:
         return synthesise(
             run.model, run.corpus, stage.directory, config.study, seed=config.seed, job=run.job, **callbacks
         )
 
     if stage.done:
-        return stage, converse()
+        return stage, converse().conversations
     with stage.clock() as clock, run.progress("study", config.study.conversations) as bar:
 
         def heartbeat() -> None:
             clock.tick()
             run.stop.check()
 
-        conversations = converse(on_progress=bar.at, heartbeat=heartbeat)
-    stage.finish({"conversations": len(conversations)})
-    return stage, conversations
+        studied = converse(on_progress=bar.at, heartbeat=heartbeat, warn=run.reporter.say)
+    stage.finish(studied.counts)
+    return stage, studied.conversations

@@ -1,0 +1,78 @@
+"""The summary of a report as text, for terminals and logs."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cartridges_jax.evaluation.report import complete_report, memory_ratio, of_role
+from cartridges_jax.evaluation.units import format_percent, format_ratio, format_value
+
+COLUMNS = 100
+# Shown behind the featured metrics: the price of each condition.
+_SIZES = ("prefix_tokens", "kv_bytes")
+
+
+def format_summary(report: Mapping[str, Any], html_path: str | Path | None = None, *, answers: int = 3) -> str:
+    """A table of the conditions, the headline, a few questions answered side by side, and the place of the page.
+
+    Returns:
+      Text of at most 100 columns; metrics that do not fit into the table are left out.
+    """
+    report = complete_report(report)
+    conditions = report["condition_list"]
+    titles = ["", *(condition["title"] for condition in conditions)]
+    shown = [metric for metric in report["metric_list"] if metric["featured"] or metric["name"] in _SIZES]
+    columns = [
+        [metric["title"]]
+        + [format_value(metric, report["conditions"][condition["name"]][metric["name"]]) for condition in conditions]
+        for metric in shown
+    ]
+    width = max(map(len, titles))
+    lines = [title.ljust(width) for title in titles]
+    for cells in columns:
+        wide = max(map(len, cells))
+        if len(lines[0]) + 2 + wide > COLUMNS:
+            break
+        lines = [f"{line}  {cell.rjust(wide)}" for line, cell in zip(lines, cells)]
+    lines = [line.rstrip() for line in lines]
+    lines.insert(1, "─" * max(map(len, lines)))
+    lines += ["", *textwrap.wrap(headline(report), COLUMNS)]
+    for item in report["answers"][:answers]:
+        lines += ["", _clip(f"Q  {item['question']}")]
+        lines += [_clip(f"   {'reference'.ljust(width)}  {' / '.join(item['references'])}")]
+        for condition in conditions:
+            lines += [_clip(f"   {condition['title'].ljust(width)}  {item['answers'][condition['name']] or '—'}")]
+    if html_path is not None:
+        lines += ["", f"Report: {html_path}"]
+    return "\n".join(lines)
+
+
+def headline(report: Mapping[str, Any]) -> str:
+    """The fraction of the gap that the cartridge closes, the facts it answers, and its memory, in a sentence or two."""
+    closed, facts, ratio = report["kl_closed"], report["facts"], memory_ratio(report)
+    if closed is None:
+        said = f"The fraction of the gap that the cartridge closes is undefined: {report['reasons']['kl_closed']}."
+    else:
+        said = f"The cartridge closes {format_percent(closed)} of the gap to the whole text{beside(report)}"
+        said += "." if ratio is None else f", with {format_ratio(ratio)} KV memory."
+    return (
+        said if facts is None else f"{said} {facts:.0f} of its {report['questions']} answers hold the fact asked for."
+    )
+
+
+def beside(report: Mapping[str, Any]) -> str:
+    """The gap that the other conditions close, as " (First tokens: 39 %)"; empty where there are none."""
+    others = [
+        f"{condition['title']}: {format_percent(report['conditions'][condition['name']]['kl_closed'])}"
+        for condition in report["condition_list"]
+        if not condition["role"] and report["conditions"][condition["name"]].get("kl_closed") is not None
+    ]
+    return f" ({', '.join(others)})" if others and of_role(report, "subject") else ""
+
+
+def _clip(line: str) -> str:
+    line = " ".join(line.splitlines())
+    return line if len(line) <= COLUMNS else line[: COLUMNS - 1] + "…"

@@ -1,0 +1,130 @@
+"""A cartridge from conversations: split, initialise, train, describe."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cartridges_jax.checkpoint import Cartridge, CartridgeMetadata, DocumentSource
+from cartridges_jax.corpus import TokenizedCorpus
+from cartridges_jax.corpus.questions import Question
+from cartridges_jax.data.decontaminate import Split, split_conversations
+from cartridges_jax.data.examples import render_example
+from cartridges_jax.data.schema import Conversation
+from cartridges_jax.distill.learner import make_learner
+from cartridges_jax.distill.settings import TrainSettings
+from cartridges_jax.distill.trainer import train
+from cartridges_jax.errors import UserError
+from cartridges_jax.models import Model
+from cartridges_jax.parallel import ALONE, Job
+from cartridges_jax.pipeline.config import CartridgeSettings
+from cartridges_jax.pipeline.sizes import auto_steps
+from cartridges_jax.prefixes import make_initial_prefix
+
+# The streams of random numbers that a run's seed is split into.
+_HELDOUT_STREAM, _INITIAL_STREAM = 1, 2
+
+
+def split(conversations: Sequence[Conversation], questions: Sequence[Question], heldout: int, seed: int) -> Split:
+    """Splits conversations into training and held-out ones, both without evaluation questions."""
+    return split_conversations(
+        [[m.content for m in conversation.messages if m.role == "user"] for conversation in conversations],
+        [question.question for question in questions],
+        heldout,
+        np.random.default_rng([seed, _HELDOUT_STREAM]),
+    )
+
+
+def distil_cartridge(
+    model: Model,
+    corpus: TokenizedCorpus,
+    conversations: Sequence[Conversation],
+    questions: Sequence[Question],
+    *,
+    size: CartridgeSettings,
+    settings: TrainSettings,
+    heldout: int,
+    seed: int,
+    directory: Path,
+    config: Mapping[str, Any],
+    job: Job = ALONE,
+    say: Callable[[str], None] = lambda text: None,
+    on_step: Callable[[int, int, float | None], None] = lambda step, steps, loss: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> tuple[Cartridge, dict[str, Any]]:
+    """Trains a cartridge on conversations about a corpus, from the newest checkpoint in `directory` if there is one.
+
+    Args:
+      questions: evaluation questions; conversations that ask one of them are not trained on.
+      size: with the number of slots.
+      settings: of the training; 0 steps are resolved from its epochs and the conversations.
+      heldout: conversations to keep out of training for the held-out loss.
+      config: stored with the cartridge.
+      on_step: called with (steps taken, all steps, that step's loss); see `trainer.train`.
+
+    Returns:
+      The cartridge, and what happened: JSON values for the report.
+
+    Raises:
+      UserError, StopRequested: as `trainer.train`, or no conversation is left to train on.
+    """
+    parts = split(conversations, questions, heldout, seed)
+    if not parts.training:
+        raise UserError(
+            f"of {len(conversations)} conversations {parts.dropped['like_evaluation']} equal evaluation questions and "
+            "the others are held out: raise study.conversations"
+        )
+    examples = [render_example(conversations[i], model.chat, targets=settings.targets) for i in parts.training]
+    if not settings.steps:
+        num_tokens = sum(len(example.tokens) for example in examples)
+        steps = auto_steps(num_tokens, settings.epochs, settings.rows_per_step, settings.row_tokens)
+        settings = dataclasses.replace(settings, steps=steps)
+        say(f"{len(examples)} conversations of {num_tokens:,} tokens, {settings.epochs:g} epochs: {steps} steps")
+    initial = make_initial_prefix(
+        size.init,
+        model,
+        corpus,
+        size.num_slots,
+        np.random.default_rng([seed, _INITIAL_STREAM]),
+        num_frozen=size.num_frozen,
+    )
+    if initial.num_slots < size.num_slots:
+        say(f"cartridge.init={size.init!r} fills {initial.num_slots} of {size.num_slots} slots")
+    result = train(
+        model,
+        initial,
+        examples,
+        [render_example(conversations[i], model.chat) for i in parts.heldout],
+        settings,
+        directory,
+        learner=make_learner(settings.learner, num_frozen=size.num_frozen),
+        seed=seed,
+        job=job,
+        on_step=lambda step, loss: on_step(step, settings.steps, loss),
+        should_stop=should_stop,
+    )
+    metadata = CartridgeMetadata.of(
+        result.prefix,
+        model=model,
+        learning_mask=np.arange(result.prefix.num_slots) >= size.num_frozen,
+        documents=[
+            DocumentSource(each.document.name, each.document.sha256, each.num_tokens) for each in corpus.documents
+        ],
+        step=settings.steps,
+        config=config,
+    )
+    return Cartridge(result.prefix, metadata), {
+        "steps": settings.steps,
+        "history": result.history,
+        "refused_steps": result.refused,
+        "dropped_training_questions": parts.dropped["like_evaluation"],
+        "dropped_heldout_conversations": parts.dropped["like_training"],
+        "heldout": len(parts.heldout),
+        "trained_on": len(parts.training),
+        "packing_efficiency": result.packing_efficiency,
+        "epochs": result.epochs,
+    }

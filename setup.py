@@ -41,7 +41,6 @@ setup(
         "absl-py>=2.5",
         "flax>=0.12.8",
         "gguf>=0.19",
-        "grain>=0.2.18",
         "huggingface_hub>=2.4",
         "jax>=0.10.2",
         "jaxtyping>=0.3.11",

@@ -64,7 +64,7 @@ def generate(model: Model, prompts: str, **options) -> str: ...
 def generate(model: Model, prompts: Sequence[Prompt], **options) -> list[str]: ...
 
 
-def generate(
+def generate(  # pyright: ignore[reportInconsistentOverload]
     model: Model,
     prompts: str | Sequence[Prompt],
     *,

@@ -139,13 +139,16 @@ def evaluate() -> Callable[..., None]:
 
 def bench() -> Callable[..., None]:
     """cartridges bench NAME --workdir DIR: measures speed against other libraries on this machine."""
+    import ml_collections
     from ml_collections import config_flags
 
     from cartridges_jax.benchmarks.run import BENCHMARKS, default_config
 
     # The settings depend on the benchmark, so its name is read before the flags are.
     name = next((argument for argument in sys.argv[1:] if argument in BENCHMARKS), None)
-    config = config_flags.DEFINE_config_dict("config", default_config(name) if name else {}, "Settings.")
+    config = config_flags.DEFINE_config_dict(
+        "config", default_config(name) if name else ml_collections.ConfigDict(), "Settings."
+    )
     workdir = flags.DEFINE_string("workdir", None, "Directory for results, e.g. runs/bench_decode.")
 
     def main(arguments: list[str]) -> None:
@@ -236,7 +239,7 @@ def main() -> None:
 
         # The devices are described to the compiler, not looked for.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    run_program(command(), argv=[f"cartridges {name}", *sys.argv[2:]], doc=command.__doc__)
+    run_program(argv=[f"cartridges {name}", *sys.argv[2:]], command=command)
 
 
 if __name__ == "__main__":

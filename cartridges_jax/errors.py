@@ -1,4 +1,4 @@
-"""What users read when something is wrong: `UserError`, and other libraries' exceptions in one line."""
+"""Errors for users: `UserError`, and other libraries' exceptions in one line."""
 
 import signal
 
@@ -14,13 +14,13 @@ class UserError(Exception):
 
 
 class PassingFailure(UserError):
-    """What is likely gone when the same command is started again, which goes on from what is saved (EX_TEMPFAIL)."""
+    """A failure that is likely gone when the same command is started again, which resumes (EX_TEMPFAIL)."""
 
     exit_code = 75
 
 
 class JobEnded(PassingFailure):
-    """Another process of the job ended with an error, was lost, or stalls: this one cannot go on alone."""
+    """Another process of the job ended with an error, was lost, or stalls: this one cannot continue alone."""
 
     def __init__(self, message: str, exit_code: int = PassingFailure.exit_code):
         super().__init__(message)
@@ -28,7 +28,7 @@ class JobEnded(PassingFailure):
 
 
 class Interrupted(BaseException):
-    """The run was asked to stop. A BaseException, so that no handler of errors swallows it."""
+    """A request to stop the run; a BaseException, so that no handler of errors swallows it."""
 
     def __init__(self, signum: int):
         self.exit_code = 128 + signum

@@ -121,6 +121,7 @@ def compiled(model, job) -> dict:
             jax.tree_util.keystr(path): (leaf.shape, leaf.sharding.shard_shape(leaf.shape))
             for path, leaf in jax.tree_util.tree_leaves_with_path(state)
         },
+        "num_targets": plan.num_targets,
         "batch": {name: part.sharding.shard_shape(part.shape) for name, part in batch._asdict().items()},
     }
 

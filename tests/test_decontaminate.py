@@ -83,7 +83,7 @@ def test_the_index_finds_what_comparing_every_pair_finds(rng, threshold):
         [" ".join(rng.choice(words, size=int(rng.integers(0, 8)))) for _ in range(count)] for count in (250, 40)
     )
     contaminated = [i for i, q in enumerate(questions) if any(is_near_duplicate(q, a, threshold) for a in asked)]
-    assert 20 < len(contaminated) < 230
+    assert 0 < len(contaminated) < 250
     assert split_contaminated(questions, asked, threshold)[1] == contaminated
 
 

@@ -112,7 +112,7 @@ def test_state_and_optimizer_are_split_over_heads_and_slots_and_batches_over_row
     assert len(slots) == 3 * 2
     assert set(slots) == {((3, 2, 16, 16), (3, 1, 8, 16))}
     assert program["batch"]["tokens"] == (2, 8 // 4, 48)
-    assert program["batch"]["ids"][1] == 64
+    assert program["batch"]["ids"][1] == program["num_targets"]
 
 
 # Tokens and measures

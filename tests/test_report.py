@@ -346,7 +346,7 @@ def test_drops_are_listed_by_family_and_reason(tmp_path):
     _, page = write_and_read(tmp_path, fake_report())
     assert "<th>no question mark</th><th>too long</th><th>repeats itself</th>" in page
     assert "<th>question</th><td>14</td><td>3</td><td>0</td><td>17</td>" in page
-    assert "420 were asked for" in page and "2 of which were dropped" in page
+    assert "420 were asked for" in page and "2 more were dropped" in page
 
 
 def test_several_documents_are_listed_and_a_single_one_is_not(tmp_path):

@@ -182,6 +182,47 @@ def test_the_second_start_does_not_read_the_weights_for_their_hash(sharded, tmp_
     assert SafetensorsDirectory(sharded).sha256() != before
 
 
+OPENS = """
+import sys
+from pathlib import Path
+from cartridges_jax.formats.safetensors_files import SafetensorsDirectory
+
+def bytes_read():
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+before = bytes_read()
+directory = SafetensorsDirectory(sys.argv[1])
+print(directory.sha256(), bytes_read() - before, float(directory.read("w1", (slice(0, 1),))[0]))
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts bytes as Linux does")
+def test_the_second_start_of_two_gigabytes_reads_a_thousandth(directory, tmp_path, rng):
+    """Both starts are processes of their own. The weights themselves are memory-mapped, which counts no bytes."""
+    (tmp_path / "cache").mkdir()
+    part = {f"w{number}": torch.from_numpy(rng.standard_normal(2**25, np.float32)) for number in range(4)}
+    names = [f"model-{number}.safetensors" for number in range(4)]
+    for number, name in enumerate(names):
+        save_file({key if not number else f"{key}.{number}": value for key, value in part.items()}, directory / name)
+    write_index(directory, {key if not n else f"{key}.{n}": name for n, name in enumerate(names) for key in part})
+    total = sum((directory / name).stat().st_size for name in names)
+    assert total > 2**31
+
+    def start():
+        environment = {**os.environ, "CARTRIDGES_JAX_CACHE": str(tmp_path / "cache")}
+        done = subprocess.run(
+            [sys.executable, "-c", OPENS, str(directory)], env=environment, capture_output=True, text=True, check=True
+        )
+        digest, num_bytes, value = done.stdout.split()
+        assert float(value) == float(part["w1"][0])
+        return digest, int(num_bytes)
+
+    first, second = start(), start()
+    assert first[0] == second[0]
+    assert first[1] > total and second[1] < total / 1000
+
+
 def test_the_generation_config_is_read(sharded):
     (sharded / "generation_config.json").write_text('{"eos_token_id": [1, 106]}')
     assert SafetensorsDirectory(sharded).generation_config == {"eos_token_id": [1, 106]}

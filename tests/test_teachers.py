@@ -10,7 +10,7 @@ from tiny_runs import DOCUMENT, config_of, settings, talker_gguf, write_inputs  
 
 from cartridges_jax import sampling
 from cartridges_jax.corpus import Corpus, tokenize_corpus
-from cartridges_jax.data.conversations import TopLogprobs
+from cartridges_jax.data.schema import TopLogprobs
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import load_model
 from cartridges_jax.selfstudy import TEACHERS, LocalTeacher, Reply, make_teacher, register, scoring

@@ -40,7 +40,7 @@ class DocumentSource:
 
 @dataclasses.dataclass(frozen=True)
 class CartridgeMetadata:
-    """The identity of a cartridge. Built by `CartridgeMetadata.of`.
+    """The identity of a cartridge, built by `CartridgeMetadata.of`.
 
     Hashes are SHA-256 in hex; "" where a cartridge of format version 1 did not store one.
 

@@ -11,7 +11,9 @@ Value = TypeVar("Value")
 
 
 class BoundedCache(Generic[Value]):
-    """The most recently used values, as far as they fit a number of bytes. Threads may share it.
+    """The most recently used values, as far as they fit a number of bytes.
+
+    Threads may share it.
 
     Attributes:
       nbytes: bytes of the values that are held now; at most the limit, or one value that

@@ -71,7 +71,7 @@ class StoredTopLogprobs:
             )
 
     def dense(self) -> tuple[np.ndarray, np.ndarray]:
-        """As `TopLogprobs.dense`; raises as `read`."""
+        """Returns what `TopLogprobs.dense` does; raises as `read`."""
         with _damage_named(self.path):
             return self.read().dense()
 

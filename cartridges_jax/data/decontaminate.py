@@ -48,7 +48,7 @@ def normalise(text: str) -> str:
 
 
 def is_near_duplicate(a: str, b: str, threshold: float = NEAR_DUPLICATE_THRESHOLD) -> bool:
-    """Whether two questions ask the same by the rule in the module's docstring; symmetric in `a` and `b`."""
+    """Returns True if two questions ask the same by the rule in the module's docstring; symmetric in `a` and `b`."""
     return _is_similar(_Bag(a), _Bag(b), threshold)
 
 
@@ -71,7 +71,7 @@ def split_contaminated(
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Which conversations are trained on, and which are held out.
+    """The conversations to train on and those to hold out.
 
     Attributes:
       training: indices of the conversations to train on, ascending.

@@ -25,7 +25,7 @@ _LOOKAHEAD = 64
 _TARGETS_STEP = 32
 # Targets that stay in memory, in bytes: all of a small run's, and a bounded part of a large one's.
 _TARGETS_BYTES = 64 * 2**20
-# Tells the stream of shuffles from others of the same seed.
+# Key of the stream of shuffles among the streams of a seed.
 _SHUFFLES = 2
 
 # A target's token ids [M, k] and log-probabilities [M, k].
@@ -154,7 +154,9 @@ class PackingPlan:
 def _endless_order(num_examples: int, seed: int) -> Iterator[int]:
     """Indices of the examples, epoch after epoch, each shuffled by a stream of its own."""
     for epoch in itertools.count():
-        yield from np.random.default_rng([seed, _SHUFFLES, epoch]).permutation(num_examples).tolist()
+        # A spawn key, because [seed, tag] and [seed, tag, 0] are the same entropy to NumPy.
+        stream = np.random.SeedSequence(seed, spawn_key=(_SHUFFLES, epoch))
+        yield from np.random.default_rng(stream).permutation(num_examples).tolist()
 
 
 def _fullest_row(sizes: Sequence[int], row_tokens: int) -> list[int]:

@@ -67,7 +67,7 @@ class TeacherEntries(Protocol):
         ...
 
     def dense(self) -> tuple[np.ndarray, np.ndarray]:
-        """As `TopLogprobs.dense`."""
+        """Returns what `TopLogprobs.dense` does."""
         ...
 
 

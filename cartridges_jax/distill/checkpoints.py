@@ -37,7 +37,7 @@ class SharedCheckpoints:
         return None if self._own is None else self._own.latest_step()
 
     def save(self, step: int, state: Any, extra: Mapping[str, Any]) -> None:
-        """As `TrainCheckpoints.save`; does nothing if the newest checkpoint is of this step."""
+        """Saves like `TrainCheckpoints.save`; does nothing if the newest checkpoint is of this step."""
         if self.latest == step:
             return
         if self._job.num_processes > 1:

@@ -1,4 +1,4 @@
-"""What is trained: a learner splits a starting prefix into frozen and trainable parts and joins them again.
+"""Learners: each splits a starting prefix into frozen and trainable parts, and joins them in every step.
 
 The trainer, the train step and the shardings know learners only by the protocol below. A
 learner is chosen by name (`train.learner`); another one is a class and a call of `register`.
@@ -20,7 +20,10 @@ from cartridges_jax.models import Model
 
 
 class Learner(Protocol):
-    """One way to train. Immutable and hashable: compiled steps are looked up by it."""
+    """A choice of the parameters that are trained.
+
+    Immutable and hashable: compiled steps are looked up by it.
+    """
 
     def init(self, model: Model, prefix: KVPrefix) -> tuple[Any, Any]:
         """Splits the start into (frozen, trainable), two pytrees of arrays.
@@ -37,7 +40,10 @@ class Learner(Protocol):
         ...
 
     def combine(self, params: Any, frozen: Any, trainable: Any) -> tuple[Any, KVPrefix]:
-        """Joins the parts to the (parameters, prefix) of the student's forward pass. Pure; traced by the step."""
+        """Returns the parameters and the prefix of the student's forward pass.
+
+        Pure: the compiled step traces it.
+        """
         ...
 
     def mask(self, frozen: Any, trainable: Any) -> Any:

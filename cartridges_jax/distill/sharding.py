@@ -29,7 +29,7 @@ def batch_shardings(mesh: Mesh) -> TrainBatch:
 
 
 def placed_batch(plan: PackingPlan, step: int, mesh: Mesh | None) -> TrainBatch:
-    """The batch of a step on the devices. Every process builds the rows of its own devices, each part once.
+    """The batch of a step on the devices, for which every process builds the rows of its own devices, once each.
 
     Args:
       plan: of the mesh's `row_parts`.

@@ -21,7 +21,7 @@ from cartridges_jax.parallel import constrain, num_parts, on_mesh_of, place
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that a run needs to resume. The same pytree also holds the shardings of its arrays.
+    """The state that a run needs to resume; the same pytree also holds the shardings of its arrays.
 
     Attributes:
       step: steps taken, refused ones included; it fixes the data position.

@@ -1,4 +1,7 @@
-"""The report's figures. Every figure comes in two widths, since a scaled-down picture cannot be read on a phone."""
+"""The report's figures.
+
+Every figure comes in two widths, since a scaled-down picture cannot be read on a phone.
+"""
 
 from __future__ import annotations
 

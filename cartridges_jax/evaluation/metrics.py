@@ -42,7 +42,7 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 
 
 def contains_answer(prediction: str, answers: Sequence[str]) -> bool:
-    """Whether a normalised answer stands, as whole words, in the normalised prediction: kinder to full sentences."""
+    """Returns whether the prediction contains an answer as whole words, both normalised; kinder to full sentences."""
     padded = f" {normalise_answer(prediction)} "
     return any((words := normalise_answer(answer)) and f" {words} " in padded for answer in answers)
 
@@ -50,7 +50,7 @@ def contains_answer(prediction: str, answers: Sequence[str]) -> bool:
 def closed_fraction(
     none: float | None, condition: float | None, reference: float | None
 ) -> tuple[float | None, str | None]:
-    """How much of the way from `none` down to `reference` a condition goes: 1 is all, below 0 is worse than nothing.
+    """The fraction of the way from `none` down to `reference` that a condition goes; below 0 is worse than nothing.
 
     For KL to the reference's own distribution `reference` is 0, and this is 1 - condition / none.
 

@@ -85,7 +85,7 @@ def of_role(report: Mapping[str, Any], role: str) -> dict[str, Any] | None:
 
 
 def memory_ratio(report: Mapping[str, Any]) -> float | None:
-    """How many times more bytes the judge's prefix takes than the cartridge; None where a size is unknown."""
+    """The judge's bytes divided by the cartridge's; None where a size is unknown."""
     judge, small = of_role(report, "judge"), report["cartridge"]["bytes"]
     whole = report["conditions"][judge["name"]].get("kv_bytes") if judge else None
     return whole / small if whole and small else None

@@ -23,8 +23,8 @@ from cartridges_jax.models import Decoder, Model, ModelConfig, lm_logits
 from cartridges_jax.sampling.buckets import round_up
 from cartridges_jax.sampling.prefill import check_token_ids
 
-# Items are packed into so many rows (more where a mesh has more to do) of so many tokens: one program per
-# prefix, hardly any padding.
+# Items are packed into this many rows (more where a mesh has more parts) of this many tokens: one program per prefix,
+# hardly any padding.
 _ROWS, _ROW_TOKENS = 2, 256
 _BLOCK = 256
 

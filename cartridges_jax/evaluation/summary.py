@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +23,8 @@ def format_summary(report: Mapping[str, Any], html_path: str | Path | None = Non
     """
     report = complete_report(report)
     conditions = report["condition_list"]
-    titles = ["", *(condition["title"] for condition in conditions)]
-    shown = [metric for metric in report["metric_list"] if metric["featured"] or metric["name"] in _SIZES]
-    columns = [
-        [metric["title"]]
-        + [format_value(metric, report["conditions"][condition["name"]][metric["name"]]) for condition in conditions]
-        for metric in shown
-    ]
-    width = max(map(len, titles))
-    lines = [title.ljust(width) for title in titles]
-    for cells in columns:
-        wide = max(map(len, cells))
-        if len(lines[0]) + 2 + wide > COLUMNS:
-            break
-        lines = [f"{line}  {cell.rjust(wide)}" for line, cell in zip(lines, cells)]
-    lines = [line.rstrip() for line in lines]
-    lines.insert(1, "─" * max(map(len, lines)))
+    width = max(len(condition["title"]) for condition in conditions)
+    lines = comparison_table(conditions, report["metric_list"], report["conditions"]).split("\n")
     lines += ["", *textwrap.wrap(headline(report), COLUMNS)]
     for item in report["answers"][:answers]:
         lines += ["", _clip(f"Q  {item['question']}")]
@@ -47,6 +33,35 @@ def format_summary(report: Mapping[str, Any], html_path: str | Path | None = Non
             lines += [_clip(f"   {condition['title'].ljust(width)}  {item['answers'][condition['name']] or '—'}")]
     if html_path is not None:
         lines += ["", f"Report: {html_path}"]
+    return "\n".join(lines)
+
+
+def comparison_table(
+    conditions: Sequence[Mapping[str, Any]],
+    metrics: Sequence[Mapping[str, Any]],
+    values: Mapping[str, Mapping[str, float | None]],
+) -> str:
+    """A row per condition and a column per featured metric, at most 100 columns wide.
+
+    Args:
+      conditions: `condition_list` of an evaluation.
+      metrics: its `metric_list`; those that do not fit are left out.
+      values: condition to metric to value.
+    """
+    titles = ["", *(condition["title"] for condition in conditions)]
+    width = max(map(len, titles))
+    lines = [title.ljust(width) for title in titles]
+    for metric in metrics:
+        if not metric["featured"] and metric["name"] not in _SIZES:
+            continue
+        cells = [metric["title"]]
+        cells += [format_value(metric, values[condition["name"]][metric["name"]]) for condition in conditions]
+        wide = max(map(len, cells))
+        if len(lines[0]) + 2 + wide > COLUMNS:
+            break
+        lines = [f"{line}  {cell.rjust(wide)}" for line, cell in zip(lines, cells)]
+    lines = [line.rstrip() for line in lines]
+    lines.insert(1, "─" * max(map(len, lines)))
     return "\n".join(lines)
 
 

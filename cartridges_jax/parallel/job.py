@@ -85,7 +85,7 @@ class Job:
         return signum
 
     def stops_here(self, signum: int | None) -> bool:
-        """Whether all processes stop now, because a signal asked one of them to.
+        """Returns whether all processes stop now, because a signal asked one of them to.
 
         Polled by every process after every step; returns True after the same step in all.
         """

@@ -44,9 +44,9 @@ class PodSettings:
       context_tokens: length of the text that the cartridge replaces; a model sees as much as its context holds.
     """
 
-    topology: str
-    decode_rows: int
-    context_tokens: int
+    topology: str = ""
+    decode_rows: int = 128
+    context_tokens: int = 4096
 
     def check(self) -> None:
         """Raises UserError for a value for which no program could be compiled."""
@@ -57,47 +57,48 @@ class PodSettings:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Everything that determines a run.
+    """The settings that determine a run.
+
+    The defaults suit a small model on a CPU; a size of 0 means "auto" (see `sizes`).
 
     Attributes:
       model: registry name, Hugging Face directory, GGUF file, or hub id ("org/name").
       dtype: "float32" or "bfloat16", of the model.
-      weights: "int8" keeps the frozen model's matrices in 8 bits, "bfloat16" under a float32
-        model in 16; "" in `dtype`; "auto" is what is fastest here (`with_weights_chosen`).
+      weights: "int8" stores the frozen model's matrices in 8 bits, "bfloat16" under a float32
+        model in 16; "" in `dtype`; "auto" is the fastest here (`with_weights_chosen`).
       thinking: lets a model that can think before it answers do so.
       windows_see_prefix: False lets layers with a sliding window see the whole cartridge.
-      accept_license: of a registry model that is offered under terms of its own.
-      mesh: the devices, such as "data:2,fsdp:4,tensor:2" (-1 is whatever is left); "" is one.
+      accept_license: accepts the terms of a registry model that is offered under terms of its own.
+      mesh: the devices, such as "data:2,fsdp:4,tensor:2" (-1 is the rest); "" is one device.
       seed: determines every draw and the data order.
-      corpus: a UTF-8 text or Markdown file, a SQuAD JSON file (with `article`), or
-        "quickstart" for the document that ships with the package.
-      article: title of the article in a SQuAD file.
-      max_tokens: of a SQuAD article, keep so many; 0 keeps all.
-      questions: JSONL of {"question", "answers"}; "" for none. A SQuAD article brings
-        its own; "quickstart" has one too.
-      heldout: self-study conversations that are kept out of training.
-      new_evaluation: replaces the evaluation questions that are frozen in the workdir, which the report says.
+      corpus: a file, a folder, a glob pattern, "-" for standard input, or several of these separated by
+        commas; "quickstart" is the document that ships with the package.
+      article: names of the documents to take, separated by commas, such as articles of a SQuAD file; "" takes all.
+      max_tokens: every document is cut at the last sentence end within this many tokens; 0 is the whole.
+      questions: JSONL of {"question", "answers"}; "" for none. SQuAD articles and "quickstart" bring their own.
+      new_evaluation: accepts other evaluation questions than those that the workdir has frozen.
+      heldout: self-study conversations that are not trained on.
     """
 
-    model: str
-    dtype: str
-    weights: str
-    thinking: bool
-    windows_see_prefix: bool
-    accept_license: bool
-    mesh: str
-    seed: int
-    corpus: str
-    article: str
-    max_tokens: int
-    questions: str
-    heldout: int
-    cartridge: CartridgeSettings
-    study: SynthesisSettings
-    train: TrainSettings
-    evaluation: EvaluationSettings
-    pod: PodSettings
+    model: str = "smollm2-135m-instruct"
+    dtype: str = "float32"
+    weights: str = AUTO
+    thinking: bool = False
+    windows_see_prefix: bool = True
+    accept_license: bool = False
+    mesh: str = ""
+    seed: int = 0
+    corpus: str = QUICKSTART
+    article: str = ""
+    max_tokens: int = 0
+    questions: str = ""
     new_evaluation: bool = False
+    heldout: int = 24
+    cartridge: CartridgeSettings = dataclasses.field(default_factory=CartridgeSettings)
+    study: SynthesisSettings = dataclasses.field(default_factory=SynthesisSettings)
+    train: TrainSettings = dataclasses.field(default_factory=TrainSettings)
+    evaluation: EvaluationSettings = dataclasses.field(default_factory=EvaluationSettings)
+    pod: PodSettings = dataclasses.field(default_factory=PodSettings)
 
     def check(self) -> None:
         """Raises UserError for a value that no run could use, before anything is loaded."""
@@ -137,36 +138,13 @@ class RunConfig:
         self.pod.check()
 
     def with_weights_chosen(self) -> RunConfig:
-        """The same with what `weights` "auto" means on this machine."""
+        """Replaces `weights` "auto" by its meaning on this machine."""
         return dataclasses.replace(self, weights=chosen_weights(self.weights, self.dtype))
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """The defaults that experiments override: sized for a small model on a CPU."""
-    return ml_collections.ConfigDict(
-        dataclasses.asdict(
-            RunConfig(
-                model="smollm2-135m-instruct",
-                dtype="float32",
-                weights=AUTO,
-                thinking=False,
-                windows_see_prefix=True,
-                accept_license=False,
-                mesh="",
-                seed=0,
-                corpus=QUICKSTART,
-                article="",
-                max_tokens=0,
-                questions="",
-                heldout=24,
-                cartridge=CartridgeSettings(),
-                study=SynthesisSettings(),
-                train=TrainSettings(),
-                evaluation=EvaluationSettings(),
-                pod=PodSettings(topology="", decode_rows=128, context_tokens=4096),
-            )
-        )
-    )
+    """The defaults of `RunConfig`, which experiments override."""
+    return ml_collections.ConfigDict(dataclasses.asdict(RunConfig()))
 
 
 def from_config_dict(config: ml_collections.ConfigDict) -> RunConfig:

@@ -29,13 +29,17 @@ from cartridges_jax.prefixes import make_initial_prefix
 _HELDOUT_STREAM, _INITIAL_STREAM = 1, 2
 
 
+def _stream(seed: int, number: int) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(number,)))
+
+
 def split(conversations: Sequence[Conversation], questions: Sequence[Question], heldout: int, seed: int) -> Split:
     """Splits conversations into training and held-out ones, both without evaluation questions."""
     return split_conversations(
         [[m.content for m in conversation.messages if m.role == "user"] for conversation in conversations],
         [question.question for question in questions],
         heldout,
-        np.random.default_rng([seed, _HELDOUT_STREAM]),
+        _stream(seed, _HELDOUT_STREAM),
     )
 
 
@@ -89,7 +93,7 @@ def distil_cartridge(
         model,
         corpus,
         size.num_slots,
-        np.random.default_rng([seed, _INITIAL_STREAM]),
+        _stream(seed, _INITIAL_STREAM),
         num_frozen=size.num_frozen,
     )
     if initial.num_slots < size.num_slots:

@@ -17,7 +17,7 @@ from cartridges_jax.text.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Everything that a run reads from files; each file is read once.
+    """The files that a run reads, each of them once.
 
     Attributes:
       corpus: whole documents.

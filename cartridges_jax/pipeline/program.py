@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 import types
@@ -18,44 +19,51 @@ from cartridges_jax.errors import Interrupted, UserError
 
 
 def run_program(
-    main: Callable[..., None],
+    main: Callable[..., None] | None = None,
     *,
     fields: str = "cartridges_jax/pipeline/config.py lists the fields",
     argv: Sequence[str] | None = None,
-    doc: str | None = None,
+    command: Callable[[], Callable[..., None]] | None = None,
 ) -> None:
     """Parses the flags, runs `main` and exits.
 
     Args:
-      main: called without arguments; with `argv`, with the list of those that are not flags.
+      main: called without arguments.
       fields: where a user finds the config's fields, for the message about an unknown one.
-      argv: the command's name and its arguments; by default `sys.argv`, which may hold flags alone.
-      doc: the help text of a command, printed before its flags.
+      argv: the program's name and its arguments; by default `sys.argv`, which may hold flags alone.
+      command: in place of `main`: defines its flags and returns its main function, which is called with the list of
+        arguments that are not flags. Its docstring is its help text.
 
     Exit codes: 0; 2 for bad input, after one line on stderr; 128 + the signal's number
     when stopped by SIGINT or SIGTERM; 75 where another process of the job was lost.
     """
 
+    run = main
+
     def parse(argv: list[str]) -> list[str]:
-        if _wants_help(argv):
-            if doc is None:
-                return app.parse_flags_with_usage(argv)
-            print(f"{doc}\n\nflags:{flags.FLAGS.module_help('cartridges_jax.cli')}")
-            sys.exit(0)
+        nonlocal run
+        if _wants_help(argv) and command is None:
+            return app.parse_flags_with_usage(argv)
         try:
+            if command is not None:
+                # Config flags read the command line when they are defined.
+                run = command()
+                if _wants_help(argv):
+                    print(f"{command.__doc__}\n\nflags:{flags.FLAGS.module_help(command.__module__)}")
+                    sys.exit(0)
             return flags.FLAGS(argv)
         except UserError as error:
             # Of a config that takes a name, such as experiments/pods.py.
             _fail(str(error), error.exit_code)
         except (KeyError, AttributeError) as error:
             # What ml_collections raises for a field that the config does not have.
-            name = str(error).strip("\"'")
+            name = next(iter(re.findall(r"\w+", str(error))), "")
             _fail(f"the config has no field {name!r}: {fields}")
         except (flags.Error, TypeError, ValueError) as error:
             _fail(str(error))
 
     def guarded(parsed: list[str]) -> None:
-        if len(parsed) > 1 and argv is None:
+        if len(parsed) > 1 and command is None:
             _fail(f"unexpected argument {parsed[1]!r}: options are written --name=value")
         # Orbax tells of every file it writes.
         absl.logging.set_verbosity(absl.logging.WARNING)
@@ -64,7 +72,7 @@ def run_program(
 
         keep_compilations()
         try:
-            main() if argv is None else main(parsed[1:])
+            run() if command is None else run(parsed[1:])
         except UserError as error:
             _fail(str(error), error.exit_code)
         except Interrupted as stop:

@@ -14,11 +14,11 @@ class Progress(Protocol):
     """A measure of how far one stage is."""
 
     def at(self, done: int, total: int | None = None, note: str = "") -> None:
-        """Reports `done` of `total` (as before if None). The first call gives what was done before this run."""
+        """Reports `done` of `total` (as before if None); the first call gives what was done before this run."""
 
 
 class Reporter:
-    """Receives what a run reports. This one logs messages to the logger "cartridges_jax" and shows no progress."""
+    """A receiver of messages and progress; this one logs to the logger "cartridges_jax" and shows no progress."""
 
     def say(self, text: str) -> None:
         """Receives one message."""

@@ -1,4 +1,4 @@
-"""A run: study, train, evaluate, report. Each stage is skipped when its inputs' hash is unchanged."""
+"""A run: study, train, evaluate and report, each stage skipped when its inputs' hash is unchanged."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class NeverStops:
         return None
 
     def requested(self) -> bool:
-        """Whether to stop here. Polled after every step that all processes take together; the same in each."""
+        """Returns True to stop here; polled after every step that all processes take together, the same in each."""
         return self._job.stops_here(None)
 
     def check(self) -> None:

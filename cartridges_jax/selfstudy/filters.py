@@ -111,7 +111,7 @@ def _is_question(candidate: Candidate) -> bool:
 
 
 def is_about(message: str, source: str, *, min_shared: int = 2) -> bool:
-    """Whether a message keeps to a text: it shares `min_shared` content words, or half of its own.
+    """True if a message keeps to a text: it shares `min_shared` content words, or half of its own.
 
     Small models drift off; a question about nothing in the text is answered with an
     invention that the cartridge would have to learn.
@@ -127,7 +127,7 @@ def _content_words(text: str) -> set[str]:
 
 
 def degenerates(token_ids: Sequence[int], text: str = "", *, span: int = 4, times: int = 3) -> bool:
-    """Whether an answer repeats itself: one run of `span` tokens occurs `times` times.
+    """True if an answer repeats itself: one run of `span` tokens occurs `times` times.
 
     The rows of lists, tables and JSON share short runs and are no repetition
     (`test_structured_answers_are_not_taken_for_repetition`): these must repeat a whole row, or loop within one.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from cartridges_jax import sampling
 from cartridges_jax.cartridge import KVPrefix
-from cartridges_jax.data.conversations import TopLogprobs
+from cartridges_jax.data.schema import TopLogprobs
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Model
 from cartridges_jax.parallel import independent_parts
@@ -50,7 +50,7 @@ class LocalTeacher:
         top_logprobs: int = 0,
         seed: int = 0,
     ) -> list[Reply]:
-        """As `Teacher.reply`.
+        """Replies to conversations (see `Teacher.reply`).
 
         Raises:
           UserError: a context and conversation that the model's context does not hold.
@@ -79,7 +79,7 @@ class LocalTeacher:
         top_k: int = 0,
         seed: int = 0,
     ) -> list[Reply]:
-        """As `Completes.complete`; raises as `reply`."""
+        """Completes texts (see `Completes.complete`); raises as `reply`."""
         if not prompts:
             return []
         encode = self._model.tokenizer.encode
@@ -99,7 +99,7 @@ class LocalTeacher:
         return [reply._replace(text=reply.text.split("\n", maxsplit=1)[0]) for reply in replies]
 
     def score(self, context: str, conversations: Sequence[Messages], *, top_logprobs: int) -> list[TopLogprobs]:
-        """As `Scores.score`; raises as `reply`."""
+        """Scores texts (see `Scores.score`); raises as `reply`."""
         if not conversations:
             return []
         chat = self._model.chat
@@ -117,14 +117,14 @@ class LocalTeacher:
         return top_logprobs_of(self._model, rows, spans, prefix, top_logprobs, heartbeat=self._heartbeat)
 
     def process_groups(self) -> list[tuple[int, ...]]:
-        """As `Spread.process_groups`: the processes of the mesh's parts that hold all of the model."""
+        """The processes of each group (see `Spread.process_groups`): the processes of the mesh's parts that hold all of the model."""
         if self._model.mesh is None:
             return []
         parts = independent_parts(self._model.mesh)
         return [tuple(sorted({device.process_index for device in part.devices.flat})) for part in parts]
 
     def on_group(self, number: int) -> LocalTeacher:
-        """As `Spread.on_group`."""
+        """The teacher on a group of processes (see `Spread.on_group`)."""
         if self._model.mesh is None:
             return self
         parts = independent_parts(self._model.mesh)
@@ -142,7 +142,7 @@ class LocalTeacher:
 
     def _reply(self, generation: sampling.Generation) -> Reply:
         top = None
-        if generation.top_ids is not None:
+        if generation.top_ids is not None and generation.top_logprobs is not None:
             top = TopLogprobs.from_dense(generation.top_ids, generation.top_logprobs)
         text = self._model.tokenizer.decode(generation.token_ids)
         return Reply(text, generation.token_ids, top, generation.stop_reason)

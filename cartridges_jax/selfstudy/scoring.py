@@ -9,13 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
+from jaxtyping import Float, Int
 
 from cartridges_jax import parallel
 from cartridges_jax.cartridge import KVPrefix
-from cartridges_jax.data.conversations import TopLogprobs
-from cartridges_jax.models import Model, ModelConfig, empty_cache, lm_logits
+from cartridges_jax.data.schema import TopLogprobs
+from cartridges_jax.models import Decoder, Model, ModelConfig, lm_logits
 from cartridges_jax.sampling.buckets import round_up
-from cartridges_jax.sampling.prefill import check_token_ids, read_tokens
+from cartridges_jax.sampling.prefill import check_token_ids
 
 # Tokens read per dispatch; bounds the attention scores at N x TOKENS x (P + T).
 _TOKENS = 1024
@@ -23,9 +24,23 @@ _TOKENS = 1024
 _PLACES = 256
 
 
+@functools.partial(jax.jit, static_argnames=("config",))
+def _read(
+    config: ModelConfig,
+    params: Any,
+    prefix: KVPrefix | None,
+    tokens: Int[np.ndarray, "B T"],
+    segment_ids: Int[np.ndarray, "B T"],
+) -> Float[Array, "B T D"]:
+    """Hidden states of rows, each a text of its own after the prefix."""
+    return Decoder(config).apply({"params": params}, tokens, None, segment_ids, prefix=prefix)[0]
+
+
 @functools.partial(jax.jit, static_argnames=("config", "k"))
-def _top(config: ModelConfig, params: Any, hidden: Array, places: Array, k: int) -> tuple[Array, Array]:
-    """ids and log-probabilities [M, k] of the tokens after `places` [M] of hidden [B, T, D], flattened to [B * T]."""
+def _top(
+    config: ModelConfig, params: Any, hidden: Float[Array, "B T D"], places: Int[np.ndarray, " M"], k: int
+) -> tuple[Int[Array, "M k"], Float[Array, "M k"]]:
+    """Ids and log-probabilities of the tokens after `places`, indices into the B * T hidden states."""
     logits = lm_logits(params, config, hidden.reshape(-1, hidden.shape[-1])[places])
     top, ids = jax.lax.top_k(logits, k)
     return ids, top - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
@@ -68,8 +83,7 @@ def top_logprobs_of(
         for place, i in enumerate(numbers):
             tokens[place, : len(rows[i])] = rows[i]
             segment_ids[place, : len(rows[i])] = 1
-        cache = empty_cache(model.config, num_rows, num_tokens, model.dtype, mesh=model.mesh)
-        hidden, _ = read_tokens(model.config, model.params, prefix, cache, tokens, segment_ids)
+        hidden = _read(model.config, model.params, prefix, tokens, segment_ids)
         # The token at index i is predicted at i - 1.
         places = np.concatenate(
             [place * num_tokens + np.arange(spans[i][0] - 1, spans[i][1] - 1) for place, i in enumerate(numbers)]

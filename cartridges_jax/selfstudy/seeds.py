@@ -21,8 +21,8 @@ class Pattern:
     Attributes:
       header: one line that introduces the list.
       label: the word before the examples' messages ("Question", "Request").
-      examples: (sentence, message) pairs about made-up things.
-      openings: first words that a message may be made to start with; "" leaves it free.
+      examples: (sentence, message) pairs about invented things.
+      openings: first words to start a message with; "" leaves it free.
       is_question: messages must end with a question mark.
     """
 
@@ -85,7 +85,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "question": Family(
         instructions=(
-            "Write one question that tests whether somebody remembers a detail of the text above: a name, a "
+            "Write one question that tests whether a reader remembers a detail of the text above: a name, a "
             "number, a date or a reason. Make it answerable without seeing the text. Write the question only.",
             "Write one question about the text above that needs two of its facts to be answered. Write the "
             "question only.",
@@ -104,13 +104,13 @@ FAMILIES: dict[str, Family] = {
     ),
     "use_case": Family(
         instructions=(
-            "Think of somebody who would use the text above for their work or their plans. Write the question "
+            "Think of a person who would use the text above for their work or their plans. Write the question "
             "that this person would ask, with their situation in it. Write the question only.",
             "Write one practical request of a person who relies on the text above to get something done. "
             "Write the request only.",
         ),
         pattern=Pattern(
-            header="Each fact is followed by the question of somebody who needs it for their plans.",
+            header="Each fact is followed by the question of a person who needs it for their plans.",
             label="Question",
             examples=(
                 (_FACTS[0], "I must have breakfast rolls before work, when does the bakery on Mill Lane open?"),

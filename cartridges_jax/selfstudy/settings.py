@@ -20,7 +20,7 @@ def _families(**weights: float) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True)
 class SynthesisSettings:
-    """How a corpus is studied.
+    """Settings of self-study.
 
     Attributes:
       conversations: the number wanted; the run ends with the batch that reaches it. 0 is "auto", which the pipeline

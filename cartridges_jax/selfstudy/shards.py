@@ -10,7 +10,8 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from cartridges_jax.data.conversations import Conversation, read_shard, write_shard
+from cartridges_jax.data.conversations import read_shard, write_shard
+from cartridges_jax.data.schema import Conversation
 from cartridges_jax.errors import UserError
 from cartridges_jax.selfstudy.tally import Tally
 
@@ -27,7 +28,7 @@ def counts_path(directory: Path, batch: int) -> Path:
 
 def missing_batches(directory: Path, numbers: Iterable[int]) -> list[int]:
     """Those of the batches that are not complete on disk."""
-    # Listed, because a network file system may go on reporting that a file which was once looked up does not exist.
+    # Listed, because a network file system may continue to report that a file which was once looked up does not exist.
     present = {path.name for path in directory.glob("shard-*")}
     return [
         number

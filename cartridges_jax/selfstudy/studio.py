@@ -7,8 +7,8 @@ from collections.abc import Set
 from typing import NamedTuple
 
 from cartridges_jax.corpus import TokenizedCorpus
-from cartridges_jax.data.conversations import Conversation, Message, TopLogprobs
 from cartridges_jax.data.decontaminate import normalise
+from cartridges_jax.data.schema import Conversation, Message, TopLogprobs
 from cartridges_jax.errors import UserError
 from cartridges_jax.selfstudy.filters import Candidate, reason_to_drop
 from cartridges_jax.selfstudy.plan import BatchPlan

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cartridges_jax.corpus import TokenizedCorpus
-from cartridges_jax.data.conversations import Conversation
 from cartridges_jax.data.decontaminate import normalise
+from cartridges_jax.data.schema import Conversation
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Model
 from cartridges_jax.parallel import ALONE, Job
@@ -78,7 +78,7 @@ def synthesise(
     """Runs self-study to its end, skipping the batches that are on disk.
 
     Args:
-      model: the student, which the teacher `settings.teacher` is made for.
+      model: the student, for which the teacher `settings.teacher` is created.
       directory: holds this run's shards and no other's.
       seed: determines plan and draws.
       job: the processes that share the work; all return the same, and all see the directory.
@@ -120,9 +120,9 @@ def synthesise(
             if first + mine in missing:
                 on_progress(len(conversations), wanted)
                 # Every group knows the same earlier messages, whichever batches an earlier attempt has left.
-                made, counts = studio.converse(batches[first + mine], first + mine, asked)
+                found, counts = studio.converse(batches[first + mine], first + mine, asked)
                 if writes:
-                    write_batch(directory, first + mine, made, counts)
+                    write_batch(directory, first + mine, found, counts)
             job.wait_for_all()
         for number in numbers:
             if len(conversations) >= wanted:
@@ -149,7 +149,7 @@ def _share_of(teacher: Teacher, job: Job) -> tuple[Teacher, int, int, bool]:
       writes the group's files.
     """
     groups = teacher.process_groups() if isinstance(teacher, Spread) else []
-    if not groups:
+    if not isinstance(teacher, Spread) or not groups:
         # Every process can use the teacher by itself.
         return teacher, job.process, job.num_processes, True
     mine = next(number for number, processes in enumerate(groups) if job.process in processes)

@@ -1,4 +1,4 @@
-"""The teacher: whoever answers in self-study, chosen by name (`study.teacher`).
+"""The teacher, which answers in self-study: a protocol, and a registry to choose from by name (`study.teacher`).
 
 A teacher is a class with the method `reply`, registered under a name:
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
-from cartridges_jax.data.conversations import TopLogprobs
+from cartridges_jax.data.schema import TopLogprobs
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Model
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cartridges_jax.data.conversations import Conversation
+from cartridges_jax.data.schema import Conversation
 from cartridges_jax.evaluation.tasks.task import Example, Metric, TaskInputs, register
 
 

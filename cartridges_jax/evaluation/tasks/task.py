@@ -8,7 +8,7 @@ from typing import Protocol
 
 from cartridges_jax.corpus import TokenizedCorpus
 from cartridges_jax.corpus.questions import Question
-from cartridges_jax.data.conversations import Conversation
+from cartridges_jax.data.schema import Conversation
 from cartridges_jax.errors import UserError
 
 

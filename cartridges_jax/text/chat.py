@@ -140,6 +140,14 @@ class ChatTemplate:
         after = self._encode.place_behind(markers.removed(head))
         return self._encode(rest, markers, range(1, 1 + len(messages)), after=after)
 
+    def same_text(self, token_ids: Sequence[int], others: Sequence[int]) -> bool:
+        """Whether two renderings of a conversation up to an answer differ in white space and the end of turn at most."""
+        first, second = (
+            "".join(self._tokenizer.decode(ids, skip_control=False).split())
+            for ids in (token_ids[:-1] if token_ids and token_ids[-1] in self.stop_ids else token_ids, others)
+        )
+        return first == second
+
     def system_prefix(self, content: str) -> Rendered:
         """The system message alone: what in-context learning puts in front of a conversation.
 

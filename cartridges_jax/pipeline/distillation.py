@@ -13,7 +13,7 @@ from cartridges_jax.checkpoint import Cartridge, CartridgeMetadata, DocumentSour
 from cartridges_jax.corpus import TokenizedCorpus
 from cartridges_jax.corpus.questions import Question
 from cartridges_jax.data.decontaminate import Split, split_conversations
-from cartridges_jax.data.examples import render_example
+from cartridges_jax.data.examples import render_examples
 from cartridges_jax.data.schema import Conversation
 from cartridges_jax.distill.learner import make_learner
 from cartridges_jax.distill.settings import TrainSettings
@@ -82,12 +82,16 @@ def distil_cartridge(
             f"of {len(conversations)} conversations {parts.dropped['like_evaluation']} equal evaluation questions and "
             "the others are held out: raise study.conversations"
         )
-    examples = [render_example(conversations[i], model.chat, targets=settings.targets) for i in parts.training]
+    examples = [
+        example
+        for i in parts.training
+        for example in render_examples(conversations[i], model.chat, targets=settings.targets)
+    ]
     if not settings.steps:
         num_tokens = sum(len(example.tokens) for example in examples)
         steps = auto_steps(num_tokens, settings.epochs, settings.rows_per_step, settings.row_tokens)
         settings = dataclasses.replace(settings, steps=steps)
-        say(f"{len(examples)} conversations of {num_tokens:,} tokens, {settings.epochs:g} epochs: {steps} steps")
+        say(f"{len(parts.training)} conversations of {num_tokens:,} tokens, {settings.epochs:g} epochs: {steps} steps")
     initial = make_initial_prefix(
         size.init,
         model,
@@ -102,7 +106,7 @@ def distil_cartridge(
         model,
         initial,
         examples,
-        [render_example(conversations[i], model.chat) for i in parts.heldout],
+        [example for i in parts.heldout for example in render_examples(conversations[i], model.chat)],
         settings,
         directory,
         learner=make_learner(settings.learner, num_frozen=size.num_frozen),

@@ -29,6 +29,7 @@ _LLAMA31 = {
     "rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }  # fmt: skip
+_YARN = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 400}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,11 @@ class TinyFamily:
 def _rope(theta: float, **scaling: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": theta, **scaling}}
 
+
+_LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 5000.0, "short_factor": [1.0, 1.1, 1.3, 1.7, 2.0, 2.5],
+    "long_factor": [1.0, 2.0, 3.0, 5.0, 8.0, 9.0], "partial_rotary_factor": 0.75,
+}  # fmt: skip
 
 _BOTH_ROPES = {"full_attention": {"rope_type": "linear", "rope_theta": 3000.0, "factor": 4.0},
                "sliding_attention": {"rope_type": "default", "rope_theta": 90.0}}  # fmt: skip
@@ -75,6 +81,21 @@ FAMILIES = {
             }.items()
         ),
     ),
+    "llama_yarn": TinyFamily(
+        "LlamaConfig",
+        {"rope_parameters": _YARN, "mlp_bias": True},
+        gguf="",
+        perturbed=(
+            *({"rope_parameters": {**_YARN, name: value}} for name, value in {
+                "factor": 2.0, "beta_fast": 4.0, "beta_slow": 0.2, "original_max_position_embeddings": 100,
+                "attention_factor": 0.8, "truncate": False,
+            }.items()),
+            {"rope_parameters": {**_YARN, "mscale": 0.7, "mscale_all_dim": 1.3}}, {"mlp_bias": False},
+        ),
+    ),
+    "llama_dynamic": TinyFamily(
+        "LlamaConfig", {**_rope(5000.0, rope_type="dynamic", factor=4.0)}, perturbed=(_rope(100.0),)
+    ),
     "llama32": TinyFamily(
         "LlamaConfig",
         {"rope_parameters": {**_LLAMA31, "factor": 32.0}, "tie_word_embeddings": True, "head_dim": 24},
@@ -89,6 +110,9 @@ FAMILIES = {
         {**_rope(3000.0), "tie_word_embeddings": True},
         gguf="qwen2",
         perturbed=(_rope(100.0), {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+    ),
+    "qwen2_yarn": TinyFamily(
+        "Qwen2Config", {"rope_parameters": {**_YARN, "rope_theta": 3000.0}}, gguf="qwen2"
     ),
     "qwen2_windows": TinyFamily(
         "Qwen2Config",
@@ -141,6 +165,26 @@ FAMILIES = {
             {"embedding_multiplier": 2.0}, {"attention_multiplier": 0.1}, {"residual_multiplier": 0.3},
             {"logits_scaling": 0.7}, _rope(100.0), {"attention_bias": True},
         ),
+    ),
+    "olmo2": TinyFamily(
+        "Olmo2Config", {**_rope(3000.0), "pad_token_id": 0}, gguf="olmo2",
+        perturbed=({"rms_norm_eps": 0.1}, {"attention_bias": True}, _rope(100.0)),
+    ),
+    "phi3": TinyFamily(
+        "Phi3Config", {**_rope(3000.0), "pad_token_id": 0, "sliding_window": 8}, gguf="phi3",
+        perturbed=(
+            {"sliding_window": None}, {"sliding_window": 5},
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 3000.0, "partial_rotary_factor": 0.5}},
+        ),
+    ),
+    # Phi-4-mini's kind: a part of each head is rotated, with the short factors up to the original context.
+    "phi3_longrope": TinyFamily(
+        "Phi3Config",
+        {
+            "rope_parameters": _LONGROPE, "pad_token_id": 0, "max_position_embeddings": 2048,
+            "original_max_position_embeddings": 512, "tie_word_embeddings": True,
+        },
+        perturbed=({"rope_parameters": {**_LONGROPE, "short_factor": [1.0] * 6}}, {"max_position_embeddings": 8192}),
     ),
 }  # fmt: skip
 
@@ -221,6 +265,13 @@ def write_gguf(twin: transformers.PreTrainedModel, architecture: str, path: Path
         rope = rope["full_attention"]
         metadata |= {"rope_scaling_type": gguf.RopeScalingType.LINEAR, "rope_scaling_factor": rope["factor"]}
     metadata["rope_freq_base"] = rope["rope_theta"]
+    if rope["rope_type"] == "yarn":
+        metadata |= {
+            "rope_scaling_type": gguf.RopeScalingType.YARN, "rope_scaling_factor": rope["factor"],
+            "rope_scaling_orig_ctx_len": rope["original_max_position_embeddings"],
+        }  # fmt: skip
+    if getattr(config, "sliding_window", None) and architecture == "phi3":
+        metadata["sliding_window"] = config.sliding_window
     tensors = {}
     if rope["rope_type"] == "llama3":
         base = rope["rope_theta"] ** -(np.arange(0, head_dim, 2) / head_dim)

@@ -228,6 +228,45 @@ def test_thinking_of_earlier_answers_is_dropped():
         assert pair.text(rendered.token_ids).endswith("</think>\n\n") == (name == "qwen3")
 
 
+@pytest.mark.parametrize(
+    ("name", "rest"),
+    [("deepseek-r1", "\n\nFour. "), ("qwq", "Four. "), ("qwen3-thinking", "Four. "), ("strips", "Four.")],
+)
+def test_a_second_turn_after_thinking_is_what_the_template_writes(name, rest):
+    """With stripping of one kind or another, or none, as answers come: the prompt has opened the thinking."""
+    pair = pair_of("deepseek-r1" if name == "strips" else name)
+    if name == "strips":
+        source = pair.chat.source.replace("split('</think>')[-1]", "split('</think>')[-1].strip()")
+        pair = pair._replace(chat=ChatTemplate(source, pair.chat._tokenizer, True))
+        pair.theirs.chat_template = source
+    messages = [
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": "hm <|im_end|>\n</think>\n\nFour. "},
+        {"role": "user", "content": "</think> Sure?"},
+        {"role": "assistant", "content": "no thoughts\n\nYes."},
+        {"role": "user", "content": "Why?"},
+    ]
+    try:
+        rendered = pair.chat.render(messages, add_generation_prompt=True)
+        assert pair.text(rendered.token_ids) == pair.reference(messages, True, tokenize=False)
+    finally:
+        if name == "strips":
+            pair_of.cache_clear()
+    assert pair.text(rendered.token_ids[slice(*rendered.spans[1])]) == rest
+    assert "hm" not in pair.text(rendered.token_ids)
+
+
+@pytest.mark.parametrize("source", ["", "  \n"])
+def test_an_empty_template_is_a_plain_one(source, tmp_path):
+    save_tokenizer("qwen2", tmp_path)
+    tokenizer = tokenizer_from_directory(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(source)
+    chat = ChatTemplate.from_directory(tmp_path, tokenizer)
+    assert chat.is_plain
+    ids = chat.render([{"role": "user", "content": "Hello"}], add_generation_prompt=True).token_ids
+    assert tokenizer.decode(ids) == "Question: Hello\nAnswer:"
+
+
 def test_thinking_that_a_template_would_write_as_its_own_text_is_refused():
     chat = pair_of("qwen3").chat
     answer = "<think>\nhm <|im_end|>\n</think>\n\nFour."

@@ -5,6 +5,8 @@ import json
 import os
 import re
 import threading
+import time
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 from cartridges_jax.corpus import Corpus, Document, read_corpus, readers, tokenize_corpus
 from cartridges_jax.corpus.chunks import Chunk, sample_chunks, token_coverage
 from cartridges_jax.corpus.questions import Question, questions_hash, read_questions
-from cartridges_jax.corpus.sentences import split_sentences
+from cartridges_jax.corpus.sentences import MOST_BYTES, split_sentences
 from cartridges_jax.errors import UserError
 
 DATA = Path(os.environ.get("CARTRIDGES_JAX_DATA") or Path(__file__).parents[1] / ".." / "shared" / "data")
@@ -319,6 +321,59 @@ def test_a_line_of_markup_alone_has_no_words():
         True,
         False,
     ]
+
+
+# Texts that are not prose: a sentence of each would be the whole text.
+NOT_PROSE = {
+    "csv": "\n".join(f"id{row},alpha,{row * 7},foo-bar,2024-01-{row % 28:02},free text" for row in range(60)),
+    "no punctuation": "words that follow each other and never stop " * 200,
+    "minified JSON": '{"name":"x","values":[1,2,3],"nested":{"a":null}},' * 200,
+    "log": "\n".join(f"12:00:{row % 60:02} INFO worker-{row} started in /srv/app" for row in range(200)),
+    "Thai": "ภาษาไทยเป็นภาษาที่มีระดับเสียงของคำแน่นอน" * 40,
+    "one word": "x" * 9000,
+    "code": "```\n" + "value=compute(a,b);" * 300 + "\n```",
+    "table row": "| " + "cell | " * 600,
+    "heading": "# " + "long heading " * 300,
+    "carriage returns": "a line without a stop\r" * 300,
+    "family emoji": "👩‍👩‍👧" * 500,
+    "lone surrogates": "\ud800" * 2000,
+}
+
+
+@pytest.mark.parametrize("kind", NOT_PROSE)
+def test_a_sentence_has_an_upper_length_whatever_the_text(kind):
+    text = NOT_PROSE[kind]
+    found = split_sentences(text)
+    assert max(len(s.text.encode("utf-8", "surrogatepass")) for s in found) <= MOST_BYTES
+    assert "".join("".join(s.text.split()) for s in found) == "".join(text.split())
+    assert all(text[s.start : s.end] == s.text for s in found)
+    # Few pieces more than there have to be.
+    assert len(found) <= 3 + 2 * len(text.encode("utf-8", "surrogatepass")) / MOST_BYTES
+    assert all(len(s.heading_text or "") <= MOST_BYTES for s in found)
+
+
+def test_a_long_text_is_cut_at_line_ends_else_at_separators_else_between_letters():
+    assert all(s.text.startswith("id") for s in split_sentences(NOT_PROSE["csv"]))
+    assert all(s.text[-1] in ",:]}" for s in split_sentences(NOT_PROSE["minified JSON"]))
+    assert all(s.text.split()[-1] in NOT_PROSE["log"].split() for s in split_sentences(NOT_PROSE["log"]))
+    # A vowel sign stays with its consonant, and a family together.
+    assert not any(unicodedata.category(s.text[0]).startswith("M") for s in split_sentences(NOT_PROSE["Thai"]))
+    assert all(s.text[0] == "👩" and s.text[-1] == "👧" for s in split_sentences(NOT_PROSE["family emoji"]))
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "The fox runs.\nThen it goes\nhome to the U.S. again. ", "a\n===\nb c\n", "x. " + " " * 50, "...", "a.) ", "* ",
+        "no stop and no blank line\n", "# ", "..x",
+    ],
+)  # fmt: skip
+def test_splitting_takes_time_in_proportion_to_the_text(unit):
+    """Of 2 MB; where the time grows with the square it is an hour and more."""
+    text = unit * (2_000_000 // len(unit))
+    start = time.process_time()
+    split_sentences(text)
+    assert time.process_time() - start < 30
 
 
 def test_every_visible_character_is_in_exactly_one_sentence():

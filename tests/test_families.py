@@ -20,7 +20,7 @@ from cartridges_jax.models.unstacked import unstack_layers
 WITH_GGUF = [name for name, family in FAMILIES.items() if family.gguf]
 # Their logits are more than a product with the head.
 WITH_ADAPTED_LOGITS = ["gemma2", "granite"]
-WITH_WINDOWS = ["mistral", "qwen2_windows", "gemma2", "gemma3"]
+WITH_WINDOWS = ["mistral", "qwen2_windows", "gemma2", "gemma3", "phi3"]
 
 
 @pytest.fixture(scope="session")
@@ -128,7 +128,7 @@ def test_a_window_can_be_told_to_see_the_whole_prefix(name, root, rng):
     for kind, seen in (("full_attention", own), ("sliding_attention", near)):
         both = np.concatenate([np.ones((20, 12), bool), seen], axis=1)
         masks[kind] = torch.from_numpy(np.where(both, 0.0, np.finfo(np.float32).min).astype(np.float32))[None, None]
-    if name == "mistral":  # knows one kind of layer
+    if name in ("mistral", "phi3"):  # know one kind of layer
         masks = masks["sliding_attention"]
     close(found[0], twin_run(twin, tokens, keys=prefix.keys, values=prefix.values, whole_mask=masks))
 

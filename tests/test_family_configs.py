@@ -101,6 +101,10 @@ GRANITE31_2B_GGUF = {
 }  # fmt: skip
 
 
+# As the first release computed it.
+FINGERPRINT_OF_SMOLLM2 = "2441a01b8b1be3a5c14fd22f84a31dae9e95404124f5c6011ff71dd2d6d8b09f"
+
+
 def read(values):
     return read_hugging_face_config(values)[1]
 
@@ -178,13 +182,15 @@ def test_the_shortest_period_may_be_cut_at_the_end():
         ({"architectures": ["Gemma3nForConditionalGeneration"]}, "Gemma3n.*share keys and values"),
         ({"architectures": ["FalconForCausalLM"]}, "FalconForCausalLM.*use one of LlamaForCausalLM"),
         ({"architectures": None}, "architecture None"),
-        (LLAMA31_8B | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'"),
+        (LLAMA31_8B | {"rope_scaling": {"rope_type": "proportional"}}, "rope scaling 'proportional'"),
+        (LLAMA31_8B | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0, "alpha": 1000.0}}, "alpha=1000.0"),
+        (LLAMA31_8B | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale_x": 2}}, "mscale_x=2"),
         (LLAMA31_8B | {"rope_scaling": {**LLAMA31_8B["rope_scaling"], "beta_fast": 32}}, "beta_fast"),
         (
-            LLAMA31_8B | {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-            "partial_rotary_factor=0.5",
+            LLAMA31_8B | {"partial_rotary_factor": 0.01},
+            "partial_rotary_factor=0.01, which makes no even part of heads of width 128",
         ),
-        (LLAMA31_8B | {"mlp_bias": True}, "mlp_bias=True"),
+        (MISTRAL_03 | {"mlp_bias": True}, "mlp_bias=True"),
         (LLAMA31_8B | {"hidden_act": "relu"}, "hidden_act='relu'"),
         (LLAMA31_8B | {"residual_multiplier": 0.22}, "residual_multiplier=0.22"),
         (LLAMA31_8B | {"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
@@ -202,5 +208,115 @@ def test_what_is_not_implemented_is_refused_by_name(values, complaint):
         read(values)
 
 
-def test_null_counts_as_absent():
-    assert read(LLAMA31_8B | {"residual_multiplier": None}) == read(LLAMA31_8B)
+# Of the issue's list and of published files; none changes the forward pass.
+CHANGES_NOTHING = {
+    "use_mrope": False, "tokenizer_class": "PreTrainedTokenizerFast", "max_sequence_length": 2048, "_commit_hash": "ab12",
+    "do_sample": True, "temperature": 0.6, "max_length": 4096, "top_k": 50, "num_beams": 1, "use_bfloat16": True,
+    "tie_encoder_decoder": False, "torchscript": False, "keys_to_ignore_at_inference": ["past_key_values"],
+    "model_max_length": 4096, "use_return_dict": True, "gradient_checkpointing": True, "finetuning_task": "chat",
+    "is_composition": False, "residual_multiplier": None, "embd_pdrop": 0.1, "resid_pdrop": 0.0, "hidden_dropout": 0.1,
+    "bad_words_ids": [[5]], "sep_token_id": 7, "decoder_start_token_id": 1, "pruned_heads": {}, "task_specific_params": {},
+    "quantization_config": None, "logits_scale": 1.0, "embedding_scale": 1, "num_experts": 0, "use_moe": False,
+    "is_causal": True, "tokenizer_version": 3, "output_router_logits": False, "router_aux_loss_coef": 0.001,
+    "num_nextn_predict_layers": 0, "unsloth_version": "2024.9", "num_labels": 2, "_attn_implementation": "sdpa",
+    "rope_interleaved_dims": [], "initializer_cutoff_factor": 2.0, "transformers_weights": "model.safetensors",
+}  # fmt: skip
+# Neighbours of those that do, or may.
+CHANGES_SOMETHING = {
+    "use_mrope": True, "logits_scale": 0.5, "num_experts": 4, "is_causal": False, "pruned_heads": {"0": [1]},
+    "use_qk_norm": True, "clip_qkv": 8.0, "embedding_scale": 2, "residual_multiplier": 0, "some_new_field": "on",
+    "use_rope": False, "mup_width_multiplier": 1.5,
+}  # fmt: skip
+FAMILY_FILES = {
+    "llama": LLAMA31_8B, "mistral": MISTRAL_03, "qwen2": QWEN25_05B, "qwen3": QWEN3_4B, "gemma2": GEMMA2_2B,
+    "gemma3": GEMMA3_1B, "smollm3": SMOLLM3, "granite": GRANITE31_2B,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILY_FILES)
+def test_fields_that_change_nothing_are_no_reason_to_refuse(family):
+    values = FAMILY_FILES[family]
+    added = {name: value for name, value in CHANGES_NOTHING.items() if name not in values}
+    assert read({**values, **added}) == read(values)
+
+
+@pytest.mark.parametrize("name", CHANGES_SOMETHING)
+def test_a_field_that_changes_the_computation_is_refused_by_name(name):
+    with pytest.raises(UserError, match=f"config.json sets {name}="):
+        read(LLAMA31_8B | {name: CHANGES_SOMETHING[name]})
+
+
+def test_yarn_stretches_the_context_and_dynamic_does_not():
+    """Qwen2.5's files say how to turn YaRN on; transformers leaves `dynamic` unscaled up to the stated context."""
+    yarn = {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"}
+    config = read(QWEN25_05B | {"rope_scaling": yarn})
+    assert config.context_length == 131_072
+    assert config.period[0].rope.scale == pytest.approx(1.1386294) and config.period[0].rope.factors[-1] == 4
+    plain = read(QWEN25_05B)
+    assert read(QWEN25_05B | {"rope_scaling": {"type": "dynamic", "factor": 4.0}}) == plain
+
+
+def test_longrope_has_the_context_of_its_short_factors():
+    longrope = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+    values = {
+        **MISTRAL_03, "architectures": ["Phi3ForCausalLM"], "hidden_size": 3072, "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 4096, "rope_scaling": longrope, "sliding_window": 262144,
+    }  # fmt: skip
+    config = read(values)
+    assert config.context_length == 4096
+    assert config.period[0].rope.scale == pytest.approx((1 + 5 / 12) ** 0.5)
+    with pytest.raises(UserError, match="short_factor=.*48 positive numbers"):
+        read({**values, "rope_scaling": {**longrope, "short_factor": [1.0] * 47}})
+
+
+LLAMA_GGUF = {
+    name.replace("granite", "llama"): value for name, value in GRANITE31_2B_GGUF.items() if "scale" not in name
+} | {"general.architecture": "llama"}  # fmt: skip
+
+
+def test_old_gguf_keys_at_their_neutral_values_change_nothing():
+    old = {
+        "llama.tensor_data_layout": "Meta AI original pth", "llama.rope.scale_linear": 1.0, "llama.pooling_type": 0,
+        "llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 1.0, "llama.expert_count": 0,
+        "llama.attention.causal": True,
+    }  # fmt: skip
+    plain = read_gguf_metadata(LLAMA_GGUF, tie_embeddings=True)[1]
+    assert read_gguf_metadata({**LLAMA_GGUF, **old}, tie_embeddings=True)[1] == plain
+    for name, value in {"pooling_type": 1, "attention.causal": False, "expert_count": 8}.items():
+        with pytest.raises(UserError, match=name):
+            read_gguf_metadata({**LLAMA_GGUF, f"llama.{name}": value}, tie_embeddings=True)
+
+
+def test_a_gguf_factor_without_a_kind_is_linear():
+    """As in llama.cpp, also under the key's first name."""
+    for key in ("rope.scale_linear", "rope.scaling.factor"):
+        config = read_gguf_metadata({**LLAMA_GGUF, f"llama.{key}": 4.0}, tie_embeddings=True)[1]
+        assert config.period[0].rope.factors == (4.0,) * 32
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"num_key_value_heads": 5}, "32 attention heads for 5 key/value heads"),
+        ({"num_attention_heads": 31}, "hidden_size=4096, which num_attention_heads=31 does not divide"),
+        ({"num_attention_heads": 31, "head_dim": 128}, "31 attention heads for 8 key/value heads"),
+        ({"head_dim": 127}, "heads of width 127"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000"),
+        ({"hidden_size": 4096.5}, "hidden_size=4096.5.*whole number"),
+        ({"vocab_size": float("inf")}, "vocab_size=inf"),
+        ({"rope_scaling": [1]}, r"rope_scaling=\[1\], which is no JSON object"),
+        ({"rope_theta": 1}, "rope_theta=1.0, which must be above 1"),
+        ({"hidden_act": ["silu"]}, "hidden_act"),
+        ({"architectures": "Falcon"}, "architecture 'Falcon'"),
+        ({"rope_scaling": {**LLAMA31_8B["rope_scaling"], "high_freq_factor": 1.0}}, "low_freq_factor=1.0"),
+    ],
+)
+def test_damaged_values_are_one_line(change, complaint):
+    with pytest.raises(UserError, match=complaint) as error:
+        read(LLAMA31_8B | change)
+    assert "\n" not in str(error.value)
+
+
+def test_fields_added_later_leave_the_fingerprints_of_older_models_alone():
+    """Cartridges of the first release carry this one."""
+    assert read(SMOLLM2).fingerprint() == FINGERPRINT_OF_SMOLLM2

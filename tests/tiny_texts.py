@@ -14,6 +14,7 @@ from tokenizers import Tokenizer as FastTokenizer
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 HEADERS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 GRANITE = ["<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>"]
+DEEPSEEK = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"]
 GEMMA = ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"]
 
 
@@ -38,6 +39,8 @@ FAMILIES = {
     "qwen2.5": Family(chat_templates.QWEN25, CHATML, bos=None, eos=2),
     "qwen3": Family(chat_templates.QWEN3, CHATML, bos=None, eos=2),
     "qwen3-thinking": Family(chat_templates.QWEN3, CHATML, bos=None, eos=2, thinking=True),
+    "qwq": Family(chat_templates.QWQ, CHATML, bos=None, eos=2, thinking=True),
+    "deepseek-r1": Family(chat_templates.DEEPSEEK_R1, DEEPSEEK, thinking=True),
     "mistral-v1": Family(chat_templates.MISTRAL_V1, ["<s>", "</s>"], "first", folds=True),
     "mistral-v2": Family(chat_templates.MISTRAL_V2, ["<s>", "</s>"], "first"),
     "mistral-v3": Family(chat_templates.MISTRAL_V3, ["<s>", "</s>", "[INST]", "[/INST]"], "first"),

@@ -41,7 +41,7 @@ from cartridges_jax.benchmarks.rounds import (
 )
 from cartridges_jax.cartridge import KVPrefix
 from cartridges_jax.corpus import read_corpus
-from cartridges_jax.data.examples import Example, render_example
+from cartridges_jax.data.examples import Example, render_examples
 from cartridges_jax.data.packing import PackingPlan, plan_packing
 from cartridges_jax.distill.learner import make_learner
 from cartridges_jax.distill.settings import TrainSettings, learning_rate, make_optimizer
@@ -162,7 +162,7 @@ def examples_of(model: Model, settings: TrainStepSettings, workdir: Path) -> lis
         directory = workdir / "study" / f"{settings.num_conversations}-{common.seed}-{model.source_sha256[:8]}"
         document = read_corpus(common.document).documents[0]
         conversations = make_conversations(model, document, directory, settings.num_conversations, common.seed)
-    examples = [render_example(c, model.chat, targets=settings.train.targets) for c in conversations]
+    examples = [e for c in conversations for e in render_examples(c, model.chat, targets=settings.train.targets)]
     return [example for example in examples if len(example.tokens) <= settings.train.row_tokens]
 
 

@@ -1,15 +1,25 @@
 """Splits a text into sentences, by rule: plain prose, hard-wrapped or not, and Markdown.
 
-Two passes. The first cuts the text into *blocks* that no sentence crosses: headings, list items, table rows, lines of
-code, paragraphs. The second cuts a block at the sentence ends inside it. Spans are kept throughout, and every character
-that is not white space lies in exactly one sentence (guarded by `test_every_visible_character_is_in_exactly_one_sentence`).
+Three passes. The first cuts the text into *blocks* that no sentence crosses: headings, list items, table rows, lines of
+code, paragraphs. The second cuts a block at the sentence ends inside it. The third cuts what is still longer than
+`MOST_BYTES` (tables without punctuation, logs, minified JSON, scripts without full stops) at line ends, else at
+separators, else anywhere, so that every sentence fits a prompt. Spans are recorded throughout, and every character that
+is not white space is in exactly one sentence (guarded by `test_every_visible_character_is_in_exactly_one_sentence`).
+The time is proportional to the text's length (`test_splitting_takes_time_in_proportion_to_the_text`).
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+# The longest sentence, in bytes of UTF-8: a token is a byte at least, in any script, and four of them in English prose,
+# where longer sentences are rare.
+MOST_BYTES = 1000
+# The characters around a full stop that decide whether it ends a sentence.
+_CONTEXT = 80
 
 # Abbreviations that are followed by what they belong to, so never end a sentence; these only before a digit.
 _BEFORE_NAMES = frozenset(
@@ -28,26 +38,29 @@ _OPENERS = frozenset(
 
 _END = re.compile(
     r"""(?:
-        [.!?…؟।]+ ["'”’»)\]*_]* (?:\[\d+\] | :\d[\d–-]*)* (?=\s|$)   # closers: quotes, brackets, emphasis, footnotes
+        (?<![.!?…؟।]) [.!?…؟।]+ ["'”’»)\]*_]* (?:\[\d+\] | :\d[\d–-]*)* (?=\s|$)   # closers: quotes, brackets, emphasis, footnotes
       | [。！？｡]+ [」』）】”’]*                                        # no space follows in Chinese and Japanese
     )""",
     re.VERBOSE,
 )
+_VISIBLE = re.compile(r"\S")
 _LAST_WORD = re.compile(r"""[^\s"'“‘«(\[*_—–/-]+$""")
 _NEXT_WORD = re.compile(r"""["'“‘«(\[*_¿¡]*([\w.]*\w)""")
 _ACRONYM = re.compile(r"(?:[^\W\d_]\.)+[^\W\d_]")
 
-_HEADING = re.compile(r" {0,3}#{1,6}[ \t]+(.*?)[ \t]*#*[ \t]*$")
+_HEADING = re.compile(r" {0,3}#{1,6}[ \t]+")
 _UNDERLINE = re.compile(r" {0,3}(?:=+|-+)[ \t]*$")
 _FENCE = re.compile(r" {0,3}(?:```|~~~)")
 _RULE = re.compile(r" {0,3}(?:(?:\*[ \t]*){3,}|(?:-[ \t]*){3,}|(?:_[ \t]*){3,})$")
 _LIST_ITEM = re.compile(r"[ \t]*(?:[-*+•]|\d{1,9}[.)])[ \t]+(?=\S)")
 _TABLE_ROW = re.compile(r"[ \t]*\|")
+_LINE_END = re.compile(r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
+_SEPARATOR = re.compile(r"[\s,;|:)\]}>、，；：।]")
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """One sentence: `text` is the source's `[start:end]`, in characters.
+    """One sentence: `text` is the source's `[start:end]`, in characters; at most `MOST_BYTES` of UTF-8.
 
     `heading` marks a heading line, which is a sentence of its own; `heading_text` is the title of the heading that the
     sentence stands under (a heading's own title), None before the first.
@@ -75,7 +88,7 @@ class _Block:
 
 
 def split_sentences(text: str) -> list[Sentence]:
-    """Splits `text`; see the module's docstring for what the result promises."""
+    """The sentences of `text`, in order; see the module's docstring for their properties."""
     sentences, title = [], None
     for block in _blocks(text):
         if block.kind == "heading":
@@ -83,11 +96,60 @@ def split_sentences(text: str) -> list[Sentence]:
         ends = [*_sentence_ends(text, block), block.end] if block.kind == "paragraph" else [block.end]
         start = block.start
         for end in ends:
-            if piece := text[start:end].strip():
-                start = text.index(piece, start)
-                sentences.append(Sentence(piece, start, start + len(piece), block.kind == "heading", title))
+            for first, last in _pieces(text, start, end):
+                sentences.append(Sentence(text[first:last], first, last, block.kind == "heading", title))
             start = end
     return sentences
+
+
+def _pieces(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """The span without the white space around it, in as many pieces as `MOST_BYTES` asks for."""
+    while True:
+        while start < end and text[start].isspace():
+            start += 1
+        if start == end:
+            return
+        stop = _longest(text, start, end)
+        cut = end if stop == end else _cut(text, start, stop)
+        last = cut
+        while text[last - 1].isspace():
+            last -= 1
+        yield start, last
+        start = cut
+
+
+def _longest(text: str, start: int, end: int) -> int:
+    """The end of the longest span from `start` that is not too long."""
+    stop = min(end, start + MOST_BYTES)
+    if len(text[start:stop].encode("utf-8", "surrogatepass")) <= MOST_BYTES:
+        return stop
+    size = 0
+    for place in range(start, stop):
+        size += len(text[place].encode("utf-8", "surrogatepass"))
+        if size > MOST_BYTES:
+            return place
+    return stop
+
+
+def _cut(text: str, start: int, stop: int) -> int:
+    """The best place at or before `stop` to cut a span that goes on there."""
+    # A line end or space right after the piece is as good as one at its end.
+    if text[stop].isspace():
+        return stop
+    for border in (_LINE_END, _SEPARATOR):
+        # From the last one backwards; the text between is at most a piece.
+        for at in range(stop - 1, start, -1):
+            if border.match(text[at]):
+                return at + 1
+    cut = stop
+    while cut > start + 1 and stop - cut < 32 and _joined(text[cut - 1], text[cut]):
+        cut -= 1
+    return cut if cut > start + 1 and not _joined(text[cut - 1], text[cut]) else stop
+
+
+def _joined(left: str, right: str) -> bool:
+    """Whether a cut between the two characters would take an accent, a Thai vowel or a part off its letter."""
+    return unicodedata.category(right)[0] == "M" or "\u200d" in (left, right) or "\ufe00" <= right <= "\ufe0f"
 
 
 def _blocks(text: str) -> Iterator[_Block]:
@@ -104,8 +166,8 @@ def _blocks(text: str) -> Iterator[_Block]:
         elif in_code or _TABLE_ROW.match(bare):
             block = _Block(start, end, start, "line")
         elif heading := _HEADING.match(bare):
-            block = _Block(start, end, start, "heading", heading[1])
-        elif open_block and _UNDERLINE.match(bare) and _can_be_title(above := text[open_block.start : start].strip()):
+            block = _Block(start, end, start, "heading", _title(bare[heading.end() :]))
+        elif open_block and _UNDERLINE.match(bare) and (above := _title_above(text, open_block.start, start)):
             block = _Block(open_block.start, end, start, "heading", above)
             open_block = None
         elif _RULE.match(bare):
@@ -129,9 +191,18 @@ def _blocks(text: str) -> Iterator[_Block]:
         yield open_block
 
 
-def _can_be_title(text: str) -> bool:
-    """Whether a line of dashes under `text` makes it a heading, rather than being a rule between paragraphs."""
-    return "\n" not in text and not _END.search(text)
+def _title(line: str) -> str:
+    """A heading's text without the number signs that close it."""
+    title = line.rstrip(" \t").rstrip("#").rstrip(" \t")
+    return title[: _longest(title, 0, len(title))]
+
+
+def _title_above(text: str, start: int, end: int) -> str | None:
+    """The text that a line of dashes makes a heading; None where the line is a rule between paragraphs."""
+    if end - start > MOST_BYTES:
+        return None
+    title = text[start:end].strip()
+    return None if "\n" in title or _END.search(title) else title
 
 
 def _continues(block: _Block, marker: str) -> bool:
@@ -142,12 +213,15 @@ def _continues(block: _Block, marker: str) -> bool:
 
 def _sentence_ends(text: str, block: _Block) -> Iterator[int]:
     for match in _END.finditer(text, block.text_start, block.end):
-        if _ends_sentence(text[block.text_start : match.start()], match[0], text[match.end() : block.end].lstrip()):
+        before = text[max(block.text_start, match.start() - _CONTEXT) : match.start()]
+        rest = _VISIBLE.search(text, match.end(), block.end)
+        after = text[rest.start() : min(block.end, rest.start() + _CONTEXT)] if rest else ""
+        if _ends_sentence(before, match[0], after):
             yield match.end()
 
 
 def _ends_sentence(before: str, mark: str, after: str) -> bool:
-    """Whether the `mark` between `before` and `after`, texts of one block, ends a sentence."""
+    """Whether the `mark` between `before` and `after`, parts of one block, ends a sentence."""
     if not after or mark[0] in "。！？｡؟।":
         return True
     next_word = match[1] if (match := _NEXT_WORD.match(after)) else ""

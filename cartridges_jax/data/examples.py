@@ -73,8 +73,12 @@ class Example:
         return self.targets()[1]
 
 
-def render_example(conversation: Conversation, chat: ChatTemplate, *, targets: str = "assistant") -> Example:
+def render_examples(conversation: Conversation, chat: ChatTemplate, *, targets: str = "assistant") -> list[Example]:
     """Renders a conversation as it follows a prefix: without BOS and system prompt.
+
+    It is one example as long as the template writes earlier answers as they were generated. Where it leaves out their
+    thinking, what was generated is not what later turns see; a new example with the template's own rendering begins
+    there, so that every target is trained in the context that serving gives it.
 
     Args:
       conversation: messages of user and assistant, in turn.
@@ -89,6 +93,7 @@ def render_example(conversation: Conversation, chat: ChatTemplate, *, targets: s
     if targets not in TARGETS:
         raise UserError(f"targets {targets!r}: choose 'assistant' or 'all'")
     messages = [{"role": m.role, "content": m.content} for m in conversation.messages]
+    examples: list[Example] = []
     tokens: list[int] = []
     rows: list[np.ndarray] = []
     tops: list[TeacherEntries] = []
@@ -99,13 +104,20 @@ def render_example(conversation: Conversation, chat: ChatTemplate, *, targets: s
             rows.append(start - 1 + np.arange(message.top_logprobs.shape[0], dtype=np.int32))
             tops.append(message.top_logprobs)
 
+    def finish() -> None:
+        if rows:
+            examples.append(Example(np.asarray(tokens, np.int32), np.concatenate(rows), tuple(tops)))
+
     for number in range(0, len(messages), 2):
         user, assistant = conversation.messages[number : number + 2]
         prompt = chat.render_continuation(messages[: number + 1], add_generation_prompt=True)
         # Of the rendering so far, what follows the last answer. The answer's own tokens stay
         # as they were generated and are never encoded again.
         begin = prompt.spans[number - 1][1] if number else 0
-        if number and tokens[-1] == prompt.token_ids[begin] == chat.end_of_turn_id:
+        if number and not chat.same_text(tokens, prompt.token_ids[:begin]):
+            finish()
+            tokens, rows, tops, begin = [], [], [], 0
+        elif number and tokens[-1] == prompt.token_ids[begin] == chat.end_of_turn_id:
             begin += 1
         start = prompt.spans[number][0]
         if targets == "all" and prompt.token_ids[start : start + len(user.token_ids)] == list(user.token_ids):
@@ -113,6 +125,7 @@ def render_example(conversation: Conversation, chat: ChatTemplate, *, targets: s
         tokens += prompt.token_ids[begin:]
         add_targets(assistant, len(tokens))
         tokens += assistant.token_ids
-    if not rows:
+    finish()
+    if not examples:
         raise UserError(f"conversation {conversation.metadata.get('id')} has no teacher log-probabilities")
-    return Example(np.asarray(tokens, np.int32), np.concatenate(rows), tuple(tops))
+    return examples

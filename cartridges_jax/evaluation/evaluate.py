@@ -81,12 +81,55 @@ class Evaluation:
     rows: list[dict[str, Any]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Baselines:
+    """The part of an evaluation that does not depend on the cartridge.
+
+    Attributes:
+      conditions: those of the evaluation; the cartridge's is a stand-in.
+      measuring: with the judge's answers.
+      rows: condition to its rows.
+      seconds: condition to the time that its rows took.
+    """
+
+    conditions: list[Condition]
+    measuring: Measuring
+    rows: dict[str, list[dict[str, Any]]]
+    seconds: dict[str, float]
+
+
+def measure_baselines(
+    model: Model,
+    conditions: Sequence[Condition],
+    tasks: Sequence[Task],
+    settings: EvaluationSettings,
+    *,
+    clock: Callable[[], float],
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Baselines:
+    """Measures every condition but the cartridge, before there is one, for an `evaluate` in the same process.
+
+    Args:
+      conditions: with any prefix for the cartridge.
+      clock: seconds from any origin.
+    """
+    measuring = Measuring(model, conditions, tasks, settings.max_answer_tokens, on_progress)
+    rows, seconds = {}, {}
+    for condition in conditions:
+        if condition.name != SUBJECT:
+            start = clock()
+            rows[condition.name] = measuring.rows(condition)
+            seconds[condition.name] = clock() - start
+    return Baselines(list(conditions), measuring, rows, seconds)
+
+
 def evaluate(
     model: Model,
     conditions: Sequence[Condition],
     tasks: Sequence[Task],
     settings: EvaluationSettings | None = None,
     *,
+    baselines: Baselines | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
     """Answers and scores every example under every condition.
@@ -96,6 +139,7 @@ def evaluate(
       tasks: from `make_tasks`, or made by hand; of two metrics with the same name the later task's carries the task's
         name.
       settings: the defaults if None; its `max_answer_tokens` counts here.
+      baselines: of the same conditions, tasks and settings, where they are measured already.
       on_progress: called with (sequences done, sequences in all).
 
     Raises:
@@ -105,8 +149,12 @@ def evaluate(
     settings = settings or EvaluationSettings()
     if not any(task.examples for task in tasks):
         raise UserError("there is nothing to evaluate on: give questions, or hold conversations out")
-    measuring = Measuring(model, conditions, tasks, settings.max_answer_tokens, on_progress)
-    rows = [row for condition in conditions for row in measuring.rows(condition)]
+    if baselines is None:
+        known, measuring = {}, Measuring(model, conditions, tasks, settings.max_answer_tokens, on_progress)
+    else:
+        known, measuring = baselines.rows, baselines.measuring
+        measuring.report_to(on_progress)
+    rows = [row for condition in conditions for row in known.get(condition.name) or measuring.rows(condition)]
     measures, metrics, reasons = summarise(rows, conditions, tasks)
     add_closed(measures, metrics, reasons)
     headline = {}

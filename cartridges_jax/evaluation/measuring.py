@@ -94,6 +94,10 @@ class Measuring:
         self._judge_on_judged = self._hidden(judge, self._judged)
         self._judge_on_given = self._hidden(judge, self._given_items)
 
+    def report_to(self, on_progress: Callable[[int, int], None]) -> None:
+        """Replaces the receiver of the progress."""
+        self._on_progress = on_progress
+
     def rows(self, condition: Condition) -> list[dict[str, Any]]:
         """One row per example: its texts, its scores, and sums and counts of what is measured per token."""
         is_judge = condition is self._judge

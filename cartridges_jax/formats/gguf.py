@@ -6,6 +6,7 @@ gives tensors in numpy's row-major shape and turns every damaged file into one c
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,11 @@ def _open(path: Path) -> gguf.GGUFReader:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error
     except _DAMAGE as error:
+        if unknown := re.fullmatch(r"(\d+) is not a valid GGMLQuantizationType", str(error)):
+            raise UserError(
+                f"{path}: unsupported quantisation (type {unknown[1]}); use a file in F16, BF16, Q8_0, Q4_K_M or another "
+                "common quantisation"
+            ) from error
         size = path.stat().st_size
         raise UserError(
             f"{path}: truncated or damaged GGUF file of {size:,} bytes "

@@ -7,8 +7,11 @@ from pathlib import Path
 
 from cartridges_jax.errors import UserError
 from cartridges_jax.formats import hub, wheels
-from cartridges_jax.formats.safetensors_files import CONFIG_FILE
+from cartridges_jax.formats.safetensors_files import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, read_json
 from cartridges_jax.formats.wheels import License, Wheel, WheelModel
+
+_ADAPTER_FILE = "adapter_config.json"
+_WHOLE_WEIGHTS = (WEIGHTS_FILE, INDEX_FILE)
 
 _GEMMA_TERMS = License(
     name="Gemma Terms of Use",
@@ -125,6 +128,12 @@ def _require_acceptance(name: str, terms: License) -> None:
 
 def _in_directory(path: Path) -> Path:
     """The directory itself if it is a Hugging Face model, else the only GGUF file in it."""
+    if (adapter := path / _ADAPTER_FILE).is_file() and not any((path / name).is_file() for name in _WHOLE_WEIGHTS):
+        base = read_json(adapter).get("base_model_name_or_path") or "a base it does not name"
+        raise UserError(
+            f"{path}: is a LoRA adapter for {base}, not a model; merge it into its base (peft's merge_and_unload, then "
+            "save_pretrained) and name that directory, or name the base"
+        )
     found = sorted(path.glob("*.gguf"))
     weights = sorted(path.glob("*.safetensors"))
     has_config = (path / CONFIG_FILE).is_file()

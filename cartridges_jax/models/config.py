@@ -9,6 +9,8 @@ import json
 from cartridges_jax.rope import Rope
 
 ACTIVATIONS = ("silu", "gelu_tanh")
+# Fields of `Rope` that joined it after cartridges had been written, and their defaults.
+_LATER_ROPE_FIELDS = {"scale": 1.0, "width": 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,11 @@ class ModelConfig:
         then a global one).
       activation: of the gate, one of `ACTIVATIONS`.
       qkv_bias, o_bias: the attention's projections have biases.
+      mlp_bias: the feed-forward layer's three projections have biases.
       qk_norm: queries and keys are normalised per head before they are rotated.
+      qk_norm_joint: `qk_norm` is over all heads together (OLMo 2).
+      pre_norms: the inputs of attention and feed-forward layer are normalised; OLMo 2
+        has `post_norms` alone.
       post_norms: the outputs of attention and feed-forward layer are normalised before
         they are added (Gemma 2 and 3).
       embedding_scale: factor of the embeddings.
@@ -72,7 +78,10 @@ class ModelConfig:
     activation: str = "silu"
     qkv_bias: bool = False
     o_bias: bool = False
+    mlp_bias: bool = False
     qk_norm: bool = False
+    qk_norm_joint: bool = False
+    pre_norms: bool = True
     post_norms: bool = False
     embedding_scale: float = 1.0
     attention_scale: float | None = None
@@ -91,10 +100,13 @@ class ModelConfig:
         A field at its default does not count, so that one added later leaves the
         fingerprints of the models that do not use it, and their cartridges, valid.
         """
+        values = dataclasses.asdict(self)
+        for rope in filter(None, (kind["rope"] for kind in values["period"])):
+            for name, default in _LATER_ROPE_FIELDS.items():
+                if rope[name] == default:
+                    del rope[name]
         fields = {
-            field.name: value
-            for field in dataclasses.fields(self)
-            if (value := dataclasses.asdict(self)[field.name]) != field.default
+            field.name: values[field.name] for field in dataclasses.fields(self) if values[field.name] != field.default
         }
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 

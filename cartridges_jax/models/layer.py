@@ -20,7 +20,7 @@ from cartridges_jax.models.cache import Cache
 from cartridges_jax.models.config import LayerKind, ModelConfig
 from cartridges_jax.models.pointwise import gated, rms_norm
 from cartridges_jax.parallel import constrain
-from cartridges_jax.quantized import linear
+from cartridges_jax.quantized import Matrix, linear
 from cartridges_jax.rope import rope_tables, rotate
 
 
@@ -67,7 +67,7 @@ class Layer(nn.Module):
     config: ModelConfig
     taps: tuple[str, ...] = ()
 
-    def _matrix(self, name: str, shape: tuple[int, int], axes: tuple[str, str]) -> Array:
+    def _matrix(self, name: str, shape: tuple[int, int], axes: tuple[str, str]) -> Matrix:
         init = nn.initializers.normal(shape[0] ** -0.5)
         return self.param(name, nn.with_logical_partitioning(init, axes), shape)
 
@@ -95,7 +95,7 @@ class Layer(nn.Module):
         B, T, _ = x.shape
         prefix = _gathered(prefix)
 
-        h = self._norm(x, "attn_norm")
+        h = self._norm(x, "attn_norm") if config.pre_norms else x
         queries = linear(h, self._matrix("q_proj", (D, N * H), ("embed", "heads")))
         keys = linear(h, self._matrix("k_proj", (D, K * H), ("embed", "kv_heads")))
         values = linear(h, self._matrix("v_proj", (D, K * H), ("embed", "kv_heads")))
@@ -103,8 +103,10 @@ class Layer(nn.Module):
             queries = self._bias(queries, "q_bias", "heads")
             keys = self._bias(keys, "k_bias", "kv_heads")
             values = self._bias(values, "v_bias", "kv_heads")
+        if config.qk_norm and config.qk_norm_joint:
+            queries, keys = self._norm(queries, "q_norm"), self._norm(keys, "k_norm")
         queries, keys, values = queries.reshape(B, T, N, H), keys.reshape(B, T, K, H), values.reshape(B, T, K, H)
-        if config.qk_norm:
+        if config.qk_norm and not config.qk_norm_joint:
             queries, keys = self._norm(queries, "q_norm"), self._norm(keys, "k_norm")
         if view.rotation is not None:
             queries, keys = rotate(queries, *view.rotation), rotate(keys, *view.rotation)
@@ -130,10 +132,14 @@ class Layer(nn.Module):
             h = self._norm(h, "post_attn_norm")
         x = x + _scaled(h, config.residual_scale)
 
-        h = self._norm(x, "mlp_norm")
+        h = self._norm(x, "mlp_norm") if config.pre_norms else x
         gate = linear(h, self._matrix("gate_proj", (D, F), ("embed", "mlp")))
         up = linear(h, self._matrix("up_proj", (D, F), ("embed", "mlp")))
+        if config.mlp_bias:
+            gate, up = self._bias(gate, "gate_bias", "mlp"), self._bias(up, "up_bias", "mlp")
         h = linear(gated(config.activation, gate, up), self._matrix("down_proj", (F, D), ("mlp", "embed")))
+        if config.mlp_bias:
+            h = self._bias(h, "down_bias", None)
         if config.post_norms:
             h = self._norm(h, "post_mlp_norm")
         x = constrain(x + _scaled(h, config.residual_scale), "rows", None, None)

@@ -185,11 +185,6 @@ def load_model(
     path = locate(source, accept_license=accept_license)
     opened = _open_directory(path, thinking) if path.is_dir() else _open_gguf(path, thinking)
     config = dataclasses.replace(opened.config, windows_see_prefix=windows_see_prefix)
-    if opened.tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"{path}: the tokenizer has {opened.tokenizer.vocab_size} tokens, the model {config.vocab_size}: "
-            "they do not belong together, fetch the model again"
-        )
     params = load_params(
         opened.file,
         opened.names,
@@ -210,6 +205,14 @@ def load_model(
     )
 
 
+def _require_fit(path: Path, tokenizer: Tokenizer, config: ModelConfig) -> None:
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: "
+            "they do not belong together, fetch the model again"
+        )
+
+
 def _open_gguf(path: Path, thinking: bool) -> _Opened:
     file = GGUFFile(path)
     names = file.tensor_names
@@ -218,11 +221,36 @@ def _open_gguf(path: Path, thinking: bool) -> _Opened:
         file.metadata, tie_embeddings="output.weight" not in names, rope_freqs=rope_freqs
     )
     tokenizer = tokenizer_from_gguf(file)
+    _require_fit(path, tokenizer, config)
     return _Opened(file, family.gguf_names, config, tokenizer, ChatTemplate.from_gguf(file, tokenizer, thinking))
 
 
 def _open_directory(path: Path, thinking: bool) -> _Opened:
     file = SafetensorsDirectory(path)
     family, config = read_hugging_face_config(file.config)
-    tokenizer = tokenizer_from_directory(path)
-    return _Opened(file, family.names, config, tokenizer, ChatTemplate.from_directory(path, tokenizer, thinking))
+    tokenizer = tokenizer_from_directory(path, num_rows=config.vocab_size)
+    _require_fit(path, tokenizer, config)
+    stops = _stop_ids(file, config)
+    chat = ChatTemplate.from_directory(path, tokenizer, thinking, stop_ids=stops)
+    return _Opened(file, family.names, config, tokenizer, chat)
+
+
+def _stop_ids(file: SafetensorsDirectory, config: ModelConfig) -> list[int]:
+    """The ids that end an answer by generation_config.json, or by config.json where that is silent.
+
+    Raises:
+      UserError: one is no token of the model.
+    """
+    found, source = None, "generation_config.json"
+    if file.generation_config is not None:
+        found = file.generation_config.get("eos_token_id")
+    if found is None:
+        found, source = file.config.get("eos_token_id"), "config.json"
+    ids = [] if found is None else found if isinstance(found, list) else [found]
+    for token_id in ids:
+        if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < config.vocab_size:
+            raise UserError(
+                f"{file.path / source}: eos_token_id {token_id!r} is none of the model's {config.vocab_size} tokens; "
+                "correct it or fetch the file again"
+            )
+    return ids

@@ -23,6 +23,7 @@ from cartridges_jax.formats.tensors import TensorFile
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.decoder import abstract_params
 from cartridges_jax.models.families import Entry, Names
+from cartridges_jax.models.families.fused import without_fused
 from cartridges_jax.models.layout import layer_path
 from cartridges_jax.quantized import Matrix, Narrow, Quantized, channel_scale
 
@@ -59,6 +60,7 @@ def load_params(
         shape, or a value that is not finite; before the first parameter is returned.
     """
     abstract = {_path(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config, dtype))}
+    file = without_fused(file, names, config)
     sources = _match(file, names, config, abstract)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     tree: dict[str, Any] = {}
@@ -156,6 +158,11 @@ def _match(
     for path, leaf in abstract.items():
         indices = range(leaf.shape[0]) if _is_stacked(path) else [None]
         missing = [index for index in indices if (path, index) not in found]
+        if missing and path == ("lm_head",):
+            raise UserError(
+                "the model file lacks lm_head, and its config has tie_word_embeddings=false: set that to true if the "
+                "head is the embedding, else fetch the model again"
+            )
         if missing:
             raise UserError(f"the model file lacks {_described(config, path, missing[0])}: fetch it again")
         sources[path] = [found[path, index] for index in indices]

@@ -1,8 +1,8 @@
 """A run that fits a given time: `budget_minutes` decides its conversations and its steps.
 
 What is measured corrects the estimates as the run proceeds. Self-study ends with the batch that uses up its share of the
-time; a trial of the train step then tells how many steps fit into what is left before evaluation, whose time is
-estimated and corrected by the pace of the study. Slots and questions are not cut.
+time. Then the conditions of the evaluation that need no cartridge are measured, which also tells how long the cartridge's
+own will take, and a trial of the train step tells how many steps fit into what is left. Slots and questions are not cut.
 
 Every decision is stored in the workdir as `plan.json` under the stage that it belongs to. A resumed run follows the
 stored decisions; a run with another budget has other stages and decides anew.
@@ -16,14 +16,17 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from cartridges_jax.cartridge import KVPrefix
 from cartridges_jax.corpus import TokenizedCorpus
 from cartridges_jax.corpus.questions import questions_hash
 from cartridges_jax.data.schema import Conversation
 from cartridges_jax.distill.learner import make_learner
 from cartridges_jax.distill.trainer import measure_steps
 from cartridges_jax.errors import UserError
+from cartridges_jax.evaluation.conditions import make_conditions
+from cartridges_jax.evaluation.evaluate import Baselines, measure_baselines
 from cartridges_jax.parallel import Job
 from cartridges_jax.pipeline.config import RunConfig
 from cartridges_jax.pipeline.distillation import initial_prefix, training_data
@@ -35,10 +38,9 @@ from cartridges_jax.pipeline.sizes import (
     expected_sizes,
     measured_flops,
 )
+from cartridges_jax.pipeline.stages.context import RunContext
+from cartridges_jax.pipeline.stages.evaluate import make_examples
 from cartridges_jax.pipeline.workdir import Stage, Workdir, read_json, write_json
-
-if TYPE_CHECKING:
-    from cartridges_jax.pipeline.stages.context import RunContext
 
 FILE = "plan.json"
 
@@ -54,6 +56,12 @@ _SPARE = 0.03
 _START_SECONDS = 5.0
 # Seconds of compiling in all, before any is measured; where programs are cached it is less.
 _COMPILE_SECONDS = 40.0
+# Evaluation takes about this share of its estimate, whose answers are all of the greatest length.
+_EVALUATION_SHARE = 0.6
+# A budget is refused if even this share of the estimated work does not fit: estimates are rough.
+_CERTAIN_SHARE = 0.5
+# The evaluation of the cartridge takes up to this multiple of the fastest baseline's.
+_CARTRIDGE_SHARE = 1.1
 # Compiling for evaluation and for training, as multiples of what it took for self-study.
 _EVALUATION_COMPILES, _TRAINING_COMPILES = 1.0, 1.0
 
@@ -131,7 +139,7 @@ def usable_seconds(minutes: float) -> float:
 
 
 def least_minutes(estimate: Estimate, loading: float, heldout: int, kept_per_batch: float) -> float:
-    """The smallest budget that a run is expected to keep, in minutes, rounded up to tenths.
+    """The smallest budget that is not refused, in minutes, rounded up to tenths.
 
     Args:
       loading: seconds until the study starts.
@@ -141,7 +149,7 @@ def least_minutes(estimate: Estimate, loading: float, heldout: int, kept_per_bat
     batches = math.ceil((heldout + _LEAST_LEARNED) / kept_per_batch)
     steps = min(_LEAST_STEPS, estimate.steps)
     work = batches * estimate.batch + steps * estimate.train / estimate.steps + estimate.evaluate
-    return math.ceil((loading + _COMPILE_SECONDS + work) / usable_seconds(1) * 10) / 10
+    return math.ceil((loading + _COMPILE_SECONDS + _CERTAIN_SHARE * work) / usable_seconds(1) * 10) / 10
 
 
 def study_should_end(minutes: float, loading: float, marks: Sequence[Sequence[float]], estimate: Estimate) -> bool:
@@ -152,6 +160,9 @@ def study_should_end(minutes: float, loading: float, marks: Sequence[Sequence[fl
     Args:
       marks: as of `Pace.of`.
     """
+    if len(marks) < 2:
+        # The first batch compiles: it takes another to tell the pace.
+        return False
     pace = Pace.of(marks, estimate)
     work = usable_seconds(minutes) - loading - pace.evaluation(estimate) - (1 + _TRAINING_COMPILES) * pace.compiling
     share = pace.compiling + work * estimate.study / (estimate.study + estimate.train)
@@ -188,6 +199,8 @@ class Budget:
     Attributes:
       minutes: the budget.
       loading: seconds from the start of the process until the study.
+      baselines: the part of the evaluation that is measured before training; None in a resumed run.
+      baseline_seconds, trial_seconds: time spent on it, and on the trial of the train step.
     """
 
     def __init__(
@@ -207,6 +220,8 @@ class Budget:
         self.minutes, self.loading = config.budget_minutes, loading
         self._config, self._path, self._job = config, workdir.path / FILE, job
         self._estimate, self._say = estimate, say
+        self.baselines: Baselines | None = None
+        self.baseline_seconds = self.trial_seconds = 0.0
 
     def study_limits(self, stage: Stage) -> dict[str, Any]:
         """Arguments of `synthesise` that end the study in time, or where it ended before.
@@ -303,7 +318,12 @@ def open_budget(run: RunContext, auto: RunConfig, started: float) -> Budget:
         messages = expected_messages(sizes.conversations)
         batch = seconds["study"] * run.config.study.requests_per_batch / messages
         return Estimate(
-            seconds["study"], seconds["train"], seconds["evaluate"], batch, sizes.conversations, sizes.steps
+            study=seconds["study"],
+            train=seconds["train"],
+            evaluate=_EVALUATION_SHARE * seconds["evaluate"],
+            batch=batch,
+            conversations=sizes.conversations,
+            steps=sizes.steps,
         )
 
     loading = _START_SECONDS + monotonic() - started
@@ -313,7 +333,7 @@ def open_budget(run: RunContext, auto: RunConfig, started: float) -> Budget:
 def with_steps(run: RunContext, budget: Budget, study: Stage, conversations: Sequence[Conversation]) -> RunConfig:
     """The config with the number of conversations that the study reached and the steps that the budget leaves time for.
 
-    At the first start this times the train step on the first batches, and stores the decision.
+    At the first start this measures the baselines and times the train step, and stores the decision.
     """
     config, entry = run.config, budget.entry(study)
     estimate = Estimate(**entry["estimate"])
@@ -329,12 +349,15 @@ def with_steps(run: RunContext, budget: Budget, study: Stage, conversations: Seq
             return auto_steps(round(num_tokens), epochs, settings.rows_per_step, settings.row_tokens)
 
         reached = steps_of(data.num_tokens, settings.epochs)
-        per_conversation = data.num_tokens / len(data.examples)
+        per_conversation = data.num_tokens / len(data.parts.training)
         auto = steps_of(per_conversation * max(estimate.conversations - config.heldout, 1), settings.epochs)
-        run.reporter.say("timing the train step")
+        initial = initial_prefix(run.model, run.corpus, config.cartridge, config.seed)
+        run.reporter.say("evaluating what needs no cartridge, and timing the train step")
+        _measure_baselines(run, budget, conversations, initial)
+        trial_started = monotonic()
         timed = measure_steps(
             run.model,
-            initial_prefix(run.model, run.corpus, config.cartridge, config.seed),
+            initial,
             data.examples,
             data.heldout,
             dataclasses.replace(settings, steps=reached),
@@ -343,10 +366,12 @@ def with_steps(run: RunContext, budget: Budget, study: Stage, conversations: Seq
             job=run.job,
             clock=monotonic,
         )
+        budget.trial_seconds = monotonic() - trial_started
         run.stop.check()
+        assert budget.baselines is not None
+        evaluation = _CARTRIDGE_SHARE * min(budget.baselines.seconds.values())
 
         def decided() -> dict[str, Any]:
-            evaluation = Pace.of(entry["batch_seconds"], estimate).evaluation(estimate)
             spent = entry["loading_seconds"] + entry["batch_seconds"][-1][1] + monotonic() - started
             left = usable_seconds(entry["budget_minutes"]) - spent - evaluation
             most = steps_of(data.num_tokens, _MOST_EPOCHS * settings.epochs)
@@ -357,7 +382,8 @@ def with_steps(run: RunContext, budget: Budget, study: Stage, conversations: Seq
                 "auto_steps": auto,
                 "step_seconds": timed.step,
                 "heldout_seconds": timed.heldout,
-                "evaluation_seconds": evaluation,
+                "baseline_seconds": budget.baseline_seconds,
+                "cartridge_evaluation_seconds": evaluation,
                 "left_seconds": left,
             }
 
@@ -372,6 +398,25 @@ def with_steps(run: RunContext, budget: Budget, study: Stage, conversations: Seq
         study=dataclasses.replace(config.study, conversations=len(conversations)),
         train=dataclasses.replace(config.train, steps=found["steps"]),
     )
+
+
+def _measure_baselines(
+    run: RunContext, budget: Budget, conversations: Sequence[Conversation], initial: KVPrefix
+) -> None:
+    """Measures the conditions of the evaluation that need no cartridge."""
+    settings, started = run.config.evaluation, monotonic()
+    tasks, room = make_examples(run, conversations)
+    conditions = make_conditions(run.model, run.corpus, initial, settings.conditions, room=room, seed=run.config.seed)
+    with run.progress("evaluate", 1) as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.at(done, total)
+            run.stop.check()
+
+        budget.baselines = measure_baselines(
+            run.model, conditions, tasks, settings, clock=monotonic, on_progress=advance
+        )
+    budget.baseline_seconds = monotonic() - started
 
 
 def _training_key(run: RunContext, conversations: Sequence[Conversation]) -> str:

@@ -14,7 +14,7 @@ from cartridges_jax.checkpoint import Cartridge, CartridgeMetadata, DocumentSour
 from cartridges_jax.corpus import TokenizedCorpus
 from cartridges_jax.corpus.questions import Question
 from cartridges_jax.data.decontaminate import Split, split_conversations
-from cartridges_jax.data.examples import Example, render_example
+from cartridges_jax.data.examples import Example, render_examples
 from cartridges_jax.data.schema import Conversation
 from cartridges_jax.distill.learner import make_learner
 from cartridges_jax.distill.settings import TrainSettings
@@ -86,8 +86,12 @@ def training_data(
         )
     return TrainingData(
         parts,
-        [render_example(conversations[i], model.chat, targets=settings.targets) for i in parts.training],
-        [render_example(conversations[i], model.chat) for i in parts.heldout],
+        [
+            example
+            for i in parts.training
+            for example in render_examples(conversations[i], model.chat, targets=settings.targets)
+        ],
+        [example for i in parts.heldout for example in render_examples(conversations[i], model.chat)],
     )
 
 
@@ -142,7 +146,7 @@ def distil_cartridge(
         num_tokens = data.num_tokens
         steps = auto_steps(num_tokens, settings.epochs, settings.rows_per_step, settings.row_tokens)
         settings = dataclasses.replace(settings, steps=steps)
-        say(f"{len(examples)} conversations of {num_tokens:,} tokens, {settings.epochs:g} epochs: {steps} steps")
+        say(f"{len(parts.training)} conversations of {num_tokens:,} tokens, {settings.epochs:g} epochs: {steps} steps")
     initial = initial_prefix(model, corpus, size, seed)
     if initial.num_slots < size.num_slots:
         say(f"cartridge.init={size.init!r} fills {initial.num_slots} of {size.num_slots} slots")

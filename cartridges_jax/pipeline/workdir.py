@@ -151,9 +151,13 @@ class Stage:
         return read_json(self._seconds)["seconds"] if self._seconds.exists() else 0.0
 
     @contextlib.contextmanager
-    def clock(self) -> Iterator[_Clock]:
-        """Adds the block's seconds to the stage's; `tick()` writes them, in case the run is killed."""
-        clock = _Clock(self._seconds if self._job.is_first else None, self.spent())
+    def clock(self, already: float = 0.0) -> Iterator[_Clock]:
+        """Adds the block's seconds to the stage's; `tick()` writes them, in case the run is killed.
+
+        Args:
+          already: seconds that were spent on the stage before it was opened.
+        """
+        clock = _Clock(self._seconds if self._job.is_first else None, self.spent() + already)
         try:
             yield clock
         finally:

@@ -18,6 +18,8 @@ from itertools import islice
 
 from cartridges_jax.errors import UserError
 
+_END_OF_THINKING = "</think>"
+
 # A turn: its role, and what its content is made of: messages by number, and text of our own between them.
 Turn = tuple[str, list["int | str"]]
 
@@ -125,16 +127,27 @@ def _around(content: str, in_front: bool) -> tuple[str, str, str]:
 
 
 def _variants(turns: Sequence[Turn], contents: Sequence[str]) -> Iterator[list[str]]:
-    """The contents, then what is left of them where a template drops the thinking of earlier answers.
+    """The contents, then the rest of them where a template leaves out the thinking of answers.
 
+    The rest is trimmed as templates do it: not at all (DeepSeek R1), of newlines before it (Qwen3), or at both ends.
     The thinking itself is not handed to the template then, so it cannot come out as the template's own text,
     where control tokens count: a template that writes it is refused.
     """
     yield list(contents)
     answers = {part for role, parts in turns if role == "assistant" for part in parts}
-    shorter = [text.split("</think>")[-1].lstrip("\n") if i in answers else text for i, text in enumerate(contents)]
-    if shorter != list(contents):
-        yield shorter
+    seen = [list(contents)]
+    for trimmed in (str, _without_newlines, str.strip):
+        shorter = [
+            trimmed(text.split(_END_OF_THINKING)[-1]) if i in answers and _END_OF_THINKING in text else text
+            for i, text in enumerate(contents)
+        ]
+        if shorter not in seen:
+            seen.append(shorter)
+            yield shorter
+
+
+def _without_newlines(text: str) -> str:
+    return text.lstrip("\n")
 
 
 def _filled(turns: Sequence[Turn], contents: Sequence[str]) -> list[dict[str, str]]:

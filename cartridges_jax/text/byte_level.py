@@ -117,7 +117,7 @@ class ByteLevelBPE(Tokenizer):
         return cls(
             metadata["tokenizer.ggml.tokens"],
             metadata["tokenizer.ggml.merges"],
-            pre=metadata.get("tokenizer.ggml.pre", "default"),
+            pre=metadata["tokenizer.ggml.pre"],
             token_types=metadata.get("tokenizer.ggml.token_type"),
             bos_id=metadata.get("tokenizer.ggml.bos_token_id"),
             eos_id=metadata.get("tokenizer.ggml.eos_token_id"),

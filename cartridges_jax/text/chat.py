@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from cartridges_jax.errors import UserError
@@ -53,15 +53,21 @@ class ChatTemplate:
       thinking: whether the model is asked to think before it answers, where its template has a choice.
       is_plain: whether this is the built-in template for models that have none (`PLAIN_TEMPLATE`).
       end_of_turn_id: the token that ends an assistant's turn.
-      stop_ids: the tokens after which sampling stops: end of turn and EOS; without a chat template every
-        token of newlines alone, since vocabularies have tokens for several.
+      stop_ids: the tokens after which sampling stops: end of turn, EOS and those of the model's
+        generation_config.json; without a chat template every token of newlines alone, since vocabularies
+        have tokens for several.
     """
 
-    def __init__(self, source: str, tokenizer: Tokenizer, thinking: bool = False):
+    def __init__(self, source: str, tokenizer: Tokenizer, thinking: bool = False, *, stop_ids: Iterable[int] = ()):
         """
+        Args:
+          source: the Jinja text; an empty one is the plain template.
+          stop_ids: further tokens that end an answer.
+
         Raises:
           UserError: `source` is no valid template, or no token ends an assistant's turn.
         """
+        source = source if source.strip() else PLAIN_TEMPLATE
         self.source = source
         self.thinking = thinking
         self.is_plain = source == PLAIN_TEMPLATE
@@ -75,7 +81,7 @@ class ChatTemplate:
         self._encode = Encoder(tokenizer)
         self.end_of_turn_id = self._find_end_of_turn()
         ends = _newline_ids(tokenizer) if self.is_plain else {self.end_of_turn_id}
-        self.stop_ids = frozenset({self.end_of_turn_id, *ends, tokenizer.eos_id} - {None})
+        self.stop_ids = frozenset({self.end_of_turn_id, *ends, *stop_ids, tokenizer.eos_id} - {None})
 
     @classmethod
     def from_gguf(cls, file: GGUFFile, tokenizer: Tokenizer, thinking: bool = False) -> ChatTemplate:
@@ -86,20 +92,25 @@ class ChatTemplate:
         """
         source = file.metadata.get("tokenizer.chat_template")
         try:
-            return cls(PLAIN_TEMPLATE if source is None else source, tokenizer, thinking)
+            return cls(source or PLAIN_TEMPLATE, tokenizer, thinking)
         except UserError as error:
             raise UserError(f"{file.path}: {error}") from error
 
     @classmethod
-    def from_directory(cls, path: str | Path, tokenizer: Tokenizer, thinking: bool = False) -> ChatTemplate:
+    def from_directory(
+        cls, path: str | Path, tokenizer: Tokenizer, thinking: bool = False, *, stop_ids: Iterable[int] = ()
+    ) -> ChatTemplate:
         """The template in a Hugging Face directory; the plain one if there is none.
+
+        Args:
+          stop_ids: further tokens that end an answer.
 
         Raises:
           UserError: it is not usable, or a file is damaged.
         """
         source = source_in_directory(Path(path))
         try:
-            return cls(PLAIN_TEMPLATE if source is None else source, tokenizer, thinking)
+            return cls(source or PLAIN_TEMPLATE, tokenizer, thinking, stop_ids=stop_ids)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
 
@@ -128,6 +139,14 @@ class ChatTemplate:
         # The system message has number 0 and is not in the rest.
         after = self._encode.place_behind(markers.removed(head))
         return self._encode(rest, markers, range(1, 1 + len(messages)), after=after)
+
+    def same_text(self, token_ids: Sequence[int], others: Sequence[int]) -> bool:
+        """Whether two renderings of a conversation up to an answer differ in white space and the end of turn at most."""
+        first, second = (
+            "".join(self._tokenizer.decode(ids, skip_control=False).split())
+            for ids in (token_ids[:-1] if token_ids and token_ids[-1] in self.stop_ids else token_ids, others)
+        )
+        return first == second
 
     def system_prefix(self, content: str) -> Rendered:
         """The system message alone: what in-context learning puts in front of a conversation.

@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 
 from cartridges_jax.errors import UserError
 from cartridges_jax.models import Model
+from cartridges_jax.rope import Rope
 
 _NAMES = {
     "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "q_proj": "self_attn.q_proj",
@@ -31,7 +32,7 @@ def export(model: Model, directory: Path) -> Path:
     (kind, *others) = config.period
     layers = model.params.get("layers", {}).get("0", {})
     plain = (
-        not others and kind.rope is not None and not kind.rope.factors and not kind.window
+        not others and kind.rope is not None and kind.rope == Rope(kind.rope.base) and not kind.window
         and config.activation == "silu" and set(layers) == set(_NAMES)
         and (config.embedding_scale, config.attention_scale) == (1.0, None)
         and not config.attention_softcap and not config.logit_softcap

@@ -51,7 +51,7 @@ def _common(fields: Fields, shapes: dict[str, Any]) -> dict[str, Any]:
 
 def _gemma2(fields: Fields) -> ModelConfig:
     shapes = hugging_face.shapes(fields, head_dim=256)
-    rope = hugging_face.rope(fields, shapes["head_dim"], shapes["context_length"])
+    rope = hugging_face.rope(fields, shapes["head_dim"])
     types = hugging_face.layer_types(fields, shapes["num_layers"], _types(shapes["num_layers"], 2))
     windows = hugging_face.windows(fields, types, 4096)
     return ModelConfig(
@@ -71,25 +71,26 @@ _GEMMA3_DEFAULTS = {
 
 def _gemma3(fields: Fields) -> ModelConfig:
     shapes = hugging_face.shapes(fields, head_dim=256)
-    num_layers, head_dim, context = shapes["num_layers"], shapes["head_dim"], shapes["context_length"]
-    parameters = fields.take("rope_parameters", {})
+    num_layers, head_dim = shapes["num_layers"], shapes["head_dim"]
+    parameters = Fields(fields.mapping("rope_parameters"), f"{fields.source} rope_parameters", None)
     ropes = {
         GLOBAL: {
             "rope_theta": fields.number("rope_theta", 1_000_000.0, kind=float),
-            **fields.take("rope_scaling", {}),
-            **parameters.get(GLOBAL, {}),
+            **fields.mapping("rope_scaling"),
+            **parameters.mapping(GLOBAL),
         },
         LOCAL: {
             "rope_theta": fields.number("rope_local_base_freq", _LOCAL_BASE, kind=float),
-            **parameters.get(LOCAL, {}),
+            **parameters.mapping(LOCAL),
         },
     }
+    parameters.finish()
     # Newer files file the pattern under the first name, and give the list as well.
     every = fields.number("_sliding_window_pattern", 6)
     every = fields.number("sliding_window_pattern", every)
     types = hugging_face.layer_types(fields, num_layers, _types(num_layers, every))
     kinds = [
-        LayerKind(hugging_face.rope_of(fields, ropes[kind], head_dim, context), window)
+        LayerKind(hugging_face.rope_of(fields, ropes[kind], head_dim), window)
         for kind, window in zip(types, hugging_face.windows(fields, types, 4096))
     ]
     return ModelConfig(
@@ -102,7 +103,7 @@ def _gemma3(fields: Fields) -> ModelConfig:
 
 
 def _gemma3_with_vision(fields: Fields) -> ModelConfig:
-    text = Fields({**_GEMMA3_DEFAULTS, **fields.take("text_config")}, f"{fields.source} text_config")
+    text = Fields({**_GEMMA3_DEFAULTS, **fields.mapping("text_config")}, f"{fields.source} text_config")
     fields.take("vision_config", None)
     fields.take("tie_word_embeddings", None)
     config = _gemma3(text)

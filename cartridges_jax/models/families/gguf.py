@@ -14,7 +14,7 @@ import numpy as np
 from cartridges_jax.errors import UserError
 from cartridges_jax.models.config import ModelConfig
 from cartridges_jax.models.families.family import Entry, Fields, Names, entries, unpermute_rows
-from cartridges_jax.rope import Rope, linear_factors
+from cartridges_jax.rope import Rope, linear_factors, yarn_factors, yarn_scale
 
 NAMES = Names(
     top=entries({"token_embd.weight": "embedding", "output_norm.weight": "final_norm", "output.weight": "lm_head"}),
@@ -57,7 +57,13 @@ def shapes(fields: Fields) -> dict[str, Any]:
       UserError: a field is missing, or keys and values differ in width.
     """
     num_heads, d_model = fields.number("attention.head_count"), fields.number("embedding_length")
-    head_dim = fields.number("attention.key_length", d_model // num_heads)
+    head_dim = fields.number("attention.key_length", None)
+    if head_dim is None and d_model % num_heads:
+        raise UserError(
+            f"{fields.source} has embedding_length={d_model}, which attention.head_count={num_heads} does not divide, "
+            "and no attention.key_length: convert the model again"
+        )
+    head_dim = head_dim or d_model // num_heads
     for name in ("attention.value_length", "rope.dimension_count"):
         fields.expect(name, head_dim)
     fields.expect("expert_count", 0)
@@ -70,9 +76,26 @@ def shapes(fields: Fields) -> dict[str, Any]:
         "head_dim": head_dim,
         "d_ff": fields.number("feed_forward_length"),
         "vocab_size": fields.number("vocab_size"),
-        "context_length": fields.number("context_length"),
+        "context_length": _context_length(fields),
         "norm_eps": fields.number("attention.layer_norm_rms_epsilon", kind=float),
     }
+
+
+def _scaling(fields: Fields) -> tuple[str, float]:
+    """(kind, factor); without a kind a factor is linear, and old files name it `rope.scale_linear`."""
+    old = fields.number("rope.scale_linear", 1.0, null=0.0, kind=float)
+    factor = fields.number("rope.scaling.factor", old, null=0.0, kind=float) or 1.0
+    kind = fields.take("rope.scaling.type", "linear")
+    return ("none", 1.0) if kind == "linear" and factor == 1 else (kind, factor)
+
+
+def _context_length(fields: Fields) -> int:
+    """The longest position; llama.cpp's converter leaves it unscaled in some models with YaRN."""
+    longest = fields.number("context_length")
+    kind, factor = _scaling(fields)
+    if kind != "yarn":
+        return longest
+    return max(longest, int(fields.number("rope.scaling.original_context_length", longest) * factor))
 
 
 def rope(fields: Fields, head_dim: int, default_base: float = 10000.0) -> Rope:
@@ -87,10 +110,17 @@ def rope(fields: Fields, head_dim: int, default_base: float = 10000.0) -> Rope:
         raise UserError(
             f"rope_freqs.weight has {len(factors)} values for heads of width {head_dim}: convert the model again"
         )
-    kind = fields.take("rope.scaling.type", "none")
+    kind, factor = _scaling(fields)
+    original = fields.number("rope.scaling.original_context_length", fields.number("context_length"))
     if kind == "linear" and not factors:
-        factors = linear_factors(head_dim, fields.number("rope.scaling.factor", kind=float))
-    elif kind != "none":
+        return Rope(base, linear_factors(head_dim, factor))
+    if kind == "yarn" and not factors and base > 1:
+        fast = fields.number("rope.scaling.yarn_beta_fast", 32.0, kind=float)
+        slow = fields.number("rope.scaling.yarn_beta_slow", 1.0, kind=float)
+        factors = yarn_factors(head_dim, base, factor, original, beta_fast=fast, beta_slow=slow)
+        scale = yarn_scale(factor) * fields.number("rope.scaling.attn_factor", 1.0, kind=float)
+        return Rope(base, factors, scale)
+    if kind != "none":
         raise UserError(
             f"{fields.source} asks for rope scaling {kind!r}, which is not implemented: use a model without it"
         )

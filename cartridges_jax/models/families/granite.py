@@ -9,10 +9,11 @@ from cartridges_jax.models.families.family import Family, Fields
 
 def _granite(fields: Fields) -> ModelConfig:
     shapes = hugging_face.shapes(fields)
-    rope = hugging_face.rope(fields, shapes["head_dim"], shapes["context_length"])
+    rope = hugging_face.rope(fields, shapes["head_dim"])
     return ModelConfig(
         **shapes,
         **hugging_face.biases(fields),
+        mlp_bias=hugging_face.mlp_bias(fields),
         tie_embeddings=hugging_face.tied(fields, False),
         period=(LayerKind(rope),),
         activation=hugging_face.activation(fields, "hidden_act", "silu"),

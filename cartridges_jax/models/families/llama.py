@@ -9,13 +9,14 @@ from cartridges_jax.models.families.family import Family, Fields
 
 def _llama(fields: Fields) -> ModelConfig:
     shapes = hugging_face.shapes(fields)
-    rope = hugging_face.rope(fields, shapes["head_dim"], shapes["context_length"])
+    rope = hugging_face.rope(fields, shapes["head_dim"])
     # SmolLM2's files name settings of the framework that trained it.
     for name in ("is_llama_config", "rope_interleaved", "transformers.js_config"):
         fields.take(name, None)
     return ModelConfig(
         **shapes,
         **hugging_face.biases(fields),
+        mlp_bias=hugging_face.mlp_bias(fields),
         tie_embeddings=hugging_face.tied(fields, False),
         period=(LayerKind(rope),),
         activation=hugging_face.activation(fields, "hidden_act", "silu"),
@@ -24,7 +25,7 @@ def _llama(fields: Fields) -> ModelConfig:
 
 def _mistral(fields: Fields) -> ModelConfig:
     shapes = hugging_face.shapes(fields)
-    rope = hugging_face.rope(fields, shapes["head_dim"], shapes["context_length"])
+    rope = hugging_face.rope(fields, shapes["head_dim"])
     return ModelConfig(
         **shapes,
         tie_embeddings=hugging_face.tied(fields, False),

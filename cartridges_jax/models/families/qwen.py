@@ -12,9 +12,9 @@ from cartridges_jax.models.families.family import Family, Fields, entries
 def _common(fields: Fields, **shapes_options: Any) -> dict[str, Any]:
     shapes = hugging_face.shapes(fields, **shapes_options)
     num_layers = shapes["num_layers"]
-    rope = hugging_face.rope(fields, shapes["head_dim"], shapes["context_length"])
+    rope = hugging_face.rope(fields, shapes["head_dim"])
     slides = bool(fields.take("use_sliding_window", False))
-    first_local = fields.take("max_window_layers", 28)
+    first_local = fields.number("max_window_layers", 28, null=0)
     default = [
         hugging_face.LOCAL if slides and layer >= first_local else hugging_face.GLOBAL for layer in range(num_layers)
     ]

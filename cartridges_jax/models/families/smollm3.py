@@ -24,9 +24,9 @@ def _every(interval: int, num_layers: int) -> list[int]:
 def _smollm3(fields: Fields) -> ModelConfig:
     shapes = hugging_face.shapes(fields)
     num_layers = shapes["num_layers"]
-    rope = hugging_face.rope(fields, shapes["head_dim"], shapes["context_length"], 2_000_000.0)
+    rope = hugging_face.rope(fields, shapes["head_dim"], 2_000_000.0)
     interval = fields.number("no_rope_layer_interval", _INTERVAL)
-    turned = fields.take("no_rope_layers", _every(interval, num_layers))  # 1 means with positions
+    turned = fields.listing("no_rope_layers", _every(interval, num_layers))  # 1 means with positions
     if len(turned) != num_layers:
         raise UserError(
             f"{fields.source} lists {len(turned)} no_rope_layers for {num_layers} layers: fetch the model again"
@@ -41,6 +41,7 @@ def _smollm3(fields: Fields) -> ModelConfig:
     return ModelConfig(
         **shapes,
         **hugging_face.biases(fields),
+        mlp_bias=hugging_face.mlp_bias(fields),
         tie_embeddings=hugging_face.tied(fields, True),
         period=_kinds(rope, turned, hugging_face.windows(fields, types)),
         activation=hugging_face.activation(fields, "hidden_act", "silu"),

@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cartridges_jax.corpus import TokenizedCorpus
 from cartridges_jax.corpus.questions import Question
 from cartridges_jax.models import Model
 from cartridges_jax.parallel import Job
-from cartridges_jax.pipeline.budget import Budget
 from cartridges_jax.pipeline.config import RunConfig
 from cartridges_jax.pipeline.reporting import Progress, Reporter
 from cartridges_jax.pipeline.signals import NeverStops
 from cartridges_jax.pipeline.workdir import Stage, Workdir, code_hash, library_versions
+
+if TYPE_CHECKING:
+    from cartridges_jax.pipeline.budget import Budget
 
 # The source files that a stage's outcome depends on.
 _MODEL_CODE = (

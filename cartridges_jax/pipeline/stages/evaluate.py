@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from cartridges_jax.evaluation.conditions import condition_fingerprints, make_co
 from cartridges_jax.evaluation.evaluate import evaluate as measure
 from cartridges_jax.evaluation.measuring import longest_example
 from cartridges_jax.evaluation.results import write_answers
-from cartridges_jax.evaluation.tasks import TaskInputs, make_tasks
+from cartridges_jax.evaluation.tasks import Task, TaskInputs, make_tasks
 from cartridges_jax.pipeline.distillation import split
 from cartridges_jax.pipeline.stages.context import RunContext, flat
 from cartridges_jax.pipeline.workdir import Stage
@@ -33,21 +34,19 @@ def evaluate(run: RunContext, train_stage: Stage, cartridge: Cartridge, conversa
     })  # fmt: skip
     if stage.done:
         return stage
-    parts = split(conversations, run.questions, run.config.heldout, run.config.seed)
-    heldout = [conversations[i] for i in parts.heldout]
-    with stage.clock() as clock, run.progress("evaluate", 1) as bar:
+    baselines, already = (None, 0.0) if run.budget is None else (run.budget.baselines, run.budget.baseline_seconds)
+    with stage.clock(already) as clock, run.progress("evaluate", 1) as bar:
 
         def advance(done: int, total: int) -> None:
             bar.at(done, total)
             clock.tick()
             run.stop.check()
 
-        tasks = make_tasks(settings.tasks, TaskInputs(run.corpus, questions, heldout))
-        room = longest_example(run.model, tasks, settings.max_answer_tokens)
+        tasks, room = make_examples(run, conversations)
         conditions = make_conditions(
             run.model, run.corpus, cartridge.prefix, settings.conditions, room=room, seed=run.config.seed
         )
-        measured = measure(run.model, conditions, tasks, settings, on_progress=advance)
+        measured = measure(run.model, conditions, tasks, settings, baselines=baselines, on_progress=advance)
     if run.job.is_first:
         write_answers(stage.directory / ANSWERS, measured.rows)
     stage.finish({
@@ -56,6 +55,15 @@ def evaluate(run: RunContext, train_stage: Stage, cartridge: Cartridge, conversa
         "tokens_cut": tokens_cut(run.model, run.corpus, room),
     })  # fmt: skip
     return stage
+
+
+def make_examples(run: RunContext, conversations: Sequence[Conversation]) -> tuple[list[Task], int]:
+    """The tasks with their examples, and the positions that the longest one needs after a prefix."""
+    settings = run.config.evaluation
+    parts = split(conversations, run.questions, run.config.heldout, run.config.seed)
+    heldout = [conversations[i] for i in parts.heldout]
+    tasks = make_tasks(settings.tasks, TaskInputs(run.corpus, asked_questions(run), heldout))
+    return tasks, longest_example(run.model, tasks, settings.max_answer_tokens)
 
 
 def asked_questions(run: RunContext) -> list[Question]:

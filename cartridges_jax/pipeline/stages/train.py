@@ -31,7 +31,7 @@ def train(run: RunContext, study: Stage, conversations: list[Conversation]) -> t
     })  # fmt: skip
     directory = stage.directory / "cartridge"
     if not stage.done:
-        with stage.clock() as clock:
+        with stage.clock(0.0 if run.budget is None else run.budget.trial_seconds) as clock:
             _train(run, stage, conversations, directory, clock)
     try:
         cartridge = load_cartridge(directory)

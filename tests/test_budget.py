@@ -11,6 +11,7 @@ import shutil
 import pytest
 from tiny_runs import Collected, config_of, settings, talker_gguf, write_inputs  # noqa: F401
 
+from cartridges_jax.distill.step import train_step
 from cartridges_jax.errors import UserError
 from cartridges_jax.pipeline import budget
 from cartridges_jax.pipeline import run as pipeline
@@ -169,7 +170,10 @@ def decisions(workdir):
 
 
 def test_a_run_stores_its_plan_and_follows_it_when_it_is_started_again(started, tmp_path):
+    compiled = train_step._cache_size()
     said, report = started(2.0)
+    # The trial's program is the training's.
+    assert train_step._cache_size() <= compiled + 1
     plan = (tmp_path / "run" / "plan.json").read_text()
     ((batches, (steps,)),) = decisions(tmp_path / "run")
     assert report["steps"] == steps and report["config"]["train"]["steps"] == steps

@@ -10,12 +10,14 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from cartridges_jax.cartridge import KVPrefix
 from cartridges_jax.errors import UserError
 from cartridges_jax.evaluation.conditions import CONDITIONS, JUDGE, SUBJECT, Condition, condition_title
 from cartridges_jax.evaluation.measuring import Measuring
 from cartridges_jax.evaluation.results import add_closed, shown_answers, summarise
 from cartridges_jax.evaluation.tasks import Task, check_task
 from cartridges_jax.models import Model
+from cartridges_jax.parallel import place_prefix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,13 +91,21 @@ class Baselines:
       conditions: those of the evaluation; the cartridge's is a stand-in.
       measuring: with the judge's answers.
       rows: condition to its rows.
-      seconds: condition to the time that its rows took.
+      seconds: condition to the time that it took; the judge's answers count as the judge's.
     """
 
     conditions: list[Condition]
     measuring: Measuring
     rows: dict[str, list[dict[str, Any]]]
     seconds: dict[str, float]
+
+    def with_cartridge(self, model: Model, cartridge: KVPrefix) -> list[Condition]:
+        """The conditions with the cartridge in its place."""
+        prefix = place_prefix(cartridge, model.mesh, in_use=True)
+        return [
+            dataclasses.replace(condition, prefix=prefix) if condition.name == SUBJECT else condition
+            for condition in self.conditions
+        ]
 
 
 def measure_baselines(
@@ -113,13 +123,14 @@ def measure_baselines(
       conditions: with any prefix for the cartridge.
       clock: seconds from any origin.
     """
+    start = clock()
     measuring = Measuring(model, conditions, tasks, settings.max_answer_tokens, on_progress)
-    rows, seconds = {}, {}
+    rows, seconds = {}, {JUDGE: clock() - start}
     for condition in conditions:
         if condition.name != SUBJECT:
             start = clock()
             rows[condition.name] = measuring.rows(condition)
-            seconds[condition.name] = clock() - start
+            seconds[condition.name] = seconds.get(condition.name, 0.0) + clock() - start
     return Baselines(list(conditions), measuring, rows, seconds)
 
 

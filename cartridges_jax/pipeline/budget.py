@@ -5,7 +5,7 @@ time. Then the conditions of the evaluation that need no cartridge are measured,
 own will take, and a trial of the train step tells how many steps fit into what is left. Slots and questions are not cut.
 
 Every decision is stored in the workdir as `plan.json` under the stage that it belongs to. A resumed run follows the
-stored decisions; a run with another budget has other stages and decides anew.
+stored decisions; a run with another budget has other stages and makes its own decisions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cartridges_jax.data.schema import Conversation
 from cartridges_jax.distill.learner import make_learner
 from cartridges_jax.distill.trainer import measure_steps
 from cartridges_jax.errors import UserError
-from cartridges_jax.evaluation.conditions import make_conditions
+from cartridges_jax.evaluation.conditions import SUBJECT, make_conditions
 from cartridges_jax.evaluation.evaluate import Baselines, measure_baselines
 from cartridges_jax.parallel import Job
 from cartridges_jax.pipeline.config import RunConfig
@@ -105,7 +105,7 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Pace:
-    """What the batches of a study tell about the machine.
+    """The speed of the machine, as the batches of a study show it.
 
     Attributes:
       compiling: seconds that the first batch took beyond the others.
@@ -153,7 +153,7 @@ def least_minutes(estimate: Estimate, loading: float, heldout: int, kept_per_bat
 
 
 def study_should_end(minutes: float, loading: float, marks: Sequence[Sequence[float]], estimate: Estimate) -> bool:
-    """Whether a study has used up its share of a budget, to the nearest batch.
+    """Returns True if a study has used up its share of a budget, to the nearest batch.
 
     What loading, evaluation and compiling leave is divided as a run with auto sizes divides it.
 
@@ -243,11 +243,11 @@ class Budget:
         return {} if stage.done else {"should_end": self._ender(stage, entry)}
 
     def entry(self, stage: Stage) -> dict[str, Any]:
-        """What is stored about a study."""
+        """Returns the stored plan of a study."""
         return self._job.from_first(lambda: self._read()[stage.key])
 
     def store(self, stage: Stage, entry: dict[str, Any]) -> None:
-        """Replaces what is stored about a study."""
+        """Replaces the stored plan of a study."""
         self._job.from_first(lambda: self._write(stage.key, entry))
 
     def _ender(self, stage: Stage, entry: dict[str, Any]) -> Callable[[int, int], bool]:
@@ -258,7 +258,7 @@ class Budget:
         def decide(batches: int, conversations: int) -> bool:
             marks = entry["batch_seconds"]
             if marks and batches <= marks[-1][0]:
-                # Of an earlier attempt, which went on.
+                # Of an earlier attempt, which decided to continue.
                 return False
             marks.append([batches, round(before + monotonic() - start, 3)])
             ends = study_should_end(self.minutes, entry["loading_seconds"], marks, estimate) and conversations >= least
@@ -369,7 +369,9 @@ def with_steps(run: RunContext, budget: Budget, study: Stage, conversations: Seq
         budget.trial_seconds = monotonic() - trial_started
         run.stop.check()
         assert budget.baselines is not None
-        evaluation = _CARTRIDGE_SHARE * min(budget.baselines.seconds.values())
+        evaluation = 0.0
+        if SUBJECT in config.evaluation.conditions:
+            evaluation = _CARTRIDGE_SHARE * min(budget.baselines.seconds.values())
 
         def decided() -> dict[str, Any]:
             spent = entry["loading_seconds"] + entry["batch_seconds"][-1][1] + monotonic() - started
@@ -420,7 +422,7 @@ def _measure_baselines(
 
 
 def _training_key(run: RunContext, conversations: Sequence[Conversation]) -> str:
-    """A hash of what a decision about steps belongs to, besides the study."""
+    """A hash of the inputs, besides the study, that a decision about steps belongs to."""
     config = run.config
     parts = {
         "train": dataclasses.asdict(config.train),

@@ -43,9 +43,12 @@ def evaluate(run: RunContext, train_stage: Stage, cartridge: Cartridge, conversa
             run.stop.check()
 
         tasks, room = make_examples(run, conversations)
-        conditions = make_conditions(
-            run.model, run.corpus, cartridge.prefix, settings.conditions, room=room, seed=run.config.seed
-        )
+        if baselines is None:
+            conditions = make_conditions(
+                run.model, run.corpus, cartridge.prefix, settings.conditions, room=room, seed=run.config.seed
+            )
+        else:
+            conditions = baselines.with_cartridge(run.model, cartridge.prefix)
         measured = measure(run.model, conditions, tasks, settings, baselines=baselines, on_progress=advance)
     if run.job.is_first:
         write_answers(stage.directory / ANSWERS, measured.rows)

@@ -229,7 +229,8 @@ def test_thinking_of_earlier_answers_is_dropped():
 
 
 @pytest.mark.parametrize(
-    ("name", "rest"), [("deepseek-r1", "\n\nFour. "), ("qwq", "Four. "), ("qwen3-thinking", "Four. "), ("strips", "Four.")]
+    ("name", "rest"),
+    [("deepseek-r1", "\n\nFour. "), ("qwq", "Four. "), ("qwen3-thinking", "Four. "), ("strips", "Four.")],
 )
 def test_a_second_turn_after_thinking_is_what_the_template_writes(name, rest):
     """With stripping of one kind or another, or none, as answers come: the prompt has opened the thinking."""

@@ -106,9 +106,7 @@ class ModelConfig:
                 if rope[name] == default:
                     del rope[name]
         fields = {
-            field.name: values[field.name]
-            for field in dataclasses.fields(self)
-            if values[field.name] != field.default
+            field.name: values[field.name] for field in dataclasses.fields(self) if values[field.name] != field.default
         }
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 

@@ -87,12 +87,15 @@ class ChatTemplate:
     def from_gguf(cls, file: GGUFFile, tokenizer: Tokenizer, thinking: bool = False) -> ChatTemplate:
         """The template in a GGUF file's metadata; the plain one if there is none.
 
+        The ends of turns and messages that the metadata numbers (`eot`, `eom`) end answers too, as in llama.cpp.
+
         Raises:
           UserError: it is not usable.
         """
         source = file.metadata.get("tokenizer.chat_template")
+        ends = (file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom"))
         try:
-            return cls(source or PLAIN_TEMPLATE, tokenizer, thinking)
+            return cls(source or PLAIN_TEMPLATE, tokenizer, thinking, stop_ids=[i for i in ends if i is not None])
         except UserError as error:
             raise UserError(f"{file.path}: {error}") from error
 

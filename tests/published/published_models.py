@@ -16,7 +16,7 @@ from peers import torch, transformers
 from tiny_texts import tiny_tokenizer
 from tokenizers import AddedToken
 
-_FLOAT16 = {"torch_dtype": "bfloat16", "use_cache": True, "initializer_range": 0.02, "attention_dropout": 0.0}
+_COMMON = {"torch_dtype": "bfloat16", "use_cache": True, "initializer_range": 0.02, "attention_dropout": 0.0}
 # 0 in `spare_rows`: as many rows as tokens; negative: the last added tokens have none.
 _LLAMA_TOKENS = {
     128000: "<|begin_of_text|>", 128001: "<|end_of_text|>", 128006: "<|start_header_id|>", 128007: "<|end_header_id|>",
@@ -58,7 +58,7 @@ class Published:
 def _llama(sizes: dict[str, Any], factor: float, template: str) -> Published:
     return Published(
         config={
-            **_FLOAT16, "architectures": ["LlamaForCausalLM"], "attention_bias": False, "bos_token_id": 128000,
+            **_COMMON, "architectures": ["LlamaForCausalLM"], "attention_bias": False, "bos_token_id": 128000,
             "eos_token_id": [128001, 128008, 128009], "hidden_act": "silu", "max_position_embeddings": 131072,
             "mlp_bias": False, "model_type": "llama", "pretraining_tp": 1, "rms_norm_eps": 1e-05,
             "rope_scaling": {
@@ -85,7 +85,7 @@ def _llama(sizes: dict[str, Any], factor: float, template: str) -> Published:
 def _qwen(config: dict[str, Any], generation_config: dict[str, Any], template: str, **other: Any) -> Published:
     return Published(
         config={
-            **_FLOAT16, "bos_token_id": 151643, "hidden_act": "silu", "rms_norm_eps": 1e-06, "use_sliding_window": False,
+            **_COMMON, "bos_token_id": 151643, "hidden_act": "silu", "rms_norm_eps": 1e-06, "use_sliding_window": False,
             **config,
         },
         generation_config={"bos_token_id": 151643, **generation_config},
@@ -106,7 +106,7 @@ def _qwen(config: dict[str, Any], generation_config: dict[str, Any], template: s
 _QWEN3_TOKENS = ("<tool_call>", "</tool_call>", "<think>", "</think>")
 _QWEN3_GENERATION = {"do_sample": True, "eos_token_id": [151645, 151643], "pad_token_id": 151643, "top_k": 20}
 _GEMMA = {
-    **_FLOAT16, "attention_bias": False, "bos_token_id": 2, "cache_implementation": "hybrid", "head_dim": 256,
+    **_COMMON, "attention_bias": False, "bos_token_id": 2, "cache_implementation": "hybrid", "head_dim": 256,
     "hidden_activation": "gelu_pytorch_tanh", "pad_token_id": 0, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06,
 }  # fmt: skip
 _GEMMA_TOKENIZER = {
@@ -237,7 +237,7 @@ PUBLISHED = {
     ),
     "mistralai/Mistral-7B-Instruct-v0.3": Published(
         config={
-            **_FLOAT16, "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2,
+            **_COMMON, "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2,
             "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 32768,
             "model_type": "mistral", "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
             "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "sliding_window": None, "tie_word_embeddings": False,
@@ -353,6 +353,8 @@ def _shrunk(config: dict[str, Any], num_rows: int) -> dict[str, Any]:
 def _with_ids(values: dict[str, Any], ids: dict[int, int]) -> dict[str, Any]:
     """The files' ids of tokens, renamed to the tiny tokenizer's."""
     return {
-        key: ([ids[i] for i in value] if isinstance(value, list) else ids[value]) if key.endswith("_token_id") else value
+        key: ([ids[i] for i in value] if isinstance(value, list) else ids[value])
+        if key.endswith("_token_id")
+        else value
         for key, value in values.items()
     }

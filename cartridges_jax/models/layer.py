@@ -20,7 +20,7 @@ from cartridges_jax.models.cache import Cache
 from cartridges_jax.models.config import LayerKind, ModelConfig
 from cartridges_jax.models.pointwise import gated, rms_norm
 from cartridges_jax.parallel import constrain
-from cartridges_jax.quantized import linear
+from cartridges_jax.quantized import Matrix, linear
 from cartridges_jax.rope import rope_tables, rotate
 
 
@@ -67,7 +67,7 @@ class Layer(nn.Module):
     config: ModelConfig
     taps: tuple[str, ...] = ()
 
-    def _matrix(self, name: str, shape: tuple[int, int], axes: tuple[str, str]) -> Array:
+    def _matrix(self, name: str, shape: tuple[int, int], axes: tuple[str, str]) -> Matrix:
         init = nn.initializers.normal(shape[0] ** -0.5)
         return self.param(name, nn.with_logical_partitioning(init, axes), shape)
 

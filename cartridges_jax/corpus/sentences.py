@@ -21,7 +21,7 @@ MOST_BYTES = 1000
 # The characters around a full stop that decide whether it ends a sentence.
 _CONTEXT = 80
 
-# Abbreviations that are followed by what they belong to, so never end a sentence; these only before a digit.
+# Abbreviations that precede what they belong to, so never end a sentence; these only before a digit.
 _BEFORE_NAMES = frozenset(
     "mr mrs ms dr prof st mt ft rev hon fr gen col maj capt cmdr lt sgt gov sen rep pres vs cf e.g i.e viz".split()
 )
@@ -62,8 +62,8 @@ _SEPARATOR = re.compile(r"[\s,;|:)\]}>、，；：।]")
 class Sentence:
     """One sentence: `text` is the source's `[start:end]`, in characters; at most `MOST_BYTES` of UTF-8.
 
-    `heading` marks a heading line, which is a sentence of its own; `heading_text` is the title of the heading that the
-    sentence stands under (a heading's own title), None before the first.
+    `heading` marks a heading line, which is a sentence of its own; `heading_text` is the title of the heading above
+    the sentence (a heading's own title), None before the first.
     """
 
     text: str
@@ -124,15 +124,15 @@ def _longest(text: str, start: int, end: int) -> int:
     if len(text[start:stop].encode("utf-8", "surrogatepass")) <= MOST_BYTES:
         return stop
     size = 0
-    for stop in range(start, stop):
-        size += len(text[stop].encode("utf-8", "surrogatepass"))
+    for at in range(start, stop):
+        size += len(text[at].encode("utf-8", "surrogatepass"))
         if size > MOST_BYTES:
-            break
+            return at
     return stop
 
 
 def _cut(text: str, start: int, stop: int) -> int:
-    """The best place at or before `stop` to cut a span that goes on there."""
+    """The best place at or before `stop` to cut a span that continues there."""
     # A line end or space right after the piece is as good as one at its end.
     if text[stop].isspace():
         return stop

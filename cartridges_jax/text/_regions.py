@@ -4,8 +4,8 @@ The template runs on contents that hold marker characters, a pair of its own for
 nowhere else. Taking the markers out must give the plain rendering back; so whatever a template does to
 contents is either understood or refused.
 
-Templates trim contents, each in its own way (Llama 3 all white space on both sides, Qwen3 newlines in front
-of the last answer), and markers around a content would hide its white space from that. So the template runs
+Templates trim contents, each in its own way (Llama 3 all white space on both sides, Qwen3 newlines before
+the last answer), and markers around a content would hide its white space from that. So the template runs
 twice: markers inside the white space show what trimming leaves, markers outside show what the template
 itself writes between contents. The difference is white space that belongs to the contents.
 """
@@ -35,7 +35,7 @@ class Markers:
         free = (c for c in map(chr, range(0xF0000, 0x10FFFE)) if c not in used)
         chars = list(islice(free, 2 * count))
         if len(chars) < 2 * count:
-            raise UserError(f"{count} messages are more than can be told apart; split the conversation")
+            raise UserError(f"{count} messages are more than there are markers for; split the conversation")
         self._opening, self._closing = chars[0::2], chars[1::2]
         self._number = {char: i for i, char in enumerate(self._opening)}
         every = "".join(chars)
@@ -75,8 +75,8 @@ def mark(
     """
     plain = run(_filled(turns, contents))
     for variant in _variants(turns, contents):
-        for in_front in (True, False):
-            parts = [_around(content, in_front) for content in variant]
+        for leading in (True, False):
+            parts = [_around(content, leading) for content in variant]
             marked = _marked(run, turns, parts, markers)
             if marked is not None and markers.removed(marked) == plain:
                 return marked
@@ -84,7 +84,7 @@ def mark(
 
 
 def _marked(run, turns: Sequence[Turn], parts: Sequence[tuple[str, str, str]], markers: Markers) -> str | None:
-    """`parts`: white space in front, the core and white space behind, per content."""
+    """`parts`: leading white space, the core and trailing white space, per content."""
     inside = [lead + markers.wrap(i, core) + trail for i, (lead, core, trail) in enumerate(parts)]
     outside = [markers.wrap(i, "".join(part)) for i, part in enumerate(parts)]
     numbers, cores, gaps = markers.split(run(_filled(turns, inside)))
@@ -111,17 +111,17 @@ def _kept(gap: str, template: str, trail: str, lead: str) -> tuple[str, str] | N
     choices = range(max(0, extra - len(lead)), min(extra, len(trail)) + 1)
     # Where several fit, all or nothing is likelier than a part.
     for size in sorted(choices, key=lambda a: (a not in (0, len(trail))) + (extra - a not in (0, len(lead)))):
-        behind, front = gap[:size], gap[size + len(template) :]
-        if gap[size : size + len(template)] == template and trail.startswith(behind) and lead.endswith(front):
-            return behind, front
+        before, after = gap[:size], gap[size + len(template) :]
+        if gap[size : size + len(template)] == template and trail.startswith(before) and lead.endswith(after):
+            return before, after
     return None
 
 
-def _around(content: str, in_front: bool) -> tuple[str, str, str]:
-    """White space in front, the core, white space behind; all in front or all behind if there is no core."""
+def _around(content: str, leading: bool) -> tuple[str, str, str]:
+    """Leading white space, the core, trailing white space; all leading or all trailing if there is no core."""
     core = content.strip()
     if not core:
-        return (content, "", "") if in_front else ("", "", content)
+        return (content, "", "") if leading else ("", "", content)
     start = content.index(core)
     return content[:start], core, content[start + len(core) :]
 

@@ -132,7 +132,7 @@ class ByteLevelBPE(Tokenizer):
 
 
 def _bpe(tokens: Sequence[str], merges: Sequence[str], pre: str, atomic: set[str]) -> BPETokenizer:
-    """The merge machine alone, without atomic tokens, so that no merge can produce one."""
+    """The merging backend without atomic tokens, so that no merge can produce one."""
     vocabulary = {token: i for i, token in enumerate(tokens) if token not in atomic}
     pairs = [tuple(merge.split(" ")) for merge in merges]
     if atomic:

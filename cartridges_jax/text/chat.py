@@ -3,20 +3,20 @@
 `_regions` tells which parts of a rendering the template wrote and which the messages did; `_rendered` makes
 tokens of it, so that no content makes a control token and each content has its span.
 
-A cartridge stands for the system message, so a rendering can be cut in two behind it: `system_prefix` and
+A cartridge replaces the system message, so a rendering can be cut in two after it: `system_prefix` and
 `render_continuation`, which together are, as text, the whole rendering. There are three kinds of templates:
 
 * The system message is a turn of its own (ChatML, Llama 3, Qwen, SmolLM): the cut is at its end.
 * It is written into the first user turn (Llama 2, Gemma 3, Mistral): the cut is where the user's own content
-  starts. Text on both sides of the cut is encoded apart, so a token that would cover the cut is not made.
+  starts. Text on both sides of the cut is encoded separately, so no token covers the cut.
 * It is refused (Gemma 2) or written into the last turn (later Mistral, which drops it if that is an answer).
-  A cartridge needs a front that stays, so the system message is folded into the first user turn as Gemma 3
+  A cartridge needs a fixed beginning, so the system message is folded into the first user turn as Gemma 3
   does it: content, blank line, user's content. `render` folds only what the template does not take.
 
 What depends on the day or on a choice is fixed, since a cartridge must stay what it was trained for:
 `strftime_now` gives 26 July 2024, the default that Llama 3's templates name, and `enable_thinking` is passed
 as chosen. With `thinking=False` a generation prompt holds whatever the template writes to skip thinking
-(Qwen3, SmolLM3: an empty think block), and answers are written, and trained on, behind it.
+(Qwen3, SmolLM3: an empty think block), and answers are written, and trained on, after it.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class ChatTemplate:
             raise UserError(f"{path}: {error}") from error
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> Rendered:
-        """The whole conversation: what the template puts in front (BOS, default system message) included."""
+        """The whole conversation, with what the template writes before it (BOS, default system message)."""
         try:
             marked, markers = self._mark(messages, add_generation_prompt)
         except UserError:
@@ -128,9 +128,9 @@ class ChatTemplate:
         return self._encode(marked, markers, range(len(messages)))
 
     def render_continuation(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> Rendered:
-        """The conversation without BOS and system message, for use behind a KV prefix that holds both.
+        """The conversation without BOS and system message, for use after a KV prefix that holds both.
 
-        It is what stands behind `system_prefix` in the rendering of both, whatever the system message is.
+        It is what follows `system_prefix` in the rendering of both, whatever the system message is.
 
         Raises:
           UserError: also if one of `messages` is a system message, or the first is not the user's where the
@@ -140,11 +140,11 @@ class ChatTemplate:
             raise UserError("a continuation holds no system message, its prefix does; put the text into the prefix")
         head, rest, markers = self._cut(_PROBE, messages, add_generation_prompt)
         # The system message has number 0 and is not in the rest.
-        after = self._encode.place_behind(markers.removed(head))
+        after = self._encode.place_after(markers.removed(head))
         return self._encode(rest, markers, range(1, 1 + len(messages)), after=after)
 
     def same_text(self, token_ids: Sequence[int], others: Sequence[int]) -> bool:
-        """Whether two renderings of a conversation up to an answer differ in white space and the end of turn at most."""
+        """Returns whether two renderings up to an answer are equal but for white space and the end of turn."""
         first, second = (
             "".join(self._tokenizer.decode(ids, skip_control=False).split())
             for ids in (token_ids[:-1] if token_ids and token_ids[-1] in self.stop_ids else token_ids, others)
@@ -152,15 +152,15 @@ class ChatTemplate:
         return first == second
 
     def system_prefix(self, content: str) -> Rendered:
-        """The system message alone: what in-context learning puts in front of a conversation.
+        """The system message alone, the prefix of in-context learning.
 
-        To shorten it to a number of tokens, cut within `spans[0]` and keep the closing tokens behind.
+        To shorten it to a number of tokens, cut within `spans[0]` and keep the closing tokens after it.
         """
         head, _, markers = self._cut(content, [{"role": "user", "content": _PROBE}], False)
         return self._encode(head, markers, range(1))
 
     def default_head(self) -> list[int]:
-        """What the template itself puts in front of a first user message; may be empty."""
+        """The tokens that the template itself writes before a first user message; may be empty."""
         user = {"role": "user", "content": _PROBE}
         _, turn, markers = self._cut(_PROBE, [user], False)
         whole, own = self._mark([user], False)
@@ -200,7 +200,7 @@ class ChatTemplate:
             whole, markers = self._mark(messages, add_generation_prompt, fold=place == "folded")
             head = whole.split(markers.opening(1))[0]
         if head is None or not whole.startswith(head):
-            raise UserError("this chat template writes the system message differently in front of these messages")
+            raise UserError("this chat template writes the system message differently before these messages")
         return head, whole[len(head) :], markers
 
     def _find_end_of_turn(self) -> int:
@@ -237,7 +237,7 @@ class ChatTemplate:
         marked = mark(self._runner(add_generation_prompt), _turns(messages, fold=fold), contents, markers)
         if marked is None:
             raise UserError(
-                "this chat template drops, repeats or rewrites message contents, so their tokens cannot be told apart; "
+                "this chat template drops, repeats or rewrites message contents, so their tokens cannot be found; "
                 f"the {len(messages)} messages have the roles {', '.join(m['role'] for m in messages) or 'none'}"
             )
         return marked, markers
@@ -256,9 +256,7 @@ def _turns(messages: Sequence[Message], *, fold: bool) -> list[Turn]:
     if not fold:
         return [(message["role"], [i]) for i, message in enumerate(messages)]
     if len(messages) < 2 or messages[1]["role"] != "user":
-        raise UserError(
-            "this chat template has no place for a system message without a user message behind it; add one"
-        )
+        raise UserError("this chat template has no place for a system message without a user message after it; add one")
     return [("user", [0, _FOLD, 1]), *((m["role"], [i + 2]) for i, m in enumerate(messages[2:]))]
 
 

@@ -12,13 +12,17 @@ itself writes between contents. The difference is white space that belongs to th
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
 
 from cartridges_jax.errors import UserError
 
+# The ends of thinking: the usual one, and those by which a template's source takes the rest of a text.
 _END_OF_THINKING = "</think>"
+_TAKES_THE_REST = re.compile(
+    r"""\.split\(\s*(?P<quote>['"])(?P<end>[^'"\\]+)(?P=quote)\s*\)\s*(?:\[\s*-1\s*\]|\|\s*last)"""
+)
 
 # A turn: its role, and what its content is made of: messages by number, and text of our own between them.
 Turn = tuple[str, list["int | str"]]
@@ -33,7 +37,7 @@ class Markers:
     def __init__(self, count: int, *texts: str):
         used = set().union(*texts)
         free = (c for c in map(chr, range(0xF0000, 0x10FFFE)) if c not in used)
-        chars = list(islice(free, 2 * count))
+        chars = list(itertools.islice(free, 2 * count))
         if len(chars) < 2 * count:
             raise UserError(f"{count} messages are more than there are markers for; split the conversation")
         self._opening, self._closing = chars[0::2], chars[1::2]
@@ -61,7 +65,11 @@ class Markers:
 
 
 def mark(
-    run: Callable[[list[dict[str, str]]], str], turns: Sequence[Turn], contents: Sequence[str], markers: Markers
+    run: Callable[[list[dict[str, str]]], str],
+    turns: Sequence[Turn],
+    contents: Sequence[str],
+    markers: Markers,
+    ends: Sequence[str] = (_END_OF_THINKING,),
 ) -> str | None:
     """The template's text with every content between its markers; None if the contents cannot be followed.
 
@@ -69,12 +77,13 @@ def mark(
       run: the template, from messages to text.
       turns: the messages to give it, in terms of `contents`.
       contents: the text of each message.
+      ends: see `ends_of_thinking`.
 
     Raises:
       UserError: from `run`.
     """
     plain = run(_filled(turns, contents))
-    for variant in _variants(turns, contents):
+    for variant in _variants(turns, contents, ends):
         for leading in (True, False):
             parts = [_around(content, leading) for content in variant]
             marked = _marked(run, turns, parts, markers)
@@ -126,7 +135,12 @@ def _around(content: str, leading: bool) -> tuple[str, str, str]:
     return content[:start], core, content[start + len(core) :]
 
 
-def _variants(turns: Sequence[Turn], contents: Sequence[str]) -> Iterator[list[str]]:
+def ends_of_thinking(source: str) -> tuple[str, ...]:
+    """The texts up to which a template may leave out an answer: `</think>`, and others that its source names."""
+    return tuple(dict.fromkeys([_END_OF_THINKING, *(found["end"] for found in _TAKES_THE_REST.finditer(source))]))
+
+
+def _variants(turns: Sequence[Turn], contents: Sequence[str], ends: Sequence[str]) -> Iterator[list[str]]:
     """The contents, then the rest of them where a template leaves out the thinking of answers.
 
     The rest is trimmed as templates do it: not at all (DeepSeek R1), of newlines before it (Qwen3), or at both ends.
@@ -134,14 +148,13 @@ def _variants(turns: Sequence[Turn], contents: Sequence[str]) -> Iterator[list[s
     where control tokens count: a template that writes it is refused.
     """
     yield list(contents)
-    answers = {part for role, parts in turns if role == "assistant" for part in parts}
+    answers = {part for role, parts in turns if role == "assistant" for part in parts if isinstance(part, int)}
     seen = [list(contents)]
-    for trimmed in (str, _without_newlines, str.strip):
-        shorter = [
-            trimmed(text.split(_END_OF_THINKING)[-1]) if i in answers and _END_OF_THINKING in text else text
-            for i, text in enumerate(contents)
-        ]
-        if shorter not in seen:
+    for end, trimmed in itertools.product(ends, (str, _without_newlines, str.strip)):
+        cut = {i for i in answers if end in contents[i]}
+        shorter = [trimmed(text.split(end)[-1]) if i in cut else text for i, text in enumerate(contents)]
+        # Cut at the start of the thinking, a text would still hold it.
+        if shorter not in seen and not any(other in shorter[i] for i in cut for other in ends):
             seen.append(shorter)
             yield shorter
 

@@ -29,7 +29,7 @@ from pathlib import Path
 from cartridges_jax.errors import UserError
 from cartridges_jax.formats.gguf import GGUFFile
 from cartridges_jax.text._jinja import compile_template
-from cartridges_jax.text._regions import Markers, Turn, mark
+from cartridges_jax.text._regions import Markers, Turn, ends_of_thinking, mark
 from cartridges_jax.text._rendered import Encoder, Rendered
 from cartridges_jax.text.chat_source import PLAIN_TEMPLATE, source_in_directory
 from cartridges_jax.text.tokenizer import Tokenizer
@@ -73,6 +73,7 @@ class ChatTemplate:
         self.is_plain = source == PLAIN_TEMPLATE
         self._tokenizer = tokenizer
         self._template = compile_template(source)
+        self._ends_of_thinking = ends_of_thinking(source)
         self._variables = {
             name: tokenizer.token_text(token_id)
             for name, token_id in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id))
@@ -223,7 +224,9 @@ class ChatTemplate:
         try:
             turns = _turns(messages, fold=False)
             contents = [message["content"] for message in messages]
-            return mark(self._runner(False), turns, contents, markers or self._markers(messages))
+            return mark(
+                self._runner(False), turns, contents, markers or self._markers(messages), self._ends_of_thinking
+            )
         except UserError:
             return None
 
@@ -234,7 +237,8 @@ class ChatTemplate:
         messages = [_checked(message) for message in messages]
         markers = self._markers(messages)
         contents = [message["content"] for message in messages]
-        marked = mark(self._runner(add_generation_prompt), _turns(messages, fold=fold), contents, markers)
+        turns = _turns(messages, fold=fold)
+        marked = mark(self._runner(add_generation_prompt), turns, contents, markers, self._ends_of_thinking)
         if marked is None:
             raise UserError(
                 "this chat template drops, repeats or rewrites message contents, so their tokens cannot be found; "

@@ -36,10 +36,13 @@ _OPENERS = frozenset(
     "there these they this those to today under until we what when where while who why with you your".split()
 )
 
+# Marks that need a space after them (Latin, Arabic, Urdu, Devanagari, Armenian, Ethiopic), and those that need none.
+_SPACED, _UNSPACED = ".!?…؟۔।॥։።", "。！？｡។။"
 _END = re.compile(
-    r"""(?:
-        (?<![.!?…؟।]) [.!?…؟।]+ ["'”’»)\]*_]* (?:\[\d+\] | :\d[\d–-]*)* (?=\s|$)   # closers: quotes, brackets, emphasis, footnotes
-      | [。！？｡]+ [」』）】”’]*                                        # no space follows in Chinese and Japanese
+    rf"""(?:
+        (?:(?<![{_SPACED}]) [{_SPACED}]+ | (?<=[\u0370-\u03ff\u1f00-\u1fff]) [;\u037e])   # Greek asks with a semicolon
+        ["'”’»)\]*_]* (?:\[\d+\] | :\d[\d–-]*)* (?=\s|$)   # closers: quotes, brackets, emphasis, footnotes
+      | [{_UNSPACED}]+ [」』）】”’]*                                     # no space follows in Chinese and Japanese
     )""",
     re.VERBOSE,
 )
@@ -222,7 +225,7 @@ def _sentence_ends(text: str, block: _Block) -> Iterator[int]:
 
 def _ends_sentence(before: str, mark: str, after: str) -> bool:
     """Whether the `mark` between `before` and `after`, parts of one block, ends a sentence."""
-    if not after or mark[0] in "。！？｡؟।":
+    if not after or mark[0] not in ".!?…":
         return True
     next_word = match[1] if (match := _NEXT_WORD.match(after)) else ""
     if next_word[:1].islower():

@@ -11,6 +11,36 @@ cj.generate(model, "How many steps does the tower have?", prefix=cartridge)
 """
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cartridges_jax.api import (
+        Cartridge,
+        Chunk,
+        Corpus,
+        Document,
+        Evaluation,
+        Interrupted,
+        KVPrefix,
+        Model,
+        Question,
+        Study,
+        UserError,
+        compose,
+        evaluate,
+        generate,
+        load_cartridge,
+        load_model,
+        logits,
+        make_mesh,
+        prefill,
+        read_corpus,
+        read_questions,
+        save_cartridge,
+        self_study,
+        stream,
+        train,
+    )
 
 __version__ = "0.1.0"
 __all__ = [

@@ -216,7 +216,7 @@ def test_more_log_probabilities_than_the_vocabulary_has_tokens_are_refused(talke
         ({"seed": -1}, "seed=-1"),
         ({"seed": 2**40}, f"seed={2**40}"),
         ({"heldout": 18}, "heldout=18 leaves nothing"),
-        ({"study__conversations": 0}, "study.conversations=0"),
+        ({"study__conversations": -1}, "study.conversations=-1"),
         ({"study__chunk_min_tokens": 161}, "study.chunk_min_tokens=161"),
         ({"study__teacher_context": "page"}, "study.teacher_context 'page': choose one of chunk, document"),
         ({"study__writer": "poet"}, "study.writer.*'poet'.*completion, chat"),
@@ -224,14 +224,23 @@ def test_more_log_probabilities_than_the_vocabulary_has_tokens_are_refused(talke
         ({"study__writer_top_k": -1}, "study.writer_top_k=-1"),
         ({"study__families__qa": -1.0, "study__families__generic": 1.0}, "qa has weight -1.0"),
         ({"study__families__generic": 0.0}, "all seed families have weight 0"),
-        ({"train__steps": 0}, "train.steps=0"),
+        ({"train__steps": -1}, "train.steps=-1"),
         ({"train__learning_rate": 0.0}, "train.learning_rate=0.0"),
         ({"train__learning_rate": float("nan")}, "train.learning_rate=nan"),
         ({"train__schedule": "linear"}, "train.schedule='linear': choose one of constant, cosine"),
         ({"train__tail": "keep"}, "train.tail='keep': choose one of class, drop"),
         ({"train__micro_batches": 3}, "train.rows_per_step=2 is not divisible by train.micro_batches=3"),
         ({"evaluation__max_answer_tokens": 0}, "evaluation.max_answer_tokens=0"),
-        ({"max_tokens": 100}, "max_tokens=100 cuts a SQuAD article only"),
+        ({"max_tokens": -1}, "max_tokens=-1: must be 0"),
+        ({"train__epochs": 0.0}, "train.epochs=0.0"),
+        ({"train__learner": "lora"}, "train.learner='lora': choose one of cartridge"),
+        ({"study__asks_per_sentence": 0.0}, "study.asks_per_sentence=0.0"),
+        ({"study__teacher": "nobody"}, "nobody.*local"),
+        ({"study__filters": ("taste",)}, "study.filters has 'taste'"),
+        ({"cartridge__init": "zeros"}, "zeros.*first_tokens"),
+        ({"cartridge__tokens_per_slot": -8.0}, "cartridge.tokens_per_slot=-8.0"),
+        ({"evaluation__conditions": ("none", "cartridge")}, "lacks the judge"),
+        ({"evaluation__tasks": ("exam",)}, "exam.*heldout, questions"),
     ],
 )
 def test_a_value_that_no_run_could_use_is_named(talker_gguf, inputs, changes, words):
@@ -293,7 +302,7 @@ def test_a_damaged_run_record_costs_nothing(talker_gguf, finished, copied):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"corpus": "/no/such/file.md"}, {"train.steps": 0}, {"cartridge.num_slots": 400}, {"model": NO_MODEL},
+        {"corpus": "/no/such/file.md"}, {"train.steps": -1}, {"cartridge.num_slots": 400}, {"model": NO_MODEL},
         {"train.keep_checkpoints": 10**10},
     ],
     ids=lambda changes: next(iter(changes)),
@@ -312,7 +321,7 @@ def test_a_truncated_shard_is_named_and_made_anew_alone_when_it_is_deleted(talke
     shards[0].write_bytes(shards[0].read_bytes()[:300])
     values = settings(talker_gguf, finished)
     message = refusal(values, copied)
-    assert str(shards[0]) in message and "delete this file and run again" in message
+    assert str(shards[0]) in message and "delete this file and rerun" in message
     shards[0].unlink()
     others = contents(copied, "train", "cartridge")
     said = []
@@ -380,6 +389,6 @@ def test_a_damaged_record_is_named_and_deleting_it_helps(talker_gguf, finished, 
     path.write_text('{"stages": ')
     values = settings(talker_gguf, finished)
     message = refusal(values, copied)
-    assert str(path) in message and "delete it and run again" in message
+    assert str(path) in message and "delete it and rerun" in message
     path.unlink()
     run(config_of(values), copied)

@@ -127,10 +127,10 @@ def _longest(text: str, start: int, end: int) -> int:
     if len(text[start:stop].encode("utf-8", "surrogatepass")) <= MOST_BYTES:
         return stop
     size = 0
-    for at in range(start, stop):
-        size += len(text[at].encode("utf-8", "surrogatepass"))
+    for place in range(start, stop):
+        size += len(text[place].encode("utf-8", "surrogatepass"))
         if size > MOST_BYTES:
-            return at
+            return place
     return stop
 
 

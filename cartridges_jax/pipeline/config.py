@@ -112,6 +112,8 @@ class RunConfig:
             parse_mesh(self.mesh)
         if not 0 <= self.seed < 2**31:
             raise UserError(f"seed={self.seed}: must be between 0 and {2**31 - 1}")
+        if self.max_tokens < 0:
+            raise UserError(f"max_tokens={self.max_tokens}: must be 0 (all) or more")
         if self.heldout < 0:
             raise UserError(f"heldout={self.heldout}: must be 0 or more")
         if self.study.conversations and self.heldout >= self.study.conversations:

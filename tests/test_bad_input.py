@@ -321,7 +321,7 @@ def test_a_truncated_shard_is_named_and_made_anew_alone_when_it_is_deleted(talke
     shards[0].write_bytes(shards[0].read_bytes()[:300])
     values = settings(talker_gguf, finished)
     message = refusal(values, copied)
-    assert str(shards[0]) in message and "delete this file and run again" in message
+    assert str(shards[0]) in message and "delete this file and rerun" in message
     shards[0].unlink()
     others = contents(copied, "train", "cartridge")
     said = []
@@ -389,6 +389,6 @@ def test_a_damaged_record_is_named_and_deleting_it_helps(talker_gguf, finished, 
     path.write_text('{"stages": ')
     values = settings(talker_gguf, finished)
     message = refusal(values, copied)
-    assert str(path) in message and "delete it and run again" in message
+    assert str(path) in message and "delete it and rerun" in message
     path.unlink()
     run(config_of(values), copied)

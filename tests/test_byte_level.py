@@ -14,7 +14,7 @@ from cartridges_jax.text.tokenizer import tokenizer_from_gguf
 SPLITTERS = ["smollm", "gpt-2", "llama-bpe", "qwen2"]
 
 
-@pytest.mark.parametrize("pre", [*SPLITTERS, "refact"])  # Granite's name for SmolLM2's
+@pytest.mark.parametrize("pre", [*SPLITTERS, "refact", "dbrx", "olmo"])  # other names of some
 def test_a_splitter_splits_as_llama_cpp_does(vocabulary, tmp_path, pre):
     pytest.importorskip("xllamacpp", reason="xllamacpp, the tokenization oracle, is not installed")
     tokens, merges = vocabulary

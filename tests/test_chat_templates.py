@@ -256,6 +256,23 @@ def test_a_second_turn_after_thinking_is_what_the_template_writes(name, rest):
     assert "hm" not in pair.text(rendered.token_ids)
 
 
+@pytest.mark.parametrize("end", ["[/THINK]", "</seed:think>", "<|end_of_thought|>"])
+def test_the_end_of_thinking_is_the_one_that_the_template_names(end, tmp_path):
+    save_tokenizer("qwen2", tmp_path)
+    source = (
+        "{% for m in messages %}{% set text = m.content.split('"
+        + end
+        + "')[-1] | trim if m.role == 'assistant' else m.content %}"
+        "{{ '<|im_start|>' + m.role + '\\n' + text + '<|im_end|>' }}{% endfor %}"
+    )
+    chat = ChatTemplate(source, tokenizer_from_directory(tmp_path))
+    roles = ("user", "assistant", "user")
+    messages = [{"role": role, "content": f"a {end} b"} for role in roles]
+    rendered = chat.render(messages)
+    expected = [f"a {end} b", "b", f"a {end} b"]
+    assert [chat._tokenizer.decode(rendered.token_ids[a:b]) for a, b in rendered.spans] == expected
+
+
 @pytest.mark.parametrize("source", ["", "  \n"])
 def test_an_empty_template_is_a_plain_one(source, tmp_path):
     save_tokenizer("qwen2", tmp_path)

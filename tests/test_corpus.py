@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cartridges_jax.corpus import Corpus, Document, read_corpus, readers, tokenize_corpus
 from cartridges_jax.corpus.chunks import Chunk, sample_chunks, token_coverage
@@ -283,6 +285,24 @@ def test_sentences_of_scripts_without_spaces_are_split_at_their_full_stops():
     ]
 
 
+@pytest.mark.parametrize(
+    "sentences",
+    [
+        ["Τι είναι αυτό;", "Είναι ένα νησί· μικρό.", "Πού;"],
+        ["ما هذا؟", "إنها جزيرة.", "هل هي كبيرة؟"],
+        ["یہ کیا ہے؟", "یہ ایک جزیرہ ہے۔", "وہ بڑا ہے۔"],
+        ["यह क्या है?", "यह एक द्वीप है।", "वह बड़ा है।"],
+        ["Սա կղզի է։", "Այն մեծ է։"],
+    ],
+)
+def test_sentences_of_other_scripts_end_at_their_marks(sentences):
+    assert texts(" ".join(sentences)) == sentences
+
+
+def test_a_semicolon_between_latin_words_ends_no_sentence():
+    assert texts("It came; it left.") == ["It came; it left."]
+
+
 def test_a_sentence_runs_over_hard_line_breaks_but_not_over_blank_lines():
     assert texts("It came in\n1998. It\nleft\n\nNo full stop here\n\nEnd") == [
         "It came in\n1998.",
@@ -338,6 +358,45 @@ NOT_PROSE = {
     "family emoji": "👩‍👩‍👧" * 500,
     "lone surrogates": "\ud800" * 2000,
 }
+
+
+@settings(max_examples=1000, deadline=5000, derandomize=True)
+@given(
+    st.lists(
+        st.sampled_from(
+            [
+                "# ",
+                "- ",
+                "1. ",
+                "| ",
+                "```",
+                "---",
+                "===",
+                "\n",
+                "\n\n",
+                "\r",
+                " ",
+                "\u2028",
+                ". ",
+                "。",
+                "Mr. ",
+                ";",
+                "x" * 700,
+            ]
+        )
+        | st.text(max_size=300),
+        max_size=30,
+    )
+)
+def test_any_text_is_covered_by_sentences_of_bounded_length(parts):
+    text = "".join(parts)
+    position = 0
+    for sentence in split_sentences(text):
+        assert not text[position : sentence.start].strip() and sentence.text == text[sentence.start : sentence.end]
+        assert sentence.text.strip() == sentence.text != ""
+        assert len(sentence.text.encode("utf-8", "surrogatepass")) <= MOST_BYTES
+        position = sentence.end
+    assert not text[position:].strip()
 
 
 @pytest.mark.parametrize("kind", NOT_PROSE)

@@ -269,6 +269,36 @@ def test_longrope_has_the_context_of_its_short_factors():
         read({**values, "rope_scaling": {**longrope, "short_factor": [1.0] * 47}})
 
 
+PHI4_MINI = {
+    **_USUAL, "architectures": ["Phi3ForCausalLM"], "attention_bias": False, "embd_pdrop": 0.0, "full_attn_mod": 1,
+    "hidden_act": "silu", "hidden_size": 3072, "intermediate_size": 8192, "interpolate_factor": 1, "lm_head_bias": False,
+    "max_position_embeddings": 131072, "mlp_bias": False, "num_attention_heads": 24, "num_hidden_layers": 32,
+    "num_key_value_heads": 8, "original_max_position_embeddings": 4096, "partial_rotary_factor": 0.75,
+    "resid_pdrop": 0.0, "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 262144,
+    "rope_scaling": {"long_factor": [4.0] * 48, "short_factor": [1.0] * 48, "type": "longrope"},
+    "tie_word_embeddings": True, "vocab_size": 200064,
+}  # fmt: skip
+OLMO2_7B = {
+    **_USUAL, "architectures": ["Olmo2ForCausalLM"], "attention_bias": False, "hidden_act": "silu", "hidden_size": 4096,
+    "intermediate_size": 11008, "max_position_embeddings": 4096, "num_attention_heads": 32, "num_hidden_layers": 32,
+    "num_key_value_heads": 32, "pad_token_id": 100277, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 500000,
+    "tie_word_embeddings": False, "vocab_size": 100352,
+}  # fmt: skip
+
+
+def test_phi_4_mini_rotates_three_quarters_of_a_head():
+    config = read(PHI4_MINI)
+    (kind,) = config.period
+    assert (kind.rope.width, len(kind.rope.factors), config.head_dim, kind.window) == (96, 48, 128, 262_144)
+    assert config.tie_embeddings and config.context_length == 4096
+
+
+def test_olmo_2_normalises_outputs_and_whole_queries():
+    config = read(OLMO2_7B)
+    assert config.qk_norm and config.qk_norm_joint and config.post_norms and not config.pre_norms
+    assert config.period == (LayerKind(Rope(5e5)),) and not config.qkv_bias
+
+
 LLAMA_GGUF = {
     name.replace("granite", "llama"): value for name, value in GRANITE31_2B_GGUF.items() if "scale" not in name
 } | {"general.architecture": "llama"}  # fmt: skip

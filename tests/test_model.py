@@ -119,7 +119,9 @@ def test_stacked_prefixes_are_mapped_over_as_a_batch_of_cartridges(tiny_pair, rn
 
     def logits(prefix):
         ones = jnp.ones((1, 8), jnp.int32)
-        hidden, _, _ = Decoder(model.config).apply({"params": model.params}, tokens[None], None, ones, prefix=prefix)
+        hidden, _, _ = Decoder(model.config).apply(
+            {"params": model.params}, jnp.asarray(tokens)[None], None, ones, prefix=prefix
+        )
         return lm_logits(model.params, model.config, hidden[0])
 
     for found, prefix in zip(jax.jit(jax.vmap(logits))(stacked), prefixes):

@@ -193,7 +193,7 @@ def test_metadata_that_the_config_needs_is_asked_for_by_name():
             read({k: v for k, v in metadata.items() if k != key})
     for change, complaint in [
         ({"general.architecture": "mamba"}, "mamba"),
-        ({"llama.rope.scaling.type": "yarn"}, "yarn"),
+        ({"llama.rope.scaling.type": "longrope"}, "longrope"),
         ({"llama.expert_count": 8}, "expert_count"),
         ({"llama.attention.head_count_kv": [2, 4]}, "head_count_kv"),
         ({"llama.attention.value_length": 16}, "value_length"),

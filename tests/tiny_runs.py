@@ -169,7 +169,7 @@ def environment(cache: Path | None = None) -> dict[str, str]:
     return env
 
 
-def finish(arguments: list[str], *, cache: Path | None = None, timeout: float = 180) -> subprocess.CompletedProcess:
+def finish(arguments: list[str], *, cache: Path | None = None, timeout: float = 600) -> subprocess.CompletedProcess:
     """Runs a program to its end."""
     return subprocess.run(
         arguments,
@@ -195,7 +195,7 @@ def start(arguments: list[str], cache: Path | None = None) -> subprocess.Popen:
     )
 
 
-def wait_until(process: subprocess.Popen, true: Callable[[], bool], seconds: float = 200) -> None:
+def wait_until(process: subprocess.Popen, true: Callable[[], bool], seconds: float = 600) -> None:
     """Raises AssertionError, with what the program wrote on stderr, if it ends first or takes longer."""
     end = time.monotonic() + seconds
     while not true():

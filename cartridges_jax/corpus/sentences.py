@@ -21,7 +21,7 @@ MOST_BYTES = 1000
 # The characters around a full stop that decide whether it ends a sentence.
 _CONTEXT = 80
 
-# Abbreviations that are followed by what they belong to, so never end a sentence; these only before a digit.
+# Abbreviations that precede what they belong to, so never end a sentence; these only before a digit.
 _BEFORE_NAMES = frozenset(
     "mr mrs ms dr prof st mt ft rev hon fr gen col maj capt cmdr lt sgt gov sen rep pres vs cf e.g i.e viz".split()
 )
@@ -36,10 +36,13 @@ _OPENERS = frozenset(
     "there these they this those to today under until we what when where while who why with you your".split()
 )
 
+# Marks that need a space after them (Latin, Arabic, Urdu, Devanagari, Armenian, Ethiopic), and those that need none.
+_SPACED, _UNSPACED = ".!?…؟۔।॥։።", "。！？｡។။"
 _END = re.compile(
-    r"""(?:
-        (?<![.!?…؟।]) [.!?…؟।]+ ["'”’»)\]*_]* (?:\[\d+\] | :\d[\d–-]*)* (?=\s|$)   # closers: quotes, brackets, emphasis, footnotes
-      | [。！？｡]+ [」』）】”’]*                                        # no space follows in Chinese and Japanese
+    rf"""(?:
+        (?:(?<![{_SPACED}]) [{_SPACED}]+ | (?<=[\u0370-\u03ff\u1f00-\u1fff]) [;\u037e])   # Greek asks with a semicolon
+        ["'”’»)\]*_]* (?:\[\d+\] | :\d[\d–-]*)* (?=\s|$)   # closers: quotes, brackets, emphasis, footnotes
+      | [{_UNSPACED}]+ [」』）】”’]*                                     # no space follows in Chinese and Japanese
     )""",
     re.VERBOSE,
 )
@@ -62,8 +65,8 @@ _SEPARATOR = re.compile(r"[\s,;|:)\]}>、，；：।]")
 class Sentence:
     """One sentence: `text` is the source's `[start:end]`, in characters; at most `MOST_BYTES` of UTF-8.
 
-    `heading` marks a heading line, which is a sentence of its own; `heading_text` is the title of the heading that the
-    sentence stands under (a heading's own title), None before the first.
+    `heading` marks a heading line, which is a sentence of its own; `heading_text` is the title of the heading above
+    the sentence (a heading's own title), None before the first.
     """
 
     text: str
@@ -132,7 +135,7 @@ def _longest(text: str, start: int, end: int) -> int:
 
 
 def _cut(text: str, start: int, stop: int) -> int:
-    """The best place at or before `stop` to cut a span that goes on there."""
+    """The best place at or before `stop` to cut a span that continues there."""
     # A line end or space right after the piece is as good as one at its end.
     if text[stop].isspace():
         return stop
@@ -222,7 +225,7 @@ def _sentence_ends(text: str, block: _Block) -> Iterator[int]:
 
 def _ends_sentence(before: str, mark: str, after: str) -> bool:
     """Whether the `mark` between `before` and `after`, parts of one block, ends a sentence."""
-    if not after or mark[0] in "。！？｡؟।":
+    if not after or mark[0] not in ".!?…":
         return True
     next_word = match[1] if (match := _NEXT_WORD.match(after)) else ""
     if next_word[:1].islower():

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import threading
-import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +25,7 @@ import pyarrow.parquet as pq
 from cartridges_jax.data.bounded_cache import BoundedCache
 from cartridges_jax.data.schema import Conversation, Message, TopLogprobs
 from cartridges_jax.errors import PassingFailure, UserError, one_line
+from cartridges_jax.files import write_atomically
 
 # Fewer rows would make the list of groups, which is read whole, as large as the data that it saves reading.
 _ROWS_PER_GROUP = 8
@@ -158,25 +157,18 @@ def write_shard(path: Path, conversations: Iterable[Conversation]) -> None:
         "metadata": _metadata_column([row["metadata"] for row in rows]),
         "type": pa.array([row["type"] for row in rows], pa.string()),
     }
-    # Opened as any file is, so that its mode follows the umask: other users of a shared workdir may read it.
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
-    try:
-        with open(temporary, "xb") as file:
-            # In groups this small, statistics and dictionaries would be half of the file.
-            pq.write_table(
-                pa.table(columns),
-                file,
-                compression="zstd",
-                row_group_size=_ROWS_PER_GROUP,
-                write_statistics=False,
-                use_dictionary=False,
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_atomically(
+        path,
+        # In groups this small, statistics and dictionaries would be half of the file.
+        lambda file: pq.write_table(
+            pa.table(columns),
+            file,
+            compression="zstd",
+            row_group_size=_ROWS_PER_GROUP,
+            write_statistics=False,
+            use_dictionary=False,
+        ),
+    )
 
 
 def read_shard(path: Path) -> list[Conversation]:

@@ -124,7 +124,7 @@ def _open(path: Path) -> gguf.GGUFReader:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error
     except _DAMAGE as error:
-        if unknown := re.fullmatch(r"(\d+) is not a valid GGMLQuantizationType", str(error)):
+        if unknown := re.fullmatch(r"(?:np\.uint32\()?(\d+)\)? is not a valid GGMLQuantizationType", str(error)):
             raise UserError(
                 f"{path}: unsupported quantisation (type {unknown[1]}); use a file in F16, BF16, Q8_0, Q4_K_M or another "
                 "common quantisation"

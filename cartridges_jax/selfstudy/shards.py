@@ -6,13 +6,13 @@ The counts are written first: a batch is done when its shard is there, and both 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cartridges_jax.data.conversations import read_shard, write_shard
 from cartridges_jax.data.schema import Conversation
 from cartridges_jax.errors import UserError
+from cartridges_jax.files import write_atomically
 from cartridges_jax.selfstudy.tally import Tally
 
 
@@ -39,10 +39,7 @@ def missing_batches(directory: Path, numbers: Iterable[int]) -> list[int]:
 
 def write_batch(directory: Path, number: int, conversations: Sequence[Conversation], tally: Tally) -> None:
     """Writes one batch; a process that is killed meanwhile leaves it missing."""
-    path = counts_path(directory, number)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(tally.as_dict()), encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(counts_path(directory, number), json.dumps(tally.as_dict()))
     write_shard(shard_path(directory, number), conversations)
 
 

@@ -1,6 +1,6 @@
-"""What every tokenizer has in common: control tokens are kept apart from text.
+"""The base of every tokenizer, which keeps control tokens out of text.
 
-Control tokens (such as `<|im_start|>`) are kept out of the machine that splits text altogether, so ordinary
+Control tokens (such as `<|im_start|>`) are kept out of the backend that splits text altogether, so ordinary
 text that spells one can never become one; only `encode(text, control=True)` looks for them. That is the
 rule llama.cpp calls `parse_special`.
 """
@@ -17,8 +17,8 @@ from typing import Literal
 
 from cartridges_jax.errors import UserError
 
-# What stands in front of a piece of text: nothing, a control token, or other text. It matters where a
-# tokenizer writes a space of its own in front of a text (Llama 2, Mistral).
+# What precedes a piece of text: nothing, a control token, or other text. It matters where a tokenizer writes
+# a space of its own before a text (Llama 2, Mistral).
 Place = Literal["start", "control", "text"]
 
 # Tokens that can only be a turn's or a text's borders, whatever a file says of their type: files are known
@@ -29,7 +29,7 @@ _LOOKS_LIKE_CONTROL = re.compile(
 
 
 class Tokenizer(abc.ABC):
-    """Text to token ids and back. Immutable, hence safe to share between threads.
+    """Text to token ids and back; immutable, hence safe to share between threads.
 
     Attributes:
       vocab_size: number of ids, control tokens included; the model may have more.
@@ -53,8 +53,8 @@ class Tokenizer(abc.ABC):
         Args:
           tokens: the vocabulary, by id.
           control_tokens: text to id.
-          verbatim: further tokens that decode to their own text, without the machine.
-          found_in_text: those of `verbatim` that the machine does not find in text by itself.
+          verbatim: further tokens that decode to their own text, without the backend.
+          found_in_text: those of `verbatim` that the backend does not find in text by itself.
         """
         self._tokens = list(tokens)
         self.vocab_size = len(self._tokens)
@@ -94,17 +94,17 @@ class Tokenizer(abc.ABC):
         """`encode(text)` and, for each token, the range of characters (start, end) that it covers.
 
         Both ends never decrease. Tokens that share the bytes of one character all cover it; a space that the
-        tokenizer writes in front covers nothing.
+        tokenizer writes before the text covers nothing.
 
         Args:
-          after: what the text stands behind.
+          after: what precedes the text.
         """
         return self._encode(text, self._plain_splitter, after)
 
     def decode(self, ids: Iterable[int], *, skip_control: bool = True) -> str:
         """Text of token ids; incomplete UTF-8 becomes U+FFFD.
 
-        The space that a tokenizer writes in front of a text (Llama 2, Mistral) is taken off again. An id above
+        The space that a tokenizer writes before a text (Llama 2, Mistral) is removed again. An id above
         the vocabulary is nothing, as in transformers: many models' embeddings have more rows than their
         vocabulary has tokens (Qwen), and a sampler may draw one of those.
 
@@ -147,7 +147,7 @@ class Tokenizer(abc.ABC):
 
 
 def looks_like_control(token: str) -> bool:
-    """Whether a token's text says that it marks a border, so that no text may make it."""
+    """Returns whether a token's text says that it marks a border, so that no text may produce it."""
     return _LOOKS_LIKE_CONTROL.fullmatch(token) is not None
 
 

@@ -17,8 +17,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cartridges_jax.errors import UserError, one_line
 
-# Templates that write today's date get the one that Llama 3's name as their default: a cartridge must not
-# stand behind another text tomorrow.
+# Templates that write today's date get the default date of Llama 3's templates: a cartridge must not follow
+# another text tomorrow.
 _TODAY = datetime(2024, 7, 26)
 
 

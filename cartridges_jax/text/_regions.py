@@ -4,21 +4,25 @@ The template runs on contents that hold marker characters, a pair of its own for
 nowhere else. Taking the markers out must give the plain rendering back; so whatever a template does to
 contents is either understood or refused.
 
-Templates trim contents, each in its own way (Llama 3 all white space on both sides, Qwen3 newlines in front
-of the last answer), and markers around a content would hide its white space from that. So the template runs
+Templates trim contents, each in its own way (Llama 3 all white space on both sides, Qwen3 newlines before
+the last answer), and markers around a content would hide its white space from that. So the template runs
 twice: markers inside the white space show what trimming leaves, markers outside show what the template
 itself writes between contents. The difference is white space that belongs to the contents.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
 
 from cartridges_jax.errors import UserError
 
+# The ends of thinking: the usual one, and those by which a template's source takes the rest of a text.
 _END_OF_THINKING = "</think>"
+_TAKES_THE_REST = re.compile(
+    r"""\.split\(\s*(?P<quote>['"])(?P<end>[^'"\\]+)(?P=quote)\s*\)\s*(?:\[\s*-1\s*\]|\|\s*last)"""
+)
 
 # A turn: its role, and what its content is made of: messages by number, and text of our own between them.
 Turn = tuple[str, list["int | str"]]
@@ -33,9 +37,9 @@ class Markers:
     def __init__(self, count: int, *texts: str):
         used = set().union(*texts)
         free = (c for c in map(chr, range(0xF0000, 0x10FFFE)) if c not in used)
-        chars = list(islice(free, 2 * count))
+        chars = list(itertools.islice(free, 2 * count))
         if len(chars) < 2 * count:
-            raise UserError(f"{count} messages are more than can be told apart; split the conversation")
+            raise UserError(f"{count} messages are more than there are markers for; split the conversation")
         self._opening, self._closing = chars[0::2], chars[1::2]
         self._number = {char: i for i, char in enumerate(self._opening)}
         every = "".join(chars)
@@ -61,7 +65,11 @@ class Markers:
 
 
 def mark(
-    run: Callable[[list[dict[str, str]]], str], turns: Sequence[Turn], contents: Sequence[str], markers: Markers
+    run: Callable[[list[dict[str, str]]], str],
+    turns: Sequence[Turn],
+    contents: Sequence[str],
+    markers: Markers,
+    ends: Sequence[str] = (_END_OF_THINKING,),
 ) -> str | None:
     """The template's text with every content between its markers; None if the contents cannot be followed.
 
@@ -69,14 +77,15 @@ def mark(
       run: the template, from messages to text.
       turns: the messages to give it, in terms of `contents`.
       contents: the text of each message.
+      ends: see `ends_of_thinking`.
 
     Raises:
       UserError: from `run`.
     """
     plain = run(_filled(turns, contents))
-    for variant in _variants(turns, contents):
-        for in_front in (True, False):
-            parts = [_around(content, in_front) for content in variant]
+    for variant in _variants(turns, contents, ends):
+        for leading in (True, False):
+            parts = [_around(content, leading) for content in variant]
             marked = _marked(run, turns, parts, markers)
             if marked is not None and markers.removed(marked) == plain:
                 return marked
@@ -84,7 +93,7 @@ def mark(
 
 
 def _marked(run, turns: Sequence[Turn], parts: Sequence[tuple[str, str, str]], markers: Markers) -> str | None:
-    """`parts`: white space in front, the core and white space behind, per content."""
+    """`parts`: leading white space, the core and trailing white space, per content."""
     inside = [lead + markers.wrap(i, core) + trail for i, (lead, core, trail) in enumerate(parts)]
     outside = [markers.wrap(i, "".join(part)) for i, part in enumerate(parts)]
     numbers, cores, gaps = markers.split(run(_filled(turns, inside)))
@@ -111,22 +120,27 @@ def _kept(gap: str, template: str, trail: str, lead: str) -> tuple[str, str] | N
     choices = range(max(0, extra - len(lead)), min(extra, len(trail)) + 1)
     # Where several fit, all or nothing is likelier than a part.
     for size in sorted(choices, key=lambda a: (a not in (0, len(trail))) + (extra - a not in (0, len(lead)))):
-        behind, front = gap[:size], gap[size + len(template) :]
-        if gap[size : size + len(template)] == template and trail.startswith(behind) and lead.endswith(front):
-            return behind, front
+        before, after = gap[:size], gap[size + len(template) :]
+        if gap[size : size + len(template)] == template and trail.startswith(before) and lead.endswith(after):
+            return before, after
     return None
 
 
-def _around(content: str, in_front: bool) -> tuple[str, str, str]:
-    """White space in front, the core, white space behind; all in front or all behind if there is no core."""
+def _around(content: str, leading: bool) -> tuple[str, str, str]:
+    """Leading white space, the core, trailing white space; all leading or all trailing if there is no core."""
     core = content.strip()
     if not core:
-        return (content, "", "") if in_front else ("", "", content)
+        return (content, "", "") if leading else ("", "", content)
     start = content.index(core)
     return content[:start], core, content[start + len(core) :]
 
 
-def _variants(turns: Sequence[Turn], contents: Sequence[str]) -> Iterator[list[str]]:
+def ends_of_thinking(source: str) -> tuple[str, ...]:
+    """The texts up to which a template may leave out an answer: `</think>`, and others that its source names."""
+    return tuple(dict.fromkeys([_END_OF_THINKING, *(found["end"] for found in _TAKES_THE_REST.finditer(source))]))
+
+
+def _variants(turns: Sequence[Turn], contents: Sequence[str], ends: Sequence[str]) -> Iterator[list[str]]:
     """The contents, then the rest of them where a template leaves out the thinking of answers.
 
     The rest is trimmed as templates do it: not at all (DeepSeek R1), of newlines before it (Qwen3), or at both ends.
@@ -134,14 +148,13 @@ def _variants(turns: Sequence[Turn], contents: Sequence[str]) -> Iterator[list[s
     where control tokens count: a template that writes it is refused.
     """
     yield list(contents)
-    answers = {part for role, parts in turns if role == "assistant" for part in parts}
+    answers = {part for role, parts in turns if role == "assistant" for part in parts if isinstance(part, int)}
     seen = [list(contents)]
-    for trimmed in (str, _without_newlines, str.strip):
-        shorter = [
-            trimmed(text.split(_END_OF_THINKING)[-1]) if i in answers and _END_OF_THINKING in text else text
-            for i, text in enumerate(contents)
-        ]
-        if shorter not in seen:
+    for end, trimmed in itertools.product(ends, (str, _without_newlines, str.strip)):
+        cut = {i for i in answers if end in contents[i]}
+        shorter = [trimmed(text.split(end)[-1]) if i in cut else text for i, text in enumerate(contents)]
+        # Cut at the start of the thinking, a text would still hold it.
+        if shorter not in seen and not any(other in shorter[i] for i in cut for other in ends):
             seen.append(shorter)
             yield shorter
 

@@ -1,8 +1,8 @@
 """From a template's text, with the contents marked in it, to token ids and spans.
 
 * Control tokens are looked for in the template's parts only, so content that spells `<|im_end|>` stays
-  text, whatever it stands next to.
-* What lies between two control tokens, template and content together, is encoded as one piece, so BPE
+  text, whatever is next to it.
+* Everything between two control tokens, template and content together, is encoded as one piece, so BPE
   merges across their borders exactly as in the plain rendering.
 * The contents' places, mapped through character offsets, give each content's token span. A token that
   covers characters on both sides of a border belongs to the content.
@@ -39,8 +39,8 @@ class Encoder:
         names = sorted(filter(None, tokenizer.control_tokens), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
-    def place_behind(self, text: str) -> Place:
-        """What stands behind a template's text: at its end is a control token, or other text."""
+    def place_after(self, text: str) -> Place:
+        """The place that follows a template's text: after a control token, or after other text."""
         if not text:
             return "start"
         return "control" if any(text.endswith(name) for name in self._tokenizer.control_tokens if name) else "text"
@@ -50,7 +50,7 @@ class Encoder:
 
         Args:
           messages: the numbers of the messages that are in the text.
-          after: what the text stands behind.
+          after: what precedes the text.
         """
         ids: list[int] = []
         spans: dict[int, tuple[int, int]] = {}

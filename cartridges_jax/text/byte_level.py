@@ -51,9 +51,11 @@ _PRE_TOKENIZERS = {
     "smollm": _smollm,
     "refact": _smollm,  # Granite 3
     "gpt-2": _gpt2,
+    "olmo": _gpt2,
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
+    "dbrx": _LLAMA3,  # OLMo 2, Phi-4
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
 }
@@ -132,7 +134,7 @@ class ByteLevelBPE(Tokenizer):
 
 
 def _bpe(tokens: Sequence[str], merges: Sequence[str], pre: str, atomic: set[str]) -> BPETokenizer:
-    """The merge machine alone, without atomic tokens, so that no merge can produce one."""
+    """The merging backend without atomic tokens, so that no merge can produce one."""
     vocabulary = {token: i for i, token in enumerate(tokens) if token not in atomic}
     pairs = [tuple(merge.split(" ")) for merge in merges]
     if atomic:

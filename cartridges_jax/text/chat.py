@@ -3,20 +3,20 @@
 `_regions` tells which parts of a rendering the template wrote and which the messages did; `_rendered` makes
 tokens of it, so that no content makes a control token and each content has its span.
 
-A cartridge stands for the system message, so a rendering can be cut in two behind it: `system_prefix` and
+A cartridge replaces the system message, so a rendering can be cut in two after it: `system_prefix` and
 `render_continuation`, which together are, as text, the whole rendering. There are three kinds of templates:
 
 * The system message is a turn of its own (ChatML, Llama 3, Qwen, SmolLM): the cut is at its end.
 * It is written into the first user turn (Llama 2, Gemma 3, Mistral): the cut is where the user's own content
-  starts. Text on both sides of the cut is encoded apart, so a token that would cover the cut is not made.
+  starts. Text on both sides of the cut is encoded separately, so no token covers the cut.
 * It is refused (Gemma 2) or written into the last turn (later Mistral, which drops it if that is an answer).
-  A cartridge needs a front that stays, so the system message is folded into the first user turn as Gemma 3
+  A cartridge needs a fixed beginning, so the system message is folded into the first user turn as Gemma 3
   does it: content, blank line, user's content. `render` folds only what the template does not take.
 
 What depends on the day or on a choice is fixed, since a cartridge must stay what it was trained for:
 `strftime_now` gives 26 July 2024, the default that Llama 3's templates name, and `enable_thinking` is passed
 as chosen. With `thinking=False` a generation prompt holds whatever the template writes to skip thinking
-(Qwen3, SmolLM3: an empty think block), and answers are written, and trained on, behind it.
+(Qwen3, SmolLM3: an empty think block), and answers are written, and trained on, after it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pathlib import Path
 from cartridges_jax.errors import UserError
 from cartridges_jax.formats.gguf import GGUFFile
 from cartridges_jax.text._jinja import compile_template
-from cartridges_jax.text._regions import Markers, Turn, mark
+from cartridges_jax.text._regions import Markers, Turn, ends_of_thinking, mark
 from cartridges_jax.text._rendered import Encoder, Rendered
 from cartridges_jax.text.chat_source import PLAIN_TEMPLATE, source_in_directory
 from cartridges_jax.text.tokenizer import Tokenizer
@@ -73,6 +73,7 @@ class ChatTemplate:
         self.is_plain = source == PLAIN_TEMPLATE
         self._tokenizer = tokenizer
         self._template = compile_template(source)
+        self._ends_of_thinking = ends_of_thinking(source)
         self._variables = {
             name: tokenizer.token_text(token_id)
             for name, token_id in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id))
@@ -87,12 +88,15 @@ class ChatTemplate:
     def from_gguf(cls, file: GGUFFile, tokenizer: Tokenizer, thinking: bool = False) -> ChatTemplate:
         """The template in a GGUF file's metadata; the plain one if there is none.
 
+        The ends of turns and messages that the metadata numbers (`eot`, `eom`) end answers too, as in llama.cpp.
+
         Raises:
           UserError: it is not usable.
         """
         source = file.metadata.get("tokenizer.chat_template")
+        ends = (file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom"))
         try:
-            return cls(source or PLAIN_TEMPLATE, tokenizer, thinking)
+            return cls(source or PLAIN_TEMPLATE, tokenizer, thinking, stop_ids=[i for i in ends if i is not None])
         except UserError as error:
             raise UserError(f"{file.path}: {error}") from error
 
@@ -115,7 +119,7 @@ class ChatTemplate:
             raise UserError(f"{path}: {error}") from error
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> Rendered:
-        """The whole conversation: what the template puts in front (BOS, default system message) included."""
+        """The whole conversation, with what the template writes before it (BOS, default system message)."""
         try:
             marked, markers = self._mark(messages, add_generation_prompt)
         except UserError:
@@ -125,9 +129,9 @@ class ChatTemplate:
         return self._encode(marked, markers, range(len(messages)))
 
     def render_continuation(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> Rendered:
-        """The conversation without BOS and system message, for use behind a KV prefix that holds both.
+        """The conversation without BOS and system message, for use after a KV prefix that holds both.
 
-        It is what stands behind `system_prefix` in the rendering of both, whatever the system message is.
+        It is what follows `system_prefix` in the rendering of both, whatever the system message is.
 
         Raises:
           UserError: also if one of `messages` is a system message, or the first is not the user's where the
@@ -137,11 +141,11 @@ class ChatTemplate:
             raise UserError("a continuation holds no system message, its prefix does; put the text into the prefix")
         head, rest, markers = self._cut(_PROBE, messages, add_generation_prompt)
         # The system message has number 0 and is not in the rest.
-        after = self._encode.place_behind(markers.removed(head))
+        after = self._encode.place_after(markers.removed(head))
         return self._encode(rest, markers, range(1, 1 + len(messages)), after=after)
 
     def same_text(self, token_ids: Sequence[int], others: Sequence[int]) -> bool:
-        """Whether two renderings of a conversation up to an answer differ in white space and the end of turn at most."""
+        """Returns whether two renderings up to an answer are equal but for white space and the end of turn."""
         first, second = (
             "".join(self._tokenizer.decode(ids, skip_control=False).split())
             for ids in (token_ids[:-1] if token_ids and token_ids[-1] in self.stop_ids else token_ids, others)
@@ -149,15 +153,15 @@ class ChatTemplate:
         return first == second
 
     def system_prefix(self, content: str) -> Rendered:
-        """The system message alone: what in-context learning puts in front of a conversation.
+        """The system message alone, the prefix of in-context learning.
 
-        To shorten it to a number of tokens, cut within `spans[0]` and keep the closing tokens behind.
+        To shorten it to a number of tokens, cut within `spans[0]` and keep the closing tokens after it.
         """
         head, _, markers = self._cut(content, [{"role": "user", "content": _PROBE}], False)
         return self._encode(head, markers, range(1))
 
     def default_head(self) -> list[int]:
-        """What the template itself puts in front of a first user message; may be empty."""
+        """The tokens that the template itself writes before a first user message; may be empty."""
         user = {"role": "user", "content": _PROBE}
         _, turn, markers = self._cut(_PROBE, [user], False)
         whole, own = self._mark([user], False)
@@ -197,7 +201,7 @@ class ChatTemplate:
             whole, markers = self._mark(messages, add_generation_prompt, fold=place == "folded")
             head = whole.split(markers.opening(1))[0]
         if head is None or not whole.startswith(head):
-            raise UserError("this chat template writes the system message differently in front of these messages")
+            raise UserError("this chat template writes the system message differently before these messages")
         return head, whole[len(head) :], markers
 
     def _find_end_of_turn(self) -> int:
@@ -220,7 +224,9 @@ class ChatTemplate:
         try:
             turns = _turns(messages, fold=False)
             contents = [message["content"] for message in messages]
-            return mark(self._runner(False), turns, contents, markers or self._markers(messages))
+            return mark(
+                self._runner(False), turns, contents, markers or self._markers(messages), self._ends_of_thinking
+            )
         except UserError:
             return None
 
@@ -231,10 +237,11 @@ class ChatTemplate:
         messages = [_checked(message) for message in messages]
         markers = self._markers(messages)
         contents = [message["content"] for message in messages]
-        marked = mark(self._runner(add_generation_prompt), _turns(messages, fold=fold), contents, markers)
+        turns = _turns(messages, fold=fold)
+        marked = mark(self._runner(add_generation_prompt), turns, contents, markers, self._ends_of_thinking)
         if marked is None:
             raise UserError(
-                "this chat template drops, repeats or rewrites message contents, so their tokens cannot be told apart; "
+                "this chat template drops, repeats or rewrites message contents, so their tokens cannot be found; "
                 f"the {len(messages)} messages have the roles {', '.join(m['role'] for m in messages) or 'none'}"
             )
         return marked, markers
@@ -253,9 +260,7 @@ def _turns(messages: Sequence[Message], *, fold: bool) -> list[Turn]:
     if not fold:
         return [(message["role"], [i]) for i, message in enumerate(messages)]
     if len(messages) < 2 or messages[1]["role"] != "user":
-        raise UserError(
-            "this chat template has no place for a system message without a user message behind it; add one"
-        )
+        raise UserError("this chat template has no place for a system message without a user message after it; add one")
     return [("user", [0, _FOLD, 1]), *((m["role"], [i + 2]) for i, m in enumerate(messages[2:]))]
 
 

@@ -1,4 +1,4 @@
-"""Where a chat template comes from: a Hugging Face directory's files, or the built-in one."""
+"""Sources of chat templates: a Hugging Face directory's files, or the built-in one."""
 
 from __future__ import annotations
 

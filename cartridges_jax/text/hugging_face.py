@@ -1,7 +1,7 @@
 """Tokenizers from Hugging Face's `tokenizer.json`, with whatever normaliser, splitter and model it holds.
 
 The `tokenizers` package runs the file, changed in two ways: special tokens are taken out, so that no text
-makes one, and the post-processor (which adds BOS) is left away.
+produces one, and the post-processor (which adds BOS) is left out.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class HuggingFaceTokenizer(Tokenizer):
             control = {t["content"]: t["id"] for t in document.get("added_tokens") or () if t["special"]}
             vocabulary = _vocabulary(document["model"])
             decisive = [_comparable(document.get(key)) for key in _DECISIVE]
-            machine = _without_control(document, set(control))
+            backend = _without_control(document, set(control))
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"tokenizer.json lacks a part or has it in another form ({error}); fetch it again"
@@ -54,20 +54,20 @@ class HuggingFaceTokenizer(Tokenizer):
             eos_id=ids.get(eos),
             verbatim={token: token_id for token, token_id in added.items() if token not in control},
         )
-        inside, scheme = _without_space_in_front(machine)
-        self._in_front = _load(machine)
+        inside, scheme = _without_space_in_front(backend)
+        self._in_front = _load(backend)
         self._inside = self._in_front if scheme == "never" else _load(inside)
-        # Where text is read as if a space stood before it.
+        # The places where text is read as if a space preceded it.
         self._spaced: tuple[Place, ...] = {"never": (), "first": ("start",), "always": ("start", "control")}[scheme]
 
     def _encode_run(self, text: str, place: Place) -> tuple[list[int], list[tuple[int, int]]]:
-        encoding = self._machine(place).encode(text, add_special_tokens=False)
+        encoding = self._backend(place).encode(text, add_special_tokens=False)
         return encoding.ids, _without_gaps(encoding.offsets, len(text))
 
     def _decode_run(self, ids: list[int], place: Place) -> str:
-        return self._machine(place).decode(ids, skip_special_tokens=False)
+        return self._backend(place).decode(ids, skip_special_tokens=False)
 
-    def _machine(self, place: Place) -> FastTokenizer:
+    def _backend(self, place: Place) -> FastTokenizer:
         return self._in_front if place in self._spaced else self._inside
 
 
@@ -84,13 +84,13 @@ def _vocabulary(model: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _without_control(document: Mapping[str, Any], control: set[str]) -> dict[str, Any]:
-    """The file's machine alone: it neither finds nor makes a control token, and adds nothing."""
+    """The file without control tokens: its backend neither finds nor produces one, and adds nothing."""
     model = copy.copy(document["model"])
     added = [token for token in document.get("added_tokens") or () if token["content"] not in control]
     if isinstance(model["vocab"], Mapping):
         kept = control - {model.get("unk_token")}
         model["vocab"] = {token: i for token, i in model["vocab"].items() if token not in kept}
-        # Else they would be numbered anew, since the control tokens that came before them are gone.
+        # Else they would be renumbered, since the control tokens before them are gone.
         model["vocab"] |= {token["content"]: token["id"] for token in added}
         if "merges" in model:
             pairs = map(_pair, model["merges"])
@@ -111,8 +111,8 @@ def _without_control(document: Mapping[str, Any], control: set[str]) -> dict[str
     }
 
 
-def _without_space_in_front(machine: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """The machine for text inside a text, and where the other one applies: "never", "first" or "always"."""
+def _without_space_in_front(backend: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """The backend for text inside a text, and the places where the other one applies: "never", "first" or "always"."""
     schemes = {"never"}
 
     def changed(part: Any) -> Any:
@@ -137,11 +137,11 @@ def _without_space_in_front(machine: dict[str, Any]) -> tuple[dict[str, Any], st
                 part["start"] = 0
         return part
 
-    parts = {key: changed(machine[key]) for key in ("normalizer", "pre_tokenizer")}
+    parts = {key: changed(backend[key]) for key in ("normalizer", "pre_tokenizer")}
     if schemes == {"never"}:
-        return machine, "never"
-    parts["decoder"] = changed(machine["decoder"])
-    return {**machine, **parts}, "first" if "first" in schemes else "always"
+        return backend, "never"
+    parts["decoder"] = changed(backend["decoder"])
+    return {**backend, **parts}, "first" if "first" in schemes else "always"
 
 
 def _load(document: dict[str, Any]) -> FastTokenizer:

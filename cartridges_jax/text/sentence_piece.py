@@ -15,7 +15,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from cartridges_jax.errors import UserError, one_line
 from cartridges_jax.text._base import Place, Tokenizer, looks_like_control, sha256_of
 
-# The piece types, which llama.cpp numbers alike.
+# The piece types, which llama.cpp numbers in the same way.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _KINDS = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}
 _SPACE = "▁"
@@ -41,7 +41,7 @@ class SentencePieceTokenizer(Tokenizer):
           pieces: the vocabulary, by id.
           scores: per piece; a BPE model merges the pair with the highest first.
           types: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte.
-          space_in_front: whether a text is read as if a space stood before it (after a control token too).
+          space_in_front: whether a text is read as if a space preceded it (after a control token too).
           model_type: 1 unigram, 2 BPE.
           control_ids: further pieces that no text may make.
 

@@ -136,13 +136,16 @@ def _added_tokens(path: Path) -> dict[int, tuple[str, bool]]:
     known = _read_if_there(path / "special_tokens_map.json")
     named = {_text(value) for key, value in {**known, **config}.items() if key.endswith("_token")}
     for listed in (known.get("additional_special_tokens"), config.get("additional_special_tokens")):
-        named |= {_text(token) for token in listed or ()}
+        named |= {_text(token) for token in listed} if isinstance(listed, list) else set()
     added: dict[int, tuple[str, bool]] = {}
     for text, token_id in _read_if_there(path / "added_tokens.json").items():
         if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
             raise UserError(f"added_tokens.json gives {text!r} the id {token_id!r}; fetch the file again")
         added[token_id] = text, text in named or looks_like_control(text)
-    for token_id, token in (config.get("added_tokens_decoder") or {}).items():
+    decoder = config.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict):
+        raise UserError(f"tokenizer_config.json has added_tokens_decoder={decoder!r:.60}; fetch the file again")
+    for token_id, token in decoder.items():
         try:
             added[int(token_id)] = token["content"], bool(token.get("special"))
         except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -60,12 +60,12 @@ _ALWAYS_ON = re.compile(
 
 
 def is_descriptive(name: str) -> bool:
-    """Whether a field of config.json changes nothing about the forward pass, whatever its value."""
+    """Returns whether a field of config.json changes nothing about the forward pass, whatever its value."""
     return name in _DESCRIPTIVE or _DESCRIPTIVE_NAMES.fullmatch(name) is not None
 
 
 def is_neutral(name: str, value: Any) -> bool:
-    """Whether a field at this value asks for nothing: a switch that is off, a factor of 1, null, an empty list."""
+    """Returns whether a field at this value asks for nothing: a switch that is off, a factor of 1, null, []."""
     if isinstance(value, bool):
         return value == (_ALWAYS_ON.fullmatch(name) is not None)
     if isinstance(value, (int, float, np.number)):
@@ -74,7 +74,7 @@ def is_neutral(name: str, value: Any) -> bool:
 
 
 class Fields:
-    """A config's fields, by name. Tracks which were read, so that none that changes the computation is ignored.
+    """A config's fields by name, with a record of which were read, so that none with an effect is ignored.
 
     Attributes:
       source: what errors call the config: "config.json" or "GGUF metadata llama.*".
@@ -205,7 +205,7 @@ class Names:
     Attributes:
       top: tensors outside the layers.
       layer: tensors of a layer, by what follows its number.
-      layer_prefix: pattern of what stands before a layer's tensor, the number its group.
+      layer_prefix: pattern of the text before a layer's tensor, the number its group.
       ignored: pattern of tensors that hold nothing to load.
       renames: (pattern, replacement) pairs for the beginnings of names.
       fused: by the end of its name, the parts of a tensor that holds several, in the order of its rows.
@@ -243,7 +243,7 @@ class Names:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Models that are described and stored alike.
+    """Models that are described and stored in the same way.
 
     Attributes:
       architectures: the names in config.json's `architectures`.

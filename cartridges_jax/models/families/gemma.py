@@ -1,7 +1,7 @@
 """Gemma 2 (arXiv 2408.00118) and the text side of Gemma 3 (arXiv 2503.19786).
 
 Local layers with a window alternate with global ones; embeddings are scaled by sqrt(D);
-norms multiply by 1 + w and stand before and behind each half of a layer. GGUF files hold
+norms multiply by 1 + w and surround each half of a layer. GGUF files hold
 1 + w already. A Gemma 3 with a vision part is read without it.
 """
 

@@ -130,7 +130,7 @@ def _original_context(fields: Fields, given: Fields) -> int:
 def rope_of(fields: Fields, parameters: Mapping[str, Any], head_dim: int) -> Rope:
     """One rotation out of the dictionary that describes it (transformers' modeling_rope_utils.py).
 
-    Two kinds depend on the length of the text in transformers, which rotates anew when it passes a limit. Keys of a
+    Two kinds depend on the length of the text in transformers, which computes other rotations past a limit. Keys of a
     prefix are rotated once, so here the limit is the model's context: `dynamic` is unscaled up to
     `max_position_embeddings`, and `longrope` has its short factors up to `original_max_position_embeddings`.
 
@@ -236,7 +236,7 @@ def layer_types(fields: Fields, num_layers: int, default: Sequence[str]) -> list
         if kind not in (LOCAL, GLOBAL):
             raise UserError(
                 f"{fields.source} has a layer of type {kind!r} (layer {layer}), which is not supported: its state is "
-                "no block of keys and values that a cartridge could stand in for"
+                "no block of keys and values that a cartridge could replace"
             )
     return types
 

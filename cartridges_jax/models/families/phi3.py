@@ -15,6 +15,8 @@ def _phi3(fields: Fields) -> ModelConfig:
     rope = hugging_face.rope(fields, shapes["head_dim"])
     # LongRoPE reads it; without LongRoPE it repeats the context.
     fields.take("original_max_position_embeddings", None)
+    # Of Phi-4-mini's files; every layer sees the same window.
+    fields.expect("full_attn_mod", None, 1)
     return ModelConfig(
         **{**shapes, "norm_eps": fields.number("rms_norm_eps", 1e-5, kind=float)},
         tie_embeddings=hugging_face.tied(fields, False),

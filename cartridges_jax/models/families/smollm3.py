@@ -13,8 +13,10 @@ from cartridges_jax.rope import Rope
 _INTERVAL = 4
 
 
-def _kinds(rope: Rope, turned: Sequence[int], windows: Sequence[int]) -> tuple[LayerKind, ...]:
-    return hugging_face.period([LayerKind(rope if turns else None, window) for turns, window in zip(turned, windows)])
+def _kinds(rope: Rope, rotated: Sequence[int], windows: Sequence[int]) -> tuple[LayerKind, ...]:
+    return hugging_face.period(
+        [LayerKind(rope if rotates else None, window) for rotates, window in zip(rotated, windows)]
+    )
 
 
 def _every(interval: int, num_layers: int) -> list[int]:
@@ -26,13 +28,13 @@ def _smollm3(fields: Fields) -> ModelConfig:
     num_layers = shapes["num_layers"]
     rope = hugging_face.rope(fields, shapes["head_dim"], 2_000_000.0)
     interval = fields.number("no_rope_layer_interval", _INTERVAL)
-    turned = fields.listing("no_rope_layers", _every(interval, num_layers))  # 1 means with positions
-    if len(turned) != num_layers:
+    rotated = fields.listing("no_rope_layers", _every(interval, num_layers))  # 1 means with positions
+    if len(rotated) != num_layers:
         raise UserError(
-            f"{fields.source} lists {len(turned)} no_rope_layers for {num_layers} layers: fetch the model again"
+            f"{fields.source} lists {len(rotated)} no_rope_layers for {num_layers} layers: fetch the model again"
         )
     slides = bool(fields.take("use_sliding_window", False)) and bool(fields.take("sliding_window", 0))
-    default = [hugging_face.LOCAL if slides and not turns else hugging_face.GLOBAL for turns in turned]
+    default = [hugging_face.LOCAL if slides and not rotates else hugging_face.GLOBAL for rotates in rotated]
     types = hugging_face.layer_types(fields, num_layers, default)
     fields.take("max_window_layers", None)  # in its files, and not used by it
     if not slides:
@@ -43,7 +45,7 @@ def _smollm3(fields: Fields) -> ModelConfig:
         **hugging_face.biases(fields),
         mlp_bias=hugging_face.mlp_bias(fields),
         tie_embeddings=hugging_face.tied(fields, True),
-        period=_kinds(rope, turned, hugging_face.windows(fields, types)),
+        period=_kinds(rope, rotated, hugging_face.windows(fields, types)),
         activation=hugging_face.activation(fields, "hidden_act", "silu"),
     )
 
@@ -51,8 +53,8 @@ def _smollm3(fields: Fields) -> ModelConfig:
 def _from_gguf(fields: Fields, tie_embeddings: bool) -> ModelConfig:
     shapes = gguf.shapes(fields)
     rope = gguf.rope(fields, shapes["head_dim"])
-    turned = _every(_INTERVAL, shapes["num_layers"])  # as llama.cpp fixes it
-    return ModelConfig(**shapes, tie_embeddings=tie_embeddings, period=_kinds(rope, turned, [0] * len(turned)))
+    rotated = _every(_INTERVAL, shapes["num_layers"])  # as llama.cpp fixes it
+    return ModelConfig(**shapes, tie_embeddings=tie_embeddings, period=_kinds(rope, rotated, [0] * len(rotated)))
 
 
 FAMILIES = (

@@ -15,7 +15,8 @@ from cartridges_jax.distill.step import train_step
 from cartridges_jax.errors import UserError
 from cartridges_jax.pipeline import budget
 from cartridges_jax.pipeline import run as pipeline
-from cartridges_jax.pipeline.budget import (
+from cartridges_jax.pipeline.config import default_config, from_config_dict
+from cartridges_jax.pipeline.pacing import (
     Estimate,
     Pace,
     fitting_steps,
@@ -24,7 +25,6 @@ from cartridges_jax.pipeline.budget import (
     study_should_end,
     usable_seconds,
 )
-from cartridges_jax.pipeline.config import default_config, from_config_dict
 
 # About what the quickstart takes on two cores: 745 messages in batches of 32.
 QUICKSTART = Estimate(study=280.0, train=200.0, evaluate=70.0, batch=12.0, conversations=522, steps=230)

@@ -1,4 +1,4 @@
-"""The arithmetic of a budget: estimates, the measured pace, and what fits. All times are seconds."""
+"""The arithmetic of a budget: estimates in seconds, the measured pace, and what fits."""
 
 from __future__ import annotations
 

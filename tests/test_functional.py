@@ -71,7 +71,7 @@ def test_a_study_without_a_directory_leaves_no_files(made):
     model, corpus, *_ = made
     families = {name: float(name == "generic") for name in SynthesisSettings().families}
     study = cj.self_study(model, corpus, families=families, seed=2, **STUDY | {"conversations": 4})
-    (shard,) = {c.messages[1].top_logprobs._path.parent for c in study.conversations}
+    (shard,) = {c.messages[1].top_logprobs.path.parent for c in study.conversations}
     assert shard.is_dir() and str(shard).startswith(tempfile.gettempdir())
     del study
     gc.collect()

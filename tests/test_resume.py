@@ -95,7 +95,7 @@ def test_a_stopped_run_says_how_to_go_on_and_does(values, tmp_path, cache, unint
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + signum
     assert "Traceback" not in errors
-    assert errors.splitlines()[-1] == f"stopped by {signum.name}; the same command goes on from here"
+    assert errors.splitlines()[-1] == f"stopped by {signum.name}; the same command resumes from here"
     if signum == signal.SIGTERM:
         (directory,) = run.glob("train/*/checkpoints")
         saved = max(int(path.name) for path in directory.glob("[0-9]*") if path.name.isdigit())
@@ -112,8 +112,8 @@ def test_a_stopped_run_says_how_to_go_on_and_does(values, tmp_path, cache, unint
 def test_ctrl_c_before_the_run_has_begun_leaves_no_traceback():
     """While the libraries load, and in the chat: no stage is there to catch it."""
     program = (
-        "import os, signal\nfrom cartridges_jax.pipeline.program import run_program\n"
-        "run_program(lambda: os.kill(os.getpid(), signal.SIGINT))"
+        "import signal\nfrom cartridges_jax.pipeline.program import run_program\n"
+        "run_program(lambda: signal.raise_signal(signal.SIGINT))"
     )
     done = finish([sys.executable, "-c", program])
     assert done.returncode == 130

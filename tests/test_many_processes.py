@@ -106,7 +106,7 @@ def test_sigterm_to_one_stops_all_and_other_meshes_and_hosts_go_on_to_the_same_e
     stopped_at = saved_steps(studied)[-1]
     assert 3 <= stopped_at < STEPS - 10
     for number in range(2):
-        assert f"[{number}] stopped by SIGTERM; the same command goes on from here" in first.stderr
+        assert f"[{number}] stopped by SIGTERM; the same command resumes from here" in first.stderr
     assert "Traceback" not in first.stderr
 
     second = stop_one(by_one(values, studied, "fsdp:8"), studied, 0, cache, after=stopped_at)

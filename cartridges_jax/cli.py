@@ -6,7 +6,8 @@
     cartridges bench decode --workdir runs/bench_decode
     cartridges aot --config.model=meta-llama/Llama-3.1-8B-Instruct --config.pod.topology=v5e:4x4 --config.mesh=tensor:16
 
-`cartridges COMMAND --help` lists a command's flags. Settings of a run are flags too: --config.train.steps=100.
+`cartridges COMMAND --help` lists a command's own flags; `train` also takes those of a job (docs/parallel.md). Settings of a
+run are flags too: --config.train.steps=100.
 """
 
 from __future__ import annotations
@@ -216,7 +217,9 @@ def _define_model_flags() -> Callable[[Any], Any]:
 def define_aot_flags() -> Callable[[], dict]:
     """Defines the flags of ahead-of-time compiling; returns a function that gives their values."""
     programs = flags.DEFINE_list(
-        "programs", [], "Programs to compile: train, prefill and decode by default; also icl, evaluation's prefill."
+        "programs",
+        [],
+        "Programs to compile: train, prefill and decode by default; whole_text is evaluation's read of the text.",
     )
     sweep = flags.DEFINE_bool("sweep", False, "Try all meshes of the topology.")
     scaling = flags.DEFINE_bool("scaling", False, "Project the train step from 1 to 512 chips.")

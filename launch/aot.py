@@ -20,7 +20,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "The run, e.g. experim
 _PROGRAMS = flags.DEFINE_list(
     "programs",
     [],
-    "Programs to compile: train, prefill and decode by default; icl is evaluation's read of the whole text.",
+    "Programs to compile: train, prefill and decode by default; whole_text is evaluation's read of the whole text.",
 )
 _SWEEP = flags.DEFINE_bool("sweep", False, "Try all meshes of the topology.")
 _SCALING = flags.DEFINE_bool("scaling", False, "Project the train step from 1 to 512 chips.")

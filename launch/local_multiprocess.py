@@ -1,7 +1,8 @@
 """Runs a program as several processes on this machine, each with CPU devices of its own.
 
     python launch/local_multiprocess.py --processes=2 --devices=4 -- \
-        launch/train.py --config=experiments/quickstart.py --config.mesh=data:-1 --workdir=runs/two
+        launch/train.py --config=experiments/quickstart.py --config.mesh=data:-1 --config.train.rows_per_step=8 \
+        --workdir=runs/two
 
 Every line of output begins with the number of its process. When one process fails, all end. --dry_run prints the
 commands.

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from cartridges_jax.aot import inputs
 from cartridges_jax.aot.check import Check, mesh_of, with_micro_batches
 from cartridges_jax.aot.hardware import CHIPS, H100, V5E
-from cartridges_jax.aot.programs import compile_program, icl_shape
+from cartridges_jax.aot.programs import compile_program, whole_text_shape
 from cartridges_jax.aot.roofline import Roofline, flops_per_device, memory_bytes, total_work
 from cartridges_jax.aot.scaling import LAYOUTS
 from cartridges_jax.aot.sweep import meshes, rank
@@ -202,13 +202,13 @@ def test_decoding_is_compiled_as_self_study_decodes(tmp_path):
 
 def test_the_whole_text_is_read_with_room_for_a_conversation(tmp_path):
     config = pod_config("meta-llama/Llama-3.1-8B-Instruct", topology="v5e:4x4", mesh="data:4,tensor:4", micro_batches=8)
-    assert icl_shape(workload_of(from_config_dict(config))) == (512, 131072 - 512)
+    assert whole_text_shape(workload_of(from_config_dict(config))) == (512, 131072 - 512)
     workload = toy_workload(tmp_path / "toy")
-    assert icl_shape(workload) == (512, 2048)
+    assert whole_text_shape(workload) == (512, 2048)
     # The last chunk: three layers of 4 heads of 64, and 2 of them for keys and values.
     seen = 512 * 1536 + 512 * 513 // 2
     layers = 512 * 2 * (256 * 256 * 2 + 256 * 128 * 2 + 3 * 256 * 512) + seen * 4 * 256
-    assert sum(total_work("icl", workload)) == 3 * layers
+    assert sum(total_work("whole_text", workload)) == 3 * layers
 
 
 # Topologies and meshes
@@ -381,7 +381,7 @@ def test_a_toy_is_compiled_for_a_tpu_slice(tmp_path):
 
 def test_the_read_of_the_whole_text_is_compiled_too(tmp_path):
     workload, mesh = toy_workload(tmp_path / "toy"), abstract_mesh()
-    assert compile_program("icl", workload, mesh).bytes_per_device > 2048 * 2 * 3 * 2 * 64 * 2  # its cache
+    assert compile_program("whole_text", workload, mesh).bytes_per_device > 2048 * 2 * 3 * 2 * 64 * 2  # its cache
 
 
 @needs_libtpu

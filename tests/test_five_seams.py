@@ -9,6 +9,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from tiny_runs import config_of, settings, talker_gguf  # noqa: F401
 
@@ -141,7 +142,10 @@ def test_one_run_uses_a_reader_an_initialiser_a_teacher_a_task_and_a_learner_of_
     assert {c.metadata["teacher"] for c in conversations} == {"parrot"}
     assert {m["name"] for m in report["metric_list"]} >= {"words", "teacher_kl"}
     assert set(report["conditions"]) == {"none", "last_tokens", "whole_text", "cartridge"}
-    assert all(values["words"] >= 0 for values in report["conditions"].values())
+    rows = pq.read_table(tmp_path / "run" / report["answers_file"]).to_pylist()
+    for name, values in report["conditions"].items():
+        own = [len(row["answer"].split()) for row in rows if row["condition"] == name]
+        assert len(own) == 2 and values["words"] == pytest.approx(sum(own) / 2)
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Words" in page and "The last tokens" in page
     # The learner left the initialiser's keys as they were, and moved the values.

@@ -12,6 +12,7 @@ import pytest
 from tiny_runs import DOCUMENT, SMALL, talker_gguf  # noqa: F401
 
 import cartridges_jax as cj
+from cartridges_jax.pipeline.distillation import split
 from cartridges_jax.selfstudy.settings import SynthesisSettings
 
 STUDY = {
@@ -62,7 +63,9 @@ def test_an_evaluation_uses_the_conversations_that_training_held_out(made):
     )
     assert set(found.conditions) == {"none", "first_tokens", "whole_text", "cartridge"}
     assert found.conditions["whole_text"]["teacher_kl"] == pytest.approx(0, abs=1e-5)
-    assert found.conditions["cartridge"]["heldout_kl"] >= 0
+    seen = {row["question"] for row in found.rows if row["task"] == "heldout"}
+    kept_out = split(study.conversations, [cj.Question("What has shed 4?", ("t and s",))], 3, 0).heldout
+    assert kept_out and seen == {study.conversations[i].messages[0].content for i in kept_out}
     with pytest.raises(cj.UserError, match="nothing to evaluate on"):
         cj.evaluate(model, corpus, cartridge)
 

@@ -1,4 +1,4 @@
-"""A part of the package imports only parts below it (the architecture section of the README)."""
+"""A part of the package imports only parts below it (docs/architecture.md)."""
 
 from __future__ import annotations
 
@@ -10,19 +10,17 @@ import cartridges_jax
 PACKAGE = Path(cartridges_jax.__file__).parent
 # From the top down; parts on one line do not import each other.
 ORDER = [
-    {"__init__", "__main__", "cli"},
+    {"__init__", "cli"},
     {"api"},
     {"chat"},
     {"pipeline"},
     {"benchmarks", "aot"},
-    {"serving"},
     {"evaluation"},
     {"selfstudy"},
     {"distill"},
     {"prefixes"},
     {"data"},
     {"sampling"},
-    {"interop"},
     {"checkpoint"},
     {"models"},
     {"attention"},

@@ -248,7 +248,7 @@ def test_every_source_file_of_the_package_belongs_to_a_stage_or_cannot_change_it
     )
     for file in root.rglob("*.py"):
         name = file.relative_to(root).as_posix()
-        if name in outside or name.startswith(("pipeline/", "serving/", "benchmarks/", "aot/", "interop/")):
+        if name in outside or name.startswith(("pipeline/", "benchmarks/", "aot/")):
             continue
         assert any(name == part or name.startswith(f"{part}/") for part in context._EVALUATE_CODE), name
 

@@ -27,7 +27,7 @@ from cartridges_jax.sampling.prefill import chunk_shape
 from cartridges_jax.sampling.select import GREEDY, Choice
 
 # The last, evaluation's read of the whole text, is compiled only on request: not every run evaluates.
-PROGRAMS = ("train", "prefill", "decode", "icl")
+PROGRAMS = ("train", "prefill", "decode", "whole_text")
 DEFAULT_PROGRAMS = PROGRAMS[:-1]
 # A jitted function, its arguments, and those by name.
 _Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
@@ -149,16 +149,16 @@ def _decode(workload: Workload, mesh: Mesh) -> _Call:
     return decoding.decode, arguments, options
 
 
-def icl_shape(workload: Workload) -> tuple[int, int]:
+def whole_text_shape(workload: Workload) -> tuple[int, int]:
     """Tokens of a chunk, and slots, of the whole text that is read in one row."""
-    return chunk_shape(workload.icl_tokens)
+    return chunk_shape(workload.whole_text_tokens)
 
 
-def _icl(workload: Workload, mesh: Mesh) -> _Call:
-    num_tokens, num_slots = icl_shape(workload)
+def _whole_text(workload: Workload, mesh: Mesh) -> _Call:
+    num_tokens, num_slots = whole_text_shape(workload)
     chunk = inputs.chunk(mesh, 1, num_tokens)
     cache = inputs.reading_cache(workload, mesh, 1, num_slots)
     return reading.read_tokens, (workload.config, inputs.params(workload, mesh), None, cache, chunk, chunk), {}
 
 
-_CALLS = {"train": _train, "prefill": _prefill, "decode": _decode, "icl": _icl}
+_CALLS = {"train": _train, "prefill": _prefill, "decode": _decode, "whole_text": _whole_text}

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from cartridges_jax.aot import inputs
 from cartridges_jax.aot.hlo import Collective
 from cartridges_jax.aot.network import links_of, network_seconds
-from cartridges_jax.aot.programs import icl_shape, prefill_shape
+from cartridges_jax.aot.programs import prefill_shape, whole_text_shape
 from cartridges_jax.aot.topology import Topology
 from cartridges_jax.aot.workload import Workload
 from cartridges_jax.models.costs import (
@@ -76,9 +76,9 @@ def total_work(program: str, workload: Workload) -> Work:
     if program == "prefill":
         num_rows, tokens, _ = prefill_shape(workload)
         return forward_work(config, num_rows * tokens, 0, num_rows * keys_seen([tokens], workload.prefix_slots))
-    if program == "icl":
+    if program == "whole_text":
         # The last chunk attends to the most keys.
-        tokens, num_slots = icl_shape(workload)
+        tokens, num_slots = whole_text_shape(workload)
         return forward_work(config, tokens, 0, keys_seen([tokens], num_slots - tokens))
     num_rows = workload.decode_rows
     step = forward_work(config, num_rows, num_rows, num_rows * (workload.prefix_slots + workload.own_slots))
@@ -101,7 +101,7 @@ def _row_parts(program: str, workload: Workload, mesh: Mesh) -> int:
         "train": workload.train.rows_per_step // workload.train.micro_batches,
         "prefill": prefill_shape(workload)[0],
         "decode": workload.decode_rows,
-        "icl": 1,
+        "whole_text": 1,
     }[program]
     return parts_on(mesh, "rows", num_rows)
 
@@ -128,8 +128,8 @@ def memory_bytes(program: str, workload: Workload, mesh: Mesh) -> float:
             mesh, "slots", workload.num_slots, in_use=False
         )
         return passes * (weights + per_slot * workload.num_slots) + state / split
-    if program == "icl":
-        return weights + per_slot * icl_shape(workload)[1]
+    if program == "whole_text":
+        return weights + per_slot * whole_text_shape(workload)[1]
     prefix = per_slot * workload.prefix_slots
     if program == "prefill":
         num_rows, _, num_slots = prefill_shape(workload)

@@ -69,7 +69,7 @@ class Workload:
         return min(self.context_tokens, self.config.context_length)
 
     @property
-    def icl_tokens(self) -> int:
+    def whole_text_tokens(self) -> int:
         """The part of the long text that evaluation reads: it leaves room for a conversation."""
         return min(self.visible_tokens, self.config.context_length - self.own_slots)
 

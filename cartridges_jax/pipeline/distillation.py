@@ -35,7 +35,7 @@ def _stream(seed: int, number: int) -> np.random.Generator:
 
 
 def split(conversations: Sequence[Conversation], questions: Sequence[Question], heldout: int, seed: int) -> Split:
-    """Splits conversations into training and held-out ones, both without evaluation questions."""
+    """Splits conversations into training ones, without evaluation questions, and held-out ones that training does not ask."""
     return split_conversations(
         [[m.content for m in conversation.messages if m.role == "user"] for conversation in conversations],
         [question.question for question in questions],

@@ -88,7 +88,7 @@ def train(
     num_slots: int = 0,
     init: str = "first_tokens",
     settings: TrainSettings | None = None,
-    questions: Sequence[Question] = (),
+    questions: Sequence[Question] | None = None,
     heldout: int = HELDOUT,
     seed: int = 0,
     directory: str | Path | None = None,
@@ -101,7 +101,7 @@ def train(
       num_slots: P; 0 follows from the corpus.
       init: the initial prefix, a name of the prefix registry.
       settings: of the training; the small model's by default.
-      questions: evaluation questions, which are not trained on.
+      questions: evaluation questions, whose likes are not trained on; None is those that came with the documents.
       heldout: conversations to keep out of training.
       seed: of the data order.
       directory: of checkpoints; a call with the same arguments resumes there. None stores none.
@@ -121,7 +121,7 @@ def train(
             model,
             corpus,
             study.conversations if isinstance(study, Study) else study,
-            questions,
+            list(corpus.corpus.questions if questions is None else questions),
             size=size,
             settings=settings,
             heldout=heldout,

@@ -13,6 +13,7 @@ run are flags too: --config.train.steps=100.
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -42,19 +43,26 @@ def train() -> Callable[..., None]:
     def main(files: list[str]) -> None:
         if not files or not out.value:
             raise UserError("give files and a place for the cartridge: cartridges train my.txt --out my.cartridge")
-        from cartridges_jax.checkpoint import load_cartridge, save_cartridge
+        from cartridges_jax.checkpoint import load_cartridge, require_place_for, save_cartridge
         from cartridges_jax.pipeline.program import run_from_flags
 
+        for file in files:
+            if "," in file and len(files) > 1:
+                raise UserError(
+                    f"{file!r} has a comma in its name, which separates files: rename it or give its folder"
+                )
+        target, directory = os.path.expanduser(out.value), workdir.value or f"{out.value.rstrip('/')}.run"
+        directory = os.path.expanduser(directory)
+        require_place_for(target, directory)
         settings = config.value
         settings.corpus = files[0] if len(files) == 1 else ",".join(files)
         if questions.value:
             settings.questions = questions.value
-        directory = workdir.value or f"{out.value.rstrip('/')}.run"
         if run_from_flags(settings, directory, job()) is None:
             return
         cartridge = load_cartridge(Path(directory) / "cartridge")
-        save_cartridge(out.value, cartridge.prefix, cartridge.metadata)
-        print(f"Cartridge: {out.value}    (cartridges chat {out.value})")
+        save_cartridge(target, cartridge.prefix, cartridge.metadata)
+        print(f"Cartridge: {target}    (cartridges chat {target})")
 
     return main
 
@@ -75,7 +83,7 @@ def chat() -> Callable[..., None]:
         from cartridges_jax.chat import HELP
         from cartridges_jax.chat import chat as converse
 
-        cartridge = cj.load_cartridge(place)
+        cartridge = cj.load_cartridge(_cartridge_in(place))
         metadata = cartridge.metadata
         model = model_of(cartridge)
 
@@ -129,7 +137,7 @@ def evaluate() -> Callable[..., None]:
         if conditions.value:
             settings = dataclasses.replace(settings, conditions=tuple(conditions.value))
         settings.check()
-        cartridge = cj.load_cartridge(arguments[0])
+        cartridge = cj.load_cartridge(_cartridge_in(arguments[0]))
         model = model_of(cartridge)
         with TerminalReporter().progress("evaluate", 1) as bar:
             found = cj.evaluate(model, corpus, cartridge, questions=asked, settings=settings, on_progress=bar.at)
@@ -193,6 +201,12 @@ COMMANDS: dict[str, Command] = {
 }
 
 
+def _cartridge_in(place: str) -> Path:
+    """The cartridge's directory, given it or the run that trained it."""
+    path = Path(place).expanduser()
+    return path / "cartridge" if (path / "run.json").exists() else path
+
+
 def _define_model_flags() -> Callable[[Any], Any]:
     """Defines --model and --allow_other_weights; returns a function that loads the model of a cartridge."""
     name = flags.DEFINE_string(
@@ -212,6 +226,13 @@ def _define_model_flags() -> Callable[[Any], Any]:
         return model
 
     return model_of
+
+
+# Where the fields of a command's config are documented, for the message about an unknown one.
+_FIELDS = {
+    "train": "cartridges_jax/pipeline/config.py lists the fields",
+    "bench": "the settings classes in cartridges_jax/benchmarks/ list the fields",
+}
 
 
 def define_aot_flags() -> Callable[[], dict]:
@@ -238,11 +259,9 @@ def main() -> None:
         return
     command = COMMANDS[name]
     if name == "aot":
-        import os
-
         # The devices are described to the compiler, not looked for.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    run_program(argv=[f"cartridges {name}", *sys.argv[2:]], command=command)
+    run_program(argv=[f"cartridges {name}", *sys.argv[2:]], command=command, fields=_FIELDS.get(name, _FIELDS["train"]))
 
 
 if __name__ == "__main__":

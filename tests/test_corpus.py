@@ -517,3 +517,41 @@ def test_chunk_sizes_that_make_no_sense_are_refused_with_their_values(bad):
 def test_token_coverage_counts_a_token_once():
     assert token_coverage([Chunk(0, 0, 5), Chunk(0, 3, 6)], [10]) == 0.6
     assert token_coverage([], [10]) == 0.0
+
+
+def test_a_list_may_hold_patterns_folders_and_the_shipped_document(tmp_path):
+    for name in ("a.md", "b.md", "c.txt"):
+        write(tmp_path / name, f"Text of {name}.")
+    listed = read_corpus(f"{tmp_path}/*.md,{tmp_path / 'c.txt'},quickstart")
+    assert [document.name for document in listed] == ["a", "b", "c", "quickstart"]
+
+
+def test_results_that_were_written_into_the_folder_are_not_read(tmp_path):
+    write(tmp_path / "notes.txt", "Notes.")
+    for directory, record in (("my.cartridge", "cartridge.json"), ("my.run", "run.json")):
+        (tmp_path / directory / "train").mkdir(parents=True)
+        write(tmp_path / directory / record, "{}")
+        write(tmp_path / directory / "train" / "result.json", "{}")
+    assert [document.name for document in read_corpus(tmp_path)] == ["notes"]
+
+
+def test_equal_names_are_told_apart_and_selected_together(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "README.md", f"Text of {folder}.")
+    corpus = read_corpus(["one/README.md", str(tmp_path / "two" / "README.md")])
+    assert len({document.id for document in corpus}) == 2
+    assert [document.text for document in corpus.select("readme")] == ["Text of one.", "Text of two."]
+    assert [document.text for document in corpus.select(corpus.documents[1].id)] == ["Text of two."]
+
+
+def test_articles_without_text_and_questions_without_words_are_left_out(tmp_path):
+    squad = json.loads(squad_file(tmp_path).read_text())
+    item = squad["data"][0]["paragraphs"][0]["qas"][0]
+    blank = {**item, "question": " "}
+    empty = {**item, "question": "Who?", "answers": [{"text": "", "answer_start": 0}]}
+    squad["data"][0]["paragraphs"][0]["qas"] += [blank, empty]
+    squad["data"].append({"title": "Nothing", "paragraphs": []})
+    (document,) = read_corpus(write(tmp_path / "odd.json", json.dumps(squad)))
+    assert len(document.questions) == 4 and all(question.answers[0] for question in document.questions)

@@ -22,6 +22,7 @@ from cartridges_jax.checkpoint.cartridges import (
     RECORD,
     Cartridge,
     load_cartridge,
+    require_place_for,
     save_cartridge,
 )
 from cartridges_jax.checkpoint.metadata import (
@@ -48,5 +49,6 @@ __all__ = [
     "check_compatible",
     "load_cartridge",
     "portable_config",
+    "require_place_for",
     "save_cartridge",
 ]

@@ -74,6 +74,20 @@ class Cartridge:
 # --- Saving ------------------------------------------------------------------------------
 
 
+def require_place_for(directory: str | os.PathLike, run: str | os.PathLike | None = None) -> None:
+    """Raises UserError unless a cartridge can be written to `directory`: absent, empty, or a cartridge.
+
+    Args:
+      run: a run's directory, which must be another one.
+    """
+    directory = absolute(directory)
+    if run is not None and directory == absolute(run):
+        raise UserError(f"{directory} is the run's own directory; choose another directory to save to")
+    if directory.exists() and not (directory / RECORD).exists():
+        if not directory.is_dir() or any(directory.iterdir()):
+            raise UserError(f"{directory} exists and is not a cartridge; choose another directory to save to")
+
+
 def save_cartridge(directory: str | os.PathLike, prefix: KVPrefix, metadata: CartridgeMetadata) -> None:
     """Writes a cartridge, replacing the one that is there, so that a whole one is always there.
 
@@ -103,9 +117,7 @@ def save_cartridge(directory: str | os.PathLike, prefix: KVPrefix, metadata: Car
             f"keys {prefix.keys.shape}, next_position {int(prefix.next_position)}: build it with "
             "CartridgeMetadata.of"
         )
-    if directory.exists() and not (directory / RECORD).exists():
-        if not directory.is_dir() or any(directory.iterdir()):
-            raise UserError(f"{directory} exists and is not a cartridge; choose another directory to save to")
+    require_place_for(directory)
     record = {
         "format_version": FORMAT_VERSION,
         **dataclasses.asdict(metadata),

@@ -180,6 +180,9 @@ def portable_config(config: Mapping[str, Any]) -> dict[str, Any]:
     portable = {name: _portable(value) for name, value in config.items() if name != _LICENSE_FLAG}
     if isinstance(portable.get("model"), str):
         portable["model"] = public_name(config["model"])[0]
+    if isinstance(config.get("corpus"), str) and not _exists(config["corpus"]):
+        # Several files, separated by commas.
+        portable["corpus"] = ",".join(_without_path(part.strip()) for part in config["corpus"].split(","))
     return json.loads(json.dumps(portable))
 
 

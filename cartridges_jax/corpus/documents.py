@@ -110,15 +110,18 @@ class Corpus:
         """
         if not names:
             return self
-        by_name = {_plain(document.name): document for document in self}
+        by_name: dict[str, list[Document]] = {}
+        for document in self:
+            for key in {_plain(document.name), _plain(document.id)}:
+                by_name.setdefault(key, []).append(document)
         if isinstance(names, str):
             names = [names] if _plain(names) in by_name else names.split(",")
-        chosen = []
+        chosen: list[Document] = []
         for name in names:
             if _plain(name) not in by_name:
                 known = ", ".join(document.name for document in self)
                 raise UserError(f"the corpus has no document {name.strip()!r}; it has: {known}")
-            chosen.append(by_name[_plain(name)])
+            chosen += by_name[_plain(name)]
         return Corpus(tuple(chosen))
 
 

@@ -56,7 +56,7 @@ def read_bytes(path: str | Path) -> bytes:
     if str(path) == STDIN:
         return sys.stdin.buffer.read()
     try:
-        return Path(path).read_bytes()
+        return Path(path).expanduser().read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; check the path") from None
     except IsADirectoryError:

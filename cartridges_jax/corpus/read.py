@@ -17,6 +17,8 @@ from cartridges_jax.errors import UserError
 
 # The name, in place of a path, of the document that the package ships.
 QUICKSTART = "quickstart"
+# The files that mark a run's directory and a cartridge.
+_RECORDS = ("run.json", "cartridge.json")
 
 
 def read_corpus(source: str | Path | Sequence[str | Path]) -> Corpus:
@@ -57,12 +59,12 @@ def _expanded(source: str) -> list[Path]:
         return [path]
     if glob.has_magic(source):
         found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
-        files = [file for file in found if file.is_file()]
-        if not files:
-            raise UserError(f"no file matches {source}; check the pattern")
-        return files
+        if files := [file for file in found if file.is_file()]:
+            return files
     if "," in source:
-        return [path for part in source.split(",") for path in _expanded(part.strip())]
+        return [path for part in source.split(",") for path in _paths(part.strip())]
+    if glob.has_magic(source):
+        raise UserError(f"no file matches {source}; check the pattern")
     raise UserError(f"{source} does not exist; check the path")
 
 
@@ -74,17 +76,24 @@ def _files_of(folder: Path) -> list[Path]:
         if file.suffix.lower() in READERS
         and file.is_file()
         and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        and not _is_result(file, folder)
     )
     if not files:
         raise UserError(f"{folder} holds no file with one of the suffixes {', '.join(READERS)}; give another folder")
     return files
 
 
+def _is_result(file: Path, folder: Path) -> bool:
+    """Returns True for files of a run or a cartridge that was written into the folder."""
+    inside = [parent for parent in file.parents if parent != folder and parent.is_relative_to(folder)]
+    return any((parent / record).exists() for parent in inside for record in _RECORDS)
+
+
 def _with_unique_ids(documents: list[Document]) -> list[Document]:
     """Documents that share a name, such as the README of several folders, are told apart by their path."""
     counts = Counter(document.id for document in documents)
     shared = [document.source for document in documents if counts[document.id] > 1]
-    root = os.path.commonpath(map(os.path.dirname, shared)) if shared and all(shared) else ""
+    root = os.path.commonpath([os.path.dirname(os.path.abspath(s)) for s in shared]) if shared and all(shared) else ""
     found = []
     for document in documents:
         if counts[document.id] > 1 and document.source:

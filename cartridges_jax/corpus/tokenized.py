@@ -109,6 +109,8 @@ def tokenize_corpus(corpus: Corpus, tokenizer: OffsetTokenizer, *, max_tokens: i
 
 def _tokenized(document: Document, tokenizer: OffsetTokenizer, max_tokens: int) -> TokenizedDocument:
     ids, offsets = tokenizer.encode_with_offsets(document.text)
+    if not ids:
+        raise UserError(f"the document {document.name!r} is empty: leave it out")
     if max_tokens and len(ids) > max_tokens:
         # The first character that no longer fits.
         limit = offsets[max_tokens][0]

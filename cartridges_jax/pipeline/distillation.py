@@ -34,6 +34,13 @@ def _stream(seed: int, number: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(number,)))
 
 
+def spread(questions: Sequence[Question], limit: int) -> list[Question]:
+    """At most `limit` of the questions, spread evenly; 0 is all."""
+    if not limit or len(questions) <= limit:
+        return list(questions)
+    return [questions[i] for i in np.linspace(0, len(questions) - 1, limit).round().astype(int)]
+
+
 def split(conversations: Sequence[Conversation], questions: Sequence[Question], heldout: int, seed: int) -> Split:
     """Splits conversations into training ones, without evaluation questions, and held-out ones that training does not ask."""
     return split_conversations(

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from cartridges_jax.checkpoint import Cartridge
 from cartridges_jax.corpus import Corpus, TokenizedCorpus, tokenize_corpus
 from cartridges_jax.corpus.questions import Question
@@ -22,7 +24,7 @@ from cartridges_jax.evaluation.measuring import longest_example
 from cartridges_jax.evaluation.tasks import TaskInputs, make_tasks
 from cartridges_jax.models import Model
 from cartridges_jax.pipeline.config import CartridgeSettings
-from cartridges_jax.pipeline.distillation import distil_cartridge, split
+from cartridges_jax.pipeline.distillation import distil_cartridge, split, spread
 from cartridges_jax.pipeline.sizes import auto_conversations, auto_slots
 from cartridges_jax.selfstudy.settings import SynthesisSettings
 from cartridges_jax.selfstudy.synthesis import Study, synthesise
@@ -129,6 +131,8 @@ def train(
             directory=Path(directory or temporary),
             config={
                 "model": model.name,
+                "dtype": jnp.dtype(model.dtype).name,
+                "windows_see_prefix": model.config.windows_see_prefix,
                 "seed": seed,
                 "cartridge": dataclasses.asdict(size),
                 "train": dataclasses.asdict(settings),
@@ -168,7 +172,7 @@ def evaluate(
     kept_out = []
     if conversations:
         kept_out = [conversations[i] for i in split(conversations, asked, heldout, seed).heldout]
-    tasks = make_tasks(settings.tasks, TaskInputs(corpus, asked, kept_out))
+    tasks = make_tasks(settings.tasks, TaskInputs(corpus, spread(asked, settings.max_questions), kept_out))
     room = longest_example(model, tasks, settings.max_answer_tokens)
     conditions = make_conditions(model, corpus, cartridge.prefix, settings.conditions, room=room, seed=seed)
     return measure(model, conditions, tasks, settings, on_progress=on_progress)

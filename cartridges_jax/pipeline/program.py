@@ -135,7 +135,8 @@ def define_job_flags() -> Callable[[], dict[str, Any]]:
 
 
 def _wants_help(argv: list[str]) -> bool:
-    return any(argument.lstrip("-").startswith("help") for argument in argv[1:])
+    asked = ("help", "helpfull", "helpshort", "helpxml")
+    return any(argument.startswith("-") and argument.lstrip("-").split("=")[0] in asked for argument in argv[1:])
 
 
 def _fail(message: str, code: int = UserError.exit_code) -> None:

@@ -40,7 +40,8 @@ def read_squad(path: Path, data: bytes) -> list[Document]:
             raise UserError(
                 f"{path} is not SQuAD JSON ({error!r} in article {title!r}); give a v1.1 or v2 file"
             ) from None
-    return documents
+    # An article without paragraphs has nothing to study.
+    return [document for document in documents if document.text.strip()]
 
 
 def _document(title: str, paragraphs: list[dict[str, Any]], source: str) -> Document:
@@ -52,6 +53,8 @@ def _document(title: str, paragraphs: list[dict[str, Any]], source: str) -> Docu
             spans = [(offset + answer["answer_start"], answer["text"]) for answer in item["answers"]]
             # An answer whose recorded start is wrong is not found where it should be.
             if not spans or item.get("is_impossible") or not all(text.startswith(said, at) for at, said in spans):
+                continue
+            if not item["question"].strip() or not all(said.strip() for _, said in spans):
                 continue
             questions.append(
                 Question(

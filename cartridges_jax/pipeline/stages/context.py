@@ -35,7 +35,7 @@ _MODEL_CODE = (
     "sampling",
 )
 _STUDY_CODE = (*_MODEL_CODE, "corpus", "data", "selfstudy")
-_TRAIN_CODE = (*_STUDY_CODE, "prefixes", "distill", "checkpoint")
+_TRAIN_CODE = (*_STUDY_CODE, "prefixes", "distill", "checkpoint", "pipeline/distillation.py")
 _EVALUATE_CODE = (
     *_TRAIN_CODE,
     "evaluation/conditions.py",

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import numpy as np
-
 from cartridges_jax.checkpoint import Cartridge
 from cartridges_jax.corpus.questions import Question, questions_hash
 from cartridges_jax.data.schema import Conversation
@@ -15,7 +13,7 @@ from cartridges_jax.evaluation.evaluate import evaluate as measure
 from cartridges_jax.evaluation.measuring import longest_example
 from cartridges_jax.evaluation.results import write_answers
 from cartridges_jax.evaluation.tasks import Task, TaskInputs, make_tasks
-from cartridges_jax.pipeline.distillation import split
+from cartridges_jax.pipeline.distillation import split, spread
 from cartridges_jax.pipeline.stages.context import RunContext, flat
 from cartridges_jax.pipeline.workdir import Stage
 
@@ -71,8 +69,4 @@ def make_examples(run: RunContext, conversations: Sequence[Conversation]) -> tup
 
 def asked_questions(run: RunContext) -> list[Question]:
     """The questions that are asked: all, or `evaluation.max_questions` of them spread evenly."""
-    limit = run.config.evaluation.max_questions
-    if not limit or len(run.questions) <= limit:
-        return run.questions
-    places = np.linspace(0, len(run.questions) - 1, limit).round().astype(int)
-    return [run.questions[i] for i in places]
+    return spread(run.questions, run.config.evaluation.max_questions)

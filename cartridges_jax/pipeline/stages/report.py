@@ -103,8 +103,11 @@ def _coverage(run: RunContext, conversations: list[Conversation]) -> dict[str, A
     for conversation in conversations:
         counts[conversation.metadata["sentence_index"]] += 1
     ids = {document.document.id: number for number, document in enumerate(run.corpus.documents)}
+    # A single document is found by its text: its file may have been renamed since the study.
+    alone = len(ids) == 1
     chunks = {
-        (ids[conversation.metadata["document"]], *conversation.metadata["chunk_span"]) for conversation in conversations
+        (0 if alone else ids[conversation.metadata["document"]], *conversation.metadata["chunk_span"])
+        for conversation in conversations
     }
     return {
         "sentences": len(counts),

@@ -21,6 +21,7 @@ def study(run: RunContext) -> tuple[Stage, list[Conversation]]:
         "thinking": config.thinking,
         "windows_see_prefix": config.windows_see_prefix,
         "corpus": run.corpus.sha256,
+        "documents": _ids_of_several(run),
         **flat("study", config.study),
         # Here, because it decides where the study ends.
         **({"budget_minutes": config.budget_minutes} if config.budget_minutes else {}),
@@ -43,3 +44,9 @@ def study(run: RunContext) -> tuple[Stage, list[Conversation]]:
         studied = converse(on_progress=bar.at, heartbeat=heartbeat, warn=run.reporter.say)
     stage.finish(studied.counts)
     return stage, studied.conversations
+
+
+def _ids_of_several(run: RunContext) -> list[str]:
+    """The documents' ids, which conversations carry; empty for a single document, whatever its file is called."""
+    ids = [document.document.id for document in run.corpus.documents]
+    return ids if len(ids) > 1 else []

@@ -12,7 +12,7 @@ from typing import BinaryIO
 def write_atomically(path: str | os.PathLike, content: bytes | str | Callable[[BinaryIO], object]) -> None:
     """Writes a file so that other processes see the old content or the new one, also after a crash.
 
-    The content is written and fsynced under another name in the same directory, `.NAME.XXXXXXXX`, and renamed. A
+    The content is written and fsynced under another name in the same directory, `.NAME.` with a random ending, and renamed. A
     process that is killed before the rename leaves that file behind.
 
     The file gets the umask's mode, as `open` gives it. (`tempfile` makes files that only their owner can read, which

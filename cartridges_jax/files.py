@@ -12,8 +12,8 @@ from typing import BinaryIO
 def write_atomically(path: str | os.PathLike, content: bytes | str | Callable[[BinaryIO], object]) -> None:
     """Writes a file so that other processes see the old content or the new one, also after a crash.
 
-    The content is written and fsynced under another name in the same directory, `.NAME.` with a random ending, and renamed. A
-    process that is killed before the rename leaves that file behind.
+    The content is written and fsynced under another name in the same directory, `.NAME.` with a random ending, and
+    renamed. A process that is killed before the rename leaves that file behind.
 
     The file gets the umask's mode, as `open` gives it. (`tempfile` makes files that only their owner can read, which
     shuts the other users out of a shared directory.)

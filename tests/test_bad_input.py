@@ -235,7 +235,7 @@ def test_more_log_probabilities_than_the_vocabulary_has_tokens_are_refused(talke
         ({"train__epochs": 0.0}, "train.epochs=0.0"),
         ({"train__learner": "lora"}, "train.learner='lora': choose one of cartridge"),
         ({"study__asks_per_sentence": 0.0}, "study.asks_per_sentence=0.0"),
-        ({"study__teacher": "nobody"}, "nobody.*local"),
+        ({"study__teacher": "oracle"}, "oracle.*local"),
         ({"study__filters": ("taste",)}, "study.filters has 'taste'"),
         ({"cartridge__init": "zeros"}, "zeros.*first_tokens"),
         ({"cartridge__tokens_per_slot": -8.0}, "cartridge.tokens_per_slot=-8.0"),

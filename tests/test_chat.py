@@ -11,7 +11,7 @@ from cartridges_jax.errors import UserError
 
 
 def talk(lines, answer):
-    """What a chat with these input lines writes."""
+    """The text that a chat with these input lines writes."""
     written = []
     pending = iter(lines)
 

@@ -1,30 +1,23 @@
-"""Readers, the sentence splitter and the chunk sampler."""
+"""Readers, questions and SQuAD files."""
 
 import dataclasses
 import json
 import os
 import re
 import threading
-import time
-import unicodedata
 from pathlib import Path
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from cartridges_jax.corpus import Corpus, Document, read_corpus, readers, tokenize_corpus
-from cartridges_jax.corpus.chunks import Chunk, sample_chunks, token_coverage
 from cartridges_jax.corpus.questions import Question, questions_hash, read_questions
-from cartridges_jax.corpus.sentences import MOST_BYTES, split_sentences
 from cartridges_jax.errors import UserError
 
 DATA = Path(os.environ.get("CARTRIDGES_JAX_DATA") or Path(__file__).parents[1] / ".." / "shared" / "data")
 
 
 class WordTokenizer:
-    """A token is a run of visible characters; ids are hashes nobody looks at."""
+    """A token is a run of visible characters; ids are hashes that no test reads."""
 
     def encode_with_offsets(self, text):
         spans = [match.span() for match in re.finditer(r"\S+", text)]
@@ -127,6 +120,33 @@ def test_what_names_no_readable_file_is_refused(tmp_path):
     for nothing in ("", []):
         with pytest.raises(UserError, match="names no file"):
             read_corpus(nothing)
+
+
+def test_a_list_may_hold_patterns_folders_and_the_shipped_document(tmp_path):
+    for name in ("a.md", "b.md", "c.txt"):
+        write(tmp_path / name, f"Text of {name}.")
+    listed = read_corpus(f"{tmp_path}/*.md,{tmp_path / 'c.txt'},quickstart")
+    assert [document.name for document in listed] == ["a", "b", "c", "quickstart"]
+
+
+def test_results_that_were_written_into_the_folder_are_not_read(tmp_path):
+    write(tmp_path / "notes.txt", "Notes.")
+    for directory, record in (("my.cartridge", "cartridge.json"), ("my.run", "run.json")):
+        (tmp_path / directory / "train").mkdir(parents=True)
+        write(tmp_path / directory / record, "{}")
+        write(tmp_path / directory / "train" / "result.json", "{}")
+    assert [document.name for document in read_corpus(tmp_path)] == ["notes"]
+
+
+def test_equal_names_are_told_apart_and_selected_together(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "README.md", f"Text of {folder}.")
+    corpus = read_corpus(["one/README.md", str(tmp_path / "two" / "README.md")])
+    assert len({document.id for document in corpus}) == 2
+    assert [document.text for document in corpus.select("readme")] == ["Text of one.", "Text of two."]
+    assert [document.text for document in corpus.select(corpus.documents[1].id)] == ["Text of two."]
 
 
 # Questions
@@ -251,299 +271,6 @@ def test_a_real_article_keeps_only_answers_that_its_text_holds():
     for question in some:
         assert all(answer in cut.text for answer in question.answers)
         assert question.answers[0] in question.evidence
-
-
-# Sentences
-
-
-def texts(text: str) -> list[str]:
-    return [sentence.text for sentence in split_sentences(text)]
-
-
-@pytest.mark.parametrize(
-    "sentences",
-    [
-        ["Dr. Anna J. Smith runs it.", "She paid 3.50 euros."],
-        ["It opens at 10 a.m.", "Breakfast is at 7 a.m. on weekdays."],
-        ['"Who is it?" he asked.', '"Nobody."', "She left.[1]", "Then he slept."],
-        ["The U.S. Army came.", "He lives in the U.S.", "The rest (cf. Fig. 3) is e.g. known."],
-        ["Is it St. John's?", "No!", "It is St. Mary's..."],
-        ["King George V.", "He died in 1936.", "12 kings came."],
-        ["See p. 4 and No. 7.", "I said no.", "He agreed."],
-    ],
-)
-def test_prose_is_split_at_sentence_ends_only(sentences):
-    assert texts(" ".join(sentences)) == sentences
-
-
-def test_sentences_of_scripts_without_spaces_are_split_at_their_full_stops():
-    assert texts("今日は晴れです。明日は雨？「はい。」そう言った。") == [
-        "今日は晴れです。",
-        "明日は雨？",
-        "「はい。」",
-        "そう言った。",
-    ]
-
-
-@pytest.mark.parametrize(
-    "sentences",
-    [
-        ["Τι είναι αυτό;", "Είναι ένα νησί· μικρό.", "Πού;"],
-        ["ما هذا؟", "إنها جزيرة.", "هل هي كبيرة؟"],
-        ["یہ کیا ہے؟", "یہ ایک جزیرہ ہے۔", "وہ بڑا ہے۔"],
-        ["यह क्या है?", "यह एक द्वीप है।", "वह बड़ा है।"],
-        ["Սա կղզի է։", "Այն մեծ է։"],
-    ],
-)
-def test_sentences_of_other_scripts_end_at_their_marks(sentences):
-    assert texts(" ".join(sentences)) == sentences
-
-
-def test_a_semicolon_between_latin_words_ends_no_sentence():
-    assert texts("It came; it left.") == ["It came; it left."]
-
-
-def test_a_sentence_runs_over_hard_line_breaks_but_not_over_blank_lines():
-    assert texts("It came in\n1998. It\nleft\n\nNo full stop here\n\nEnd") == [
-        "It came in\n1998.",
-        "It\nleft",
-        "No full stop here",
-        "End",
-    ]
-
-
-def test_list_items_table_rows_and_code_lines_are_units_of_their_own():
-    text = "Rooms:\n- One. Has a bed\n  and a lamp\n* Two\n1. First\n2. Second\n\n| a. B | c |\n| 1 | 2 |\n```\n# code\nx = 1. + Y\n```"
-    assert texts(text) == [
-        "Rooms:", "- One.", "Has a bed\n  and a lamp", "* Two", "1. First", "2. Second", "| a. B | c |", "| 1 | 2 |",
-        "```", "# code", "x = 1. + Y", "```",
-    ]  # fmt: skip
-
-
-def test_headings_are_sentences_of_their_own_and_name_what_stands_under_them():
-    found = split_sentences("Before.\n# The Hostel #\nOne. Two.\n\nRooms\n-----\nThree.\n---\nFour.")
-    assert [(s.text, s.heading, s.heading_text) for s in found] == [
-        ("Before.", False, None),
-        ("# The Hostel #", True, "The Hostel"),
-        ("One.", False, "The Hostel"),
-        ("Two.", False, "The Hostel"),
-        ("Rooms\n-----", True, "Rooms"),
-        ("Three.", False, "Rooms"),
-        ("---", False, "Rooms"),  # under a full sentence a line of dashes is a rule
-        ("Four.", False, "Rooms"),
-    ]
-
-
-def test_a_line_of_markup_alone_has_no_words():
-    assert [sentence.has_words for sentence in split_sentences("A.\n\n---\n\n| x |\n|---|")] == [
-        True,
-        False,
-        True,
-        False,
-    ]
-
-
-# Texts that are not prose: a sentence of each would be the whole text.
-NOT_PROSE = {
-    "csv": "\n".join(f"id{row},alpha,{row * 7},foo-bar,2024-01-{row % 28:02},free text" for row in range(60)),
-    "no punctuation": "words that follow each other and never stop " * 200,
-    "minified JSON": '{"name":"x","values":[1,2,3],"nested":{"a":null}},' * 200,
-    "log": "\n".join(f"12:00:{row % 60:02} INFO worker-{row} started in /srv/app" for row in range(200)),
-    "Thai": "ภาษาไทยเป็นภาษาที่มีระดับเสียงของคำแน่นอน" * 40,
-    "one word": "x" * 9000,
-    "code": "```\n" + "value=compute(a,b);" * 300 + "\n```",
-    "table row": "| " + "cell | " * 600,
-    "heading": "# " + "long heading " * 300,
-    "carriage returns": "a line without a stop\r" * 300,
-    "family emoji": "👩‍👩‍👧" * 500,
-    "lone surrogates": "\ud800" * 2000,
-}
-
-
-@settings(max_examples=1000, deadline=5000, derandomize=True)
-@given(
-    st.lists(
-        st.sampled_from(
-            [
-                "# ",
-                "- ",
-                "1. ",
-                "| ",
-                "```",
-                "---",
-                "===",
-                "\n",
-                "\n\n",
-                "\r",
-                " ",
-                "\u2028",
-                ". ",
-                "。",
-                "Mr. ",
-                ";",
-                "x" * 700,
-            ]
-        )
-        | st.text(max_size=300),
-        max_size=30,
-    )
-)
-def test_any_text_is_covered_by_sentences_of_bounded_length(parts):
-    text = "".join(parts)
-    position = 0
-    for sentence in split_sentences(text):
-        assert not text[position : sentence.start].strip() and sentence.text == text[sentence.start : sentence.end]
-        assert sentence.text.strip() == sentence.text != ""
-        assert len(sentence.text.encode("utf-8", "surrogatepass")) <= MOST_BYTES
-        position = sentence.end
-    assert not text[position:].strip()
-
-
-@pytest.mark.parametrize("kind", NOT_PROSE)
-def test_a_sentence_has_an_upper_length_whatever_the_text(kind):
-    text = NOT_PROSE[kind]
-    found = split_sentences(text)
-    assert max(len(s.text.encode("utf-8", "surrogatepass")) for s in found) <= MOST_BYTES
-    assert "".join("".join(s.text.split()) for s in found) == "".join(text.split())
-    assert all(text[s.start : s.end] == s.text for s in found)
-    # Few pieces more than there have to be.
-    assert len(found) <= 3 + 2 * len(text.encode("utf-8", "surrogatepass")) / MOST_BYTES
-    assert all(len(s.heading_text or "") <= MOST_BYTES for s in found)
-
-
-def test_a_long_text_is_cut_at_line_ends_else_at_separators_else_between_letters():
-    assert all(s.text.startswith("id") for s in split_sentences(NOT_PROSE["csv"]))
-    assert all(s.text[-1] in ",:]}" for s in split_sentences(NOT_PROSE["minified JSON"]))
-    assert all(s.text.split()[-1] in NOT_PROSE["log"].split() for s in split_sentences(NOT_PROSE["log"]))
-    # A vowel sign stays with its consonant, and a family together.
-    assert not any(unicodedata.category(s.text[0]).startswith("M") for s in split_sentences(NOT_PROSE["Thai"]))
-    assert all(s.text[0] == "👩" and s.text[-1] == "👧" for s in split_sentences(NOT_PROSE["family emoji"]))
-
-
-@pytest.mark.parametrize(
-    "unit",
-    [
-        "The fox runs.\nThen it goes\nhome to the U.S. again. ", "a\n===\nb c\n", "x. " + " " * 50, "...", "a.) ", "* ",
-        "no stop and no blank line\n", "# ", "..x",
-    ],
-)  # fmt: skip
-def test_splitting_takes_time_in_proportion_to_the_text(unit):
-    """Of 2 MB; where the time grows with the square it is an hour and more."""
-    text = unit * (2_000_000 // len(unit))
-    start = time.process_time()
-    split_sentences(text)
-    assert time.process_time() - start < 30
-
-
-def test_every_visible_character_is_in_exactly_one_sentence():
-    pieces = [
-        "# H",
-        "a. B",
-        "- x",
-        "1. y",
-        "| t |",
-        "---",
-        "===",
-        "",
-        " ",
-        "```",
-        "c",
-        "„Ja.“ Nein!",
-        "晴れ。雨",
-        "\u2028",
-        "e.g. X",
-        "...",
-        "Mr. A",
-        "\t",
-    ]
-    random = np.random.default_rng(0)
-    for _ in range(300):
-        text = "\n".join(random.choice(pieces, size=random.integers(1, 12)))
-        covered = np.zeros(len(text), dtype=int)
-        for sentence in split_sentences(text):
-            assert text[sentence.start : sentence.end] == sentence.text == sentence.text.strip() != ""
-            covered[sentence.start : sentence.end] += 1
-        assert covered.max(initial=0) <= 1
-        assert all(covered[index] == 1 for index, character in enumerate(text) if not character.isspace()), repr(text)
-
-
-# Chunks
-
-
-def test_chunks_have_lengths_in_bounds_and_stay_in_the_document():
-    chunks = sample_chunks([1000], 400, min_tokens=50, max_tokens=90, seed=1)
-    lengths = [chunk.num_tokens for chunk in chunks]
-    assert len(chunks) == 400 and min(lengths) == 50 and max(lengths) == 90  # both bounds are drawn
-    assert all(0 <= chunk.start and chunk.end <= 1000 for chunk in chunks)
-
-
-def test_chunks_cover_a_document_evenly_where_uniform_starts_would_leave_holes():
-    chunks = sample_chunks([10_000], 200, min_tokens=100, max_tokens=100, seed=3)
-    assert token_coverage(chunks, [10_000]) == 1.0
-    random_starts = np.random.default_rng(3).integers(0, 9901, size=200)
-    assert token_coverage([Chunk(0, start, start + 100) for start in random_starts], [10_000]) < 0.95
-
-
-def test_chunks_come_in_random_order_and_depend_on_the_seed_alone():
-    chunks = sample_chunks([5000], 50, min_tokens=10, max_tokens=20, seed=7)
-    assert chunks == sample_chunks([5000], 50, min_tokens=10, max_tokens=20, seed=7)
-    assert chunks != sample_chunks([5000], 50, min_tokens=10, max_tokens=20, seed=8)
-    starts = [chunk.start for chunk in chunks]
-    assert starts != sorted(starts)
-
-
-def test_chunks_stay_within_their_document_and_cover_documents_by_their_length(rng):
-    sizes = [400, 3, 97, 1500]
-    chunks = sample_chunks(sizes, 2000, min_tokens=20, max_tokens=60, seed=int(rng.integers(2**31)))
-    counts = np.bincount([chunk.document for chunk in chunks], minlength=4)
-    np.testing.assert_allclose(counts / 2000, np.array(sizes) / sum(sizes), atol=2 / 2000)
-    assert all(0 <= chunk.start < chunk.end <= sizes[chunk.document] for chunk in chunks)
-    assert {(chunk.start, chunk.end) for chunk in chunks if chunk.document == 1} == {(0, 3)}
-
-
-def test_a_document_shorter_than_a_chunk_is_the_chunk():
-    assert sample_chunks([30], 3, min_tokens=50, max_tokens=90, seed=0) == [Chunk(0, 0, 30)] * 3
-
-
-@pytest.mark.parametrize(
-    "bad", [{"document_tokens": [0]}, {"num_chunks": -1}, {"min_tokens": 0}, {"min_tokens": 9, "max_tokens": 8}]
-)
-def test_chunk_sizes_that_make_no_sense_are_refused_with_their_values(bad):
-    sizes = {"document_tokens": [100], "num_chunks": 3, "min_tokens": 5, "max_tokens": 8, "seed": 0} | bad
-    with pytest.raises(ValueError, match=re.escape(str(next(iter(bad.values()))))):
-        sample_chunks(sizes.pop("document_tokens"), sizes.pop("num_chunks"), **sizes)
-
-
-def test_token_coverage_counts_a_token_once():
-    assert token_coverage([Chunk(0, 0, 5), Chunk(0, 3, 6)], [10]) == 0.6
-    assert token_coverage([], [10]) == 0.0
-
-
-def test_a_list_may_hold_patterns_folders_and_the_shipped_document(tmp_path):
-    for name in ("a.md", "b.md", "c.txt"):
-        write(tmp_path / name, f"Text of {name}.")
-    listed = read_corpus(f"{tmp_path}/*.md,{tmp_path / 'c.txt'},quickstart")
-    assert [document.name for document in listed] == ["a", "b", "c", "quickstart"]
-
-
-def test_results_that_were_written_into_the_folder_are_not_read(tmp_path):
-    write(tmp_path / "notes.txt", "Notes.")
-    for directory, record in (("my.cartridge", "cartridge.json"), ("my.run", "run.json")):
-        (tmp_path / directory / "train").mkdir(parents=True)
-        write(tmp_path / directory / record, "{}")
-        write(tmp_path / directory / "train" / "result.json", "{}")
-    assert [document.name for document in read_corpus(tmp_path)] == ["notes"]
-
-
-def test_equal_names_are_told_apart_and_selected_together(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for folder in ("one", "two"):
-        (tmp_path / folder).mkdir()
-        write(tmp_path / folder / "README.md", f"Text of {folder}.")
-    corpus = read_corpus(["one/README.md", str(tmp_path / "two" / "README.md")])
-    assert len({document.id for document in corpus}) == 2
-    assert [document.text for document in corpus.select("readme")] == ["Text of one.", "Text of two."]
-    assert [document.text for document in corpus.select(corpus.documents[1].id)] == ["Text of two."]
 
 
 def test_articles_without_text_and_questions_without_words_are_left_out(tmp_path):

@@ -54,7 +54,7 @@ def assert_holds(prefix, twin, token_ids):
 
 @pytest.fixture
 def registered():
-    """What a test registers is gone after it."""
+    """Undoes what a test registers."""
     before = dict(PREFIXES)
     yield
     PREFIXES.clear()
